@@ -1,0 +1,390 @@
+"""Which rows of a batch run the adapter.
+
+An `Activation` is computed once per model forward and shared by every layer: no layer searches,
+uploads or synchronises. Rows are tokens: batch × sequence, flattened to M.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Segment = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Activation:
+    """The active rows of one batch, as tensors on the device of the layers that use them.
+
+    Build it with one of the `from_*` constructors, `all` or `none`.
+
+    Attributes:
+        row_adapter: int32 `[M]`. −1 where the row runs the base model, else the adapter's index.
+            The mask of the formula is `row_adapter >= 0`.
+        active_rows: int32 `[capacity]`, capacity ≥ the number of active rows. The active rows in
+            ascending order, then −1.
+        active_count: int32 `[1]`, how many entries of `active_rows` are valid.
+        num_active: the same number on the host, or None when the host does not know it.
+        max_active: a host bound on `num_active`.
+        segments: half-open row ranges `(start, stop)` that make up the active rows, or None when
+            the host does not know them.
+        expected_active: the number of active rows to plan for when the host does not know it.
+    """
+
+    row_adapter: Tensor  # int32 [M]
+    active_rows: Tensor  # int32 [capacity]
+    active_count: Tensor  # int32 [1]
+    num_active: int | None = None
+    max_active: int = -1
+    segments: tuple[Segment, ...] | None = None
+    expected_active: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_active < 0:
+            known = self.num_active
+            object.__setattr__(
+                self, "max_active", self.row_adapter.shape[0] if known is None else known
+            )
+
+    # ------------------------------------------------------------------ constructors
+
+    @classmethod
+    def from_input_ids(
+        cls,
+        input_ids: Tensor,
+        invocation_tokens: Sequence[int] | Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Activation:
+        """Activate each sequence from the first token of its last invocation to its end.
+
+        A sequence without the invocation runs the base model. The rule is PEFT's
+        (`alora_invocation_tokens`); padding is not looked at, unless `attention_mask` is given:
+        then padded positions neither match nor become active.
+
+        Args:
+            input_ids: integer `[B, T]` or `[T]`.
+            invocation_tokens: the token ids of the invocation, at least one.
+            attention_mask: `[B, T]`, nonzero where a token is real.
+            device: where the tensors go; by default the device of `input_ids`. When `input_ids`
+                lies on the CPU the rows are counted there, so `num_active` is known without a
+                synchronisation.
+        """
+        starts = find_invocation_starts(input_ids, invocation_tokens, attention_mask)  # [B]
+        ids = input_ids if input_ids.dim() == 2 else input_ids.unsqueeze(0)
+        position = torch.arange(ids.shape[1], device=ids.device)
+        mask = (starts >= 0).unsqueeze(1) & (position >= starts.unsqueeze(1))  # [B, T]
+        if attention_mask is not None:
+            mask = mask & (attention_mask.reshape(ids.shape) != 0)
+        return cls.from_mask(mask, device=device)
+
+    @classmethod
+    def from_offsets(
+        cls,
+        offsets: Sequence[int | None],
+        seq_len: int,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Activation:
+        """Activate the last `min(offset, seq_len)` tokens of each sequence (PEFT's `alora_offsets`).
+
+        None, zero and negative offsets run the base model.
+        """
+        starts = [None if not o or o < 0 else max(seq_len - o, 0) for o in offsets]
+        return cls.from_starts(starts, seq_len, device=device)
+
+    @classmethod
+    def from_starts(
+        cls,
+        starts: Sequence[int | None] | Tensor,
+        seq_len: int,
+        first_position: int = 0,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Activation:
+        """Activate each sequence from its absolute `invocation_start` on.
+
+        Args:
+            starts: for each sequence the absolute position of its first active token; None (or
+                −1 in a tensor) runs the base model.
+            seq_len: tokens of each sequence in this chunk.
+            first_position: absolute position of the chunk's first token, so that cached decoding,
+                chunked prefill and assisted decoding activate the right rows.
+        """
+        if isinstance(starts, Tensor):
+            relative = starts.to(torch.int64) - first_position
+            position = torch.arange(seq_len, device=starts.device)
+            mask = (starts >= 0).unsqueeze(1) & (position >= relative.unsqueeze(1))
+            return cls.from_mask(mask, device=device)
+        segments = []
+        for b, start in enumerate(starts):
+            if start is None:
+                continue
+            begin = min(max(start - first_position, 0), seq_len)
+            segments.append((b * seq_len + begin, (b + 1) * seq_len))
+        return cls._from_segments(segments, len(starts) * seq_len, device)
+
+    @classmethod
+    def from_packed(
+        cls,
+        cu_seqlens: Sequence[int] | Tensor,
+        starts: Sequence[int | None] | Tensor,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Activation:
+        """Activate sequences that are packed into one row, each from its own start.
+
+        Args:
+            cu_seqlens: `[S + 1]` cumulative lengths, beginning with 0.
+            starts: `[S]` start of the invocation within its own sequence; None (or −1 in a
+                tensor) runs the base model.
+        """
+        if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
+            if device is None:
+                device = cu_seqlens.device
+            # One copy of S + 1 integers, made once per forward, buys a plan without a sync later.
+            cu_seqlens = cu_seqlens.cpu()
+        bounds = [int(c) for c in cu_seqlens]
+        begin = [
+            None if s is None or int(s) < 0 else int(s)
+            for s in (starts.tolist() if isinstance(starts, Tensor) else starts)
+        ]
+        if not bounds or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
+            raise ValueError(
+                f"Activation.from_packed: cu_seqlens must begin with 0 and never fall, got {bounds}"
+            )
+        if len(begin) != len(bounds) - 1:
+            raise ValueError(
+                f"Activation.from_packed: {len(bounds) - 1} sequences but {len(begin)} starts"
+            )
+        segments = [
+            (min(lo + s, hi), hi) for lo, hi, s in zip(bounds, bounds[1:], begin) if s is not None
+        ]
+        return cls._from_segments(segments, bounds[-1], device)
+
+    @classmethod
+    def from_mask(cls, mask: Tensor, *, device: torch.device | str | None = None) -> Activation:
+        """Activate the rows where `mask` (`[B, T]` or `[M]`, bool or integer) is true."""
+        flat = mask.reshape(-1)
+        flat = flat if flat.dtype == torch.bool else flat != 0
+        rows = flat.shape[0]
+        count = flat.sum(dtype=torch.int32).reshape(1)
+        # Every active row is written to its rank among the active rows; the rest fall into one
+        # slot past the end, which is cut off. No nonzero, so no synchronisation.
+        rank = torch.cumsum(flat, 0, dtype=torch.int64) - 1
+        slot = torch.where(flat, rank, rows)
+        active = torch.full((rows + 1,), -1, dtype=torch.int32, device=flat.device)
+        active.scatter_(0, slot, torch.arange(rows, dtype=torch.int32, device=flat.device))
+        active[rows:].fill_(-1)
+        host: dict[str, Any] = {}
+        if _readable(flat):
+            segments = tuple(_segments_of(active[: int(count)]))
+            host = {"num_active": int(count), "segments": segments}
+        activation = cls(flat.to(torch.int32) - 1, active[:rows], count, **host)
+        return activation if device is None else activation.to(device)
+
+    @classmethod
+    def all(cls, num_rows: int, *, device: torch.device | str | None = None) -> Activation:
+        """Activate every row: plain LoRA."""
+        return cls._from_segments([(0, num_rows)], num_rows, device)
+
+    @classmethod
+    def none(cls, num_rows: int, *, device: torch.device | str | None = None) -> Activation:
+        """Activate no row: the base model."""
+        return cls._from_segments([], num_rows, device)
+
+    @classmethod
+    def _from_segments(
+        cls, segments: Sequence[Segment], num_rows: int, device: torch.device | str | None
+    ) -> Activation:
+        row_adapter = torch.full((num_rows,), -1, dtype=torch.int32)
+        active = torch.full((num_rows,), -1, dtype=torch.int32)
+        merged: list[Segment] = []
+        count = 0
+        for begin, end in segments:
+            if begin == end:
+                continue
+            row_adapter[begin:end] = 0
+            active[count : count + end - begin] = torch.arange(begin, end, dtype=torch.int32)
+            count += end - begin
+            if merged and merged[-1][1] == begin:
+                merged[-1] = (merged[-1][0], end)
+            else:
+                merged.append((begin, end))
+        host = torch.tensor([count], dtype=torch.int32)
+        activation = cls(row_adapter, active, host, num_active=count, segments=tuple(merged))
+        return activation if device is None else activation.to(device)
+
+    # ------------------------------------------------------------------ use
+
+    @property
+    def num_rows(self) -> int:
+        """M, the rows this activation describes."""
+        return self.row_adapter.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.row_adapter.device
+
+    @property
+    def mask(self) -> Tensor:
+        """bool `[M]`, true on active rows."""
+        return self.row_adapter >= 0
+
+    @property
+    def planned_active(self) -> int:
+        """The number of active rows to plan for: known, expected, or the bound."""
+        if self.num_active is not None:
+            return self.num_active
+        return self.max_active if self.expected_active is None else self.expected_active
+
+    def expecting(self, fraction: float) -> Activation:
+        """Tell dispatch what fraction of the rows to plan for when the host cannot know it."""
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"Activation.expecting: fraction must be in [0, 1], got {fraction}")
+        return dataclasses.replace(self, expected_active=round(fraction * self.num_rows))
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Activation:
+        """The same activation on another device; what the host knows stays known."""
+        device = torch.device(device)
+        if device == self.device or (device.type == self.device.type and device.index is None):
+            return self
+        return dataclasses.replace(
+            self,
+            row_adapter=self.row_adapter.to(device, non_blocking=non_blocking),
+            active_rows=self.active_rows.to(device, non_blocking=non_blocking),
+            active_count=self.active_count.to(device, non_blocking=non_blocking),
+        )
+
+    def __repr__(self) -> str:
+        active = "?" if self.num_active is None else self.num_active
+        return f"Activation({active} of {self.num_rows} rows active, device={self.device})"
+
+
+def find_invocation_starts(
+    input_ids: Tensor,
+    invocation_tokens: Sequence[int] | Tensor,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Start of the last invocation in each sequence, −1 where there is none.
+
+    Args:
+        input_ids: integer `[B, T]` or `[T]`.
+        invocation_tokens: `[I]` token ids, I ≥ 1.
+        attention_mask: `[B, T]`; a match that touches a masked position does not count.
+
+    Returns:
+        int64 `[B]` on the device of `input_ids`.
+    """
+    if input_ids.dim() not in (1, 2):
+        raise ValueError(
+            f"input_ids must have shape [B, T] or [T], got {tuple(input_ids.shape)}"
+        )
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must hold token ids (an integer dtype), got {input_ids.dtype}")
+    length = len(invocation_tokens)
+    if length == 0:
+        raise ValueError(
+            "invocation_tokens is empty: an aLoRA adapter needs at least one invocation token; "
+            "for an adapter that is always on use Activation.all"
+        )
+    ids = input_ids if input_ids.dim() == 2 else input_ids.unsqueeze(0)
+    if attention_mask is not None and attention_mask.numel() != ids.numel():
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, "
+            f"input_ids has {tuple(input_ids.shape)}"
+        )
+    batch, seq_len = ids.shape
+    windows = seq_len - length + 1
+    if windows <= 0:
+        return torch.full((batch,), -1, dtype=torch.int64, device=ids.device)
+    wanted = torch.as_tensor(invocation_tokens, dtype=ids.dtype, device=ids.device)
+    match = (ids.unfold(1, length, 1) == wanted).all(-1)  # [B, windows]
+    if attention_mask is not None:
+        real = attention_mask.reshape(ids.shape) != 0
+        match = match & real.unfold(1, length, 1).all(-1)
+    position = torch.arange(windows, device=ids.device)
+    return torch.where(match, position, -1).amax(1)
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Whether the host may look at the values: on the CPU, and not while a compiler traces."""
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and type(tensor) is Tensor
+    )
+
+
+def _segments_of(rows: Tensor) -> Iterator[Segment]:
+    """Maximal runs of consecutive numbers in ascending CPU `rows`."""
+    if not len(rows):
+        return
+    values = rows.numpy()
+    breaks = (values[1:] - values[:-1] != 1).nonzero()[0] + 1
+    edges = [0, *breaks.tolist(), len(values)]
+    for lo, hi in zip(edges, edges[1:]):
+        yield int(values[lo]), int(values[hi - 1]) + 1
+
+
+# What the host knows is left out of the pytree: a compiler would bake it into its graph.
+def _flatten(activation: Activation) -> tuple[list[Tensor], None]:
+    return [activation.row_adapter, activation.active_rows, activation.active_count], None
+
+
+def _unflatten(children: Any, _: None) -> Activation:
+    row_adapter, active_rows, active_count = children
+    bound = row_adapter.shape[0] if isinstance(row_adapter, Tensor) else 0
+    return Activation(row_adapter, active_rows, active_count, max_active=bound)
+
+
+torch.utils._pytree.register_pytree_node(
+    Activation, _flatten, _unflatten, serialized_type_name="alora_kernels.Activation"
+)
+
+
+# The ambient activation: a ContextVar is right across threads and async tasks; a compiler cannot
+# trace one, so a thread-local mirror serves compiled code.
+_ambient: contextvars.ContextVar[Activation | None] = contextvars.ContextVar(
+    "alora_activation", default=None
+)
+
+
+class _Mirror(threading.local):
+    activation: Activation | None = None
+
+
+_mirror = _Mirror()
+
+
+@contextmanager
+def activate(activation: Activation | None) -> Iterator[Activation | None]:
+    """Make `activation` the one that `AloraLinear` layers use when they are given none.
+
+        with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
+            model(input_ids)
+    """
+    token = _ambient.set(activation)
+    before = _mirror.activation
+    _mirror.activation = activation
+    try:
+        yield activation
+    finally:
+        _mirror.activation = before
+        _ambient.reset(token)
+
+
+def current_activation() -> Activation | None:
+    """The activation of the innermost `activate` block of this thread or task, or None."""
+    if torch.compiler.is_compiling():
+        return _mirror.activation
+    return _ambient.get()

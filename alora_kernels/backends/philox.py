@@ -1,0 +1,76 @@
+"""Philox4x32-10 drop masks on the CPU, in cache-sized chunks of int64 arithmetic.
+
+The definition is `reference.keep_mask`. Here the first two rounds are done on vectors, because
+the counter's last two words are zero: after them each word depends on the row alone, on the column
+alone, or is the exclusive or of two such words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..reference import PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1, dropout_threshold
+
+LOW = 0xFFFFFFFF
+COUNTERS_PER_THREAD = 32768  # six int64 words of each fit a 2 MiB cache; also torch's grain size
+
+
+class DropMask:
+    """Drop masks of one seed for a matrix with `num_columns` columns, some rows at a time."""
+
+    def __init__(self, seed: int, dropout_p: float, num_columns: int) -> None:
+        self.threshold = dropout_threshold(dropout_p)
+        self.num_columns = num_columns
+        self.groups = groups = -(-num_columns // 4)
+        self.rows_per_chunk = max(1, COUNTERS_PER_THREAD * torch.get_num_threads() // groups)
+        k0, k1 = seed & LOW, seed >> 32 & LOW
+        self.keys = [((k0 + i * PHILOX_W0) & LOW, (k1 + i * PHILOX_W1) & LOW) for i in range(10)]
+        # Rounds one and two, the part that depends on the column alone.
+        p0 = torch.arange(groups) * PHILOX_M0
+        p1 = (_high(p0) ^ self.keys[0][1]) * PHILOX_M1
+        self.column_c0 = _high(p1) ^ self.keys[1][0]
+        self.column_c1 = p1
+        self.column_c3 = (p0 & LOW) ^ self.keys[1][1]
+
+    def chunks(self, rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Over `rows` (int64 `[n]`, absolute): begin, end, and the mask of `rows[begin:end]`.
+
+        The mask is bool `[end − begin, num_columns]`, true where dropped; the next step of the
+        iteration overwrites it.
+        """
+        step = min(self.rows_per_chunk, len(rows))
+        words = torch.empty(6, step, self.groups, dtype=torch.int64)
+        drop = torch.empty(step, self.groups, 4, dtype=torch.bool)
+        for begin in range(0, len(rows), step):
+            end = min(begin + step, len(rows))
+            here = drop[: end - begin]
+            self._fill(rows[begin:end], words[:, : end - begin], here)
+            yield begin, end, here.view(end - begin, -1)[:, : self.num_columns]
+
+    def _fill(self, rows: Tensor, words: Tensor, drop: Tensor) -> None:
+        c0, c1, c2, c3, p0, p1 = words.unbind()
+        # The rest of rounds one and two, the part that depends on the row.
+        q0 = ((rows ^ self.keys[0][0]) * PHILOX_M0).unsqueeze(1)
+        c0.copy_(self.column_c0)
+        c1.copy_(self.column_c1)
+        torch.bitwise_xor(_high(q0), self.column_c3, out=c2)
+        c3.copy_(q0)
+        # c1 and c3 keep the whole product: its high half is cut off after the exclusive or.
+        for k0, k1 in self.keys[2:]:
+            torch.mul(c0, PHILOX_M0, out=p0)
+            torch.mul(c2, PHILOX_M1, out=p1)
+            torch.bitwise_right_shift(p1, 32, out=c0)
+            c0.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(LOW)
+            torch.bitwise_right_shift(p0, 32, out=c2)
+            c2.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(LOW)
+            c1, p1 = p1, c1
+            c3, p0 = p0, c3
+        for word, value in enumerate((c0, c1.bitwise_and_(LOW), c2, c3.bitwise_and_(LOW))):
+            torch.lt(value, self.threshold, out=drop[:, :, word])
+
+
+def _high(product: Tensor) -> Tensor:
+    return (product >> 32) & LOW
