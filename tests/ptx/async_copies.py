@@ -30,7 +30,7 @@ class AsyncCopies(Barriers):
                         q.append(self.pending.pop(w, []))
                     while len(q) > keep:
                         for dst, data in q.popleft():
-                            self.smem[dst[:, None] + np.arange(data.shape[1])] = data
+                            self.shared_access(ins, dst, np.full(len(dst), w), data.shape[1], data)
                             self.sinit[dst[:, None] + np.arange(data.shape[1])] = True
             return
         if "bulk" in mods:
@@ -56,7 +56,9 @@ class AsyncCopies(Barriers):
                     self.check(self.m.mem, idx, int(size), False, ins, False)
                 data[sel, :size] = self.m.mem[idx[:, None] + np.arange(size)]
                 self.count_access(idx, L[sel], int(size), False, False)
-            self.smem[d[:, None] + np.arange(n)] = POISON
+            # Poison until the wait: the issue already must not race with earlier readers.
+            poison = np.full((len(d), n), POISON, np.uint8)
+            self.shared_access(ins, d, np.full(len(d), w), n, poison)
             self.sinit[d[:, None] + np.arange(n)] = False
             self.pending.setdefault(w, []).append((d, data))
 
@@ -105,15 +107,19 @@ class AsyncCopies(Barriers):
             if store:
                 idx = goff[ok]
                 self.check(self.m.mem, idx, es, False, ins, True)
+                self.check(self.smem, so[ok], es, True, ins, False)
+                self.shared_access(ins, so[ok], np.full(len(idx), thread // 32), es, None)
                 self.m.mem[idx[:, None] + B] = self.smem[so[ok][:, None] + B]
                 self.m.count["gl_st_bytes"] += int(ok.sum()) * es
             else:
-                self.smem[so[:, None] + B] = 0
+                warp = np.full(len(so), thread // 32)
+                self.shared_access(ins, so, warp, es, np.zeros((len(so), es), np.uint8))
                 idx = goff[ok]
                 self.check(self.m.mem, idx, es, False, ins, False)
                 self.smem[so[ok][:, None] + B] = self.m.mem[idx[:, None] + B]
                 self.sinit[so[:, None] + B] = True
                 self.m.count["gl_ld_bytes"] += int(ok.sum()) * es
                 bar = self.mb(self.addr(args[2])[thread])
+                self.races.release(thread // 32, bar["clock"])
                 bar["tx"] -= len(so) * es
                 self.mb_try(bar)

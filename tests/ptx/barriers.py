@@ -19,6 +19,7 @@ class Barriers(Memory):
     def mb_try(self, b) -> None:
         if b["pend"] == 0 and b["tx"] == 0:
             b["phase"] ^= 1
+            b["seen"] = b["clock"].copy()
             b["pend"] = b["count"]
 
     def op_mbarrier(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
@@ -29,6 +30,8 @@ class Barriers(Memory):
                 ad = ad - SBASE if ad >= SBASE else ad
                 c = int(self.val(args[1], "u32")[thread])
                 self.mbar[ad] = {"count": c, "pend": c, "tx": 0, "phase": 0}
+                self.mbar[ad]["clock"] = self.races.fresh()
+                self.mbar[ad]["seen"] = self.races.fresh()
         elif mods[0] in ("arrive", "expect_tx"):
             dst = None if args[0][0] == "[" else args[0]
             ar = args if dst is None else args[1:]
@@ -38,6 +41,7 @@ class Barriers(Memory):
                 if "expect_tx" in mods:
                     b["tx"] += int(self.val(ar[1], "u32")[thread])
                 if mods[0] == "arrive":
+                    self.races.release(thread // 32, b["clock"])
                     b["pend"] -= (
                         int(self.val(ar[1], "u32")[thread])
                         if len(ar) > 1 and "expect_tx" not in mods
@@ -53,7 +57,10 @@ class Barriers(Memory):
             if "parity" not in mods:
                 raise PtxError(ins.text)
             for thread in L:
-                r[thread] = self.mb(ad[thread])["phase"] != int(par[thread]) & 1
+                b = self.mb(ad[thread])
+                r[thread] = b["phase"] != int(par[thread]) & 1
+                if r[thread]:
+                    self.races.acquire(thread // 32, b["seen"])
             self.put(args[0], r, act)
             if not r[L].all():
                 self.yield_ = True
@@ -101,6 +108,9 @@ class Barriers(Memory):
         )
         A = self.A(act)
         b = self.bars.setdefault(bid, {"arrived": 0, "waiting": np.zeros(self.n, bool)})
+        clock = b.setdefault("clock", self.races.fresh())
+        for warp in np.unique(np.nonzero(A)[0] // 32):
+            self.races.release(warp, clock)
         b["arrived"] += int(A.sum())
         if "arrive" not in mods:
             b["waiting"] |= A
@@ -109,6 +119,8 @@ class Barriers(Memory):
             raise PtxError(f"line {ins.line}: barrier {bid} got {b['arrived']} arrivals of {cnt}")
         if b["arrived"] == cnt:
             self.blocked[b["waiting"]] = -1
+            for warp in np.unique(np.nonzero(b["waiting"])[0] // 32):
+                self.races.acquire(warp, clock)
             del self.bars[bid]
         self.m.count["barriers"] += 1
 

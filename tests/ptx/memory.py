@@ -75,16 +75,43 @@ class Memory(Registers):
             if write:
                 self.sinit[full] = True
             elif not self.sinit[full].all():
-                self.m.count["uninit_shared_reads"] += 1
+                bad = int(full[~self.sinit[full]][0])
+                raise self.fault(ins, f"read of uninitialised shared memory at {bad:#x}")
             return
         if not self.m.ok[full].all():
             bad = int(full[~self.m.ok[full]][0])
             raise self.fault(ins, f"global access outside every allocation at {bad:#x}")
+        if not self.synced:
+            owner, me = self.m.owner[full], self.number
+            if ((owner != 0) & (owner != me)).any():
+                bad = int(full[(owner != 0) & (owner != me)][0])
+                raise self.fault(ins, f"global race: another block wrote {bad:#x} in this launch")
+        if write:
+            self.m.owner[full] = self.number
         if write:
             self.m.init[full] = True
         elif not self.m.init[full].all():
             bad = int(full[~self.m.init[full]][0])
             raise self.fault(ins, f"read of uninitialised global memory at {bad:#x}")
+
+    def shared_access(
+        self, ins: Instr, idx: np.ndarray, warps: np.ndarray, size: int, data: np.ndarray | None
+    ) -> None:
+        """Race-check `size` bytes at each `idx` by `warps`; `data` [n, size] is what is written."""
+        at = (idx[:, None] + np.arange(size)).reshape(-1)
+        by = np.repeat(warps, size)
+        if data is None:
+            found = self.races.read(at, by)
+        else:
+            new = np.ascontiguousarray(data).reshape(-1)
+            found = self.races.write(at, by, new != self.smem[at])
+            self.smem[at] = new
+            # Two warps of this very instruction: one value survives, the other must equal it.
+            lost = self.smem[at] != new
+            if found is None and lost.any():
+                found = f"shared-memory race: two writers of {int(at[np.argmax(lost)]):#x} at once"
+        if found:
+            raise self.fault(ins, found)
 
     def count_access(
         self, idx: np.ndarray, lanes: np.ndarray, size: int, shared: bool, write: bool
@@ -115,6 +142,8 @@ class Memory(Registers):
         arr, idx, sh = self.space(addr[idx_l], sp, "ld", ins)
         self.check(arr, idx, size, sh, ins, False)
         self.count_access(idx, idx_l, size, sh, False)
+        if sh:
+            self.shared_access(ins, idx, idx_l // 32, size, None)
         out = np.zeros((self.n, size), np.uint8)
         out[idx_l] = arr[idx[:, None] + np.arange(size)]
         return out
@@ -125,7 +154,10 @@ class Memory(Registers):
         arr, idx, sh = self.space(addr[idx_l], sp, "st", ins)
         self.check(arr, idx, size, sh, ins, True)
         self.count_access(idx, idx_l, size, sh, True)
-        arr[idx[:, None] + np.arange(size)] = data[idx_l]
+        if sh:
+            self.shared_access(ins, idx, idx_l // 32, size, data[idx_l])
+        else:
+            arr[idx[:, None] + np.arange(size)] = data[idx_l]
 
     def _sp(self, o):
         for q in o:
@@ -164,6 +196,7 @@ class Memory(Registers):
     def op_red(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ad, ty = (self.addr(args[0]), mods[-1])
         sp = self._sp(mods)
+        self.synced |= sp != "shared"
         op = next(q for q in mods if q in ("add", "max", "min", "or", "and"))
         vs = split_args(args[1][1:-1]) if args[1][0] == "{" else [args[1]]
         for j, vn in enumerate(vs):
@@ -191,6 +224,7 @@ class Memory(Registers):
     def op_atom(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ad, ty = (self.addr(args[1]), mods[-1])
         sp = self._sp(mods)
+        self.synced |= sp != "shared"
         out = np.zeros(self.n, NP[ty])
         op = next(
             q for q in mods if q in ("add", "exch", "cas", "max", "min", "or", "and", "inc", "xor")

@@ -9,6 +9,7 @@ import numpy as np
 
 from .formats import NP, RAW, WIDTH, PtxError
 from .parser import Kernel, split_args
+from .racecheck import RaceDetector
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -32,6 +33,7 @@ class Registers:
         smem: int,
     ) -> None:
         self.m, self.k, self.cid, self.grid = m, k, cid, grid
+        self.number = 0
         self.block, self.pv, self.params = block, pv, params
         self.n = n = block[0] * block[1] * block[2]
         if n % 32:
@@ -51,6 +53,8 @@ class Registers:
         self.mbar, self.bars = ({}, {})
         self.async_groups = [collections.deque() for _ in range(n // 32)]
         self.pending = {}
+        self.races = RaceDetector(n // 32, len(self.smem))
+        self.synced = False  # has passed a global atomic: may read what other blocks wrote
 
     def raw(self, name: str):
         a = self.r.get(name)

@@ -78,6 +78,7 @@ class TensorCores(Memory):
         for i in range(num):
             rows = ad[ws, 8 * i : 8 * i + 8].reshape(-1)
             self.check(self.smem, rows, 16, True, ins, False)
+            self.shared_access(ins, rows, np.repeat(ws, 8), 16, None)
             mats = self.smem[rows[:, None] + np.arange(16)].view(np.uint16).reshape(len(ws), 8, 8)
             if "trans" in mods:
                 mats = mats.transpose(0, 2, 1)
@@ -96,7 +97,6 @@ class TensorCores(Memory):
                 self.m.count["smem_ideal"] += 1
 
     def op_stmatrix(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        int(next(q for q in mods if re.match("x\\d", q))[1:])
         ad = self.addr(args[0])
         A = self.A(act)
         W = self.n // 32
@@ -112,11 +112,10 @@ class TensorCores(Memory):
                 v = v.transpose(0, 2, 1)
             rows = ad[ws, 8 * i : 8 * i + 8].reshape(-1)
             self.check(self.smem, rows, 16, True, ins, True)
-            self.smem[rows[:, None] + np.arange(16)] = (
-                np.ascontiguousarray(v).reshape(-1, 8).view(np.uint8)
-            )
+            data = np.ascontiguousarray(v).reshape(-1, 8).view(np.uint8)
+            self.shared_access(ins, rows, np.repeat(ws, 8), 16, data)
 
-    def smem_tile(self, desc, mn, k, major_mn, es=2):
+    def smem_tile(self, ins: Instr, group: int, desc, mn, k, major_mn, es=2):
         """[mn, k] matrix a wgmma descriptor names"""
         st, lbo, sbo, sw = (
             (desc & 16383) << 4,
@@ -137,7 +136,10 @@ class TensorCores(Memory):
         if ad.max() + es > len(self.smem):
             raise PtxError("wgmma descriptor reaches past shared memory")
         if not self.sinit[ad].all():
-            self.m.count["uninit_shared_reads"] += 1
+            raise self.fault(ins, "read of uninitialised shared memory by the tensor cores")
+        for warp in range(4 * group, 4 * group + 4):
+            flat = ad.reshape(-1)
+            self.shared_access(ins, flat, np.full(len(flat), warp), 1, None)
         return self.smem[ad[..., None] + np.arange(es)].view(np.uint16)[..., 0]
 
     def op_wgmma(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
@@ -179,8 +181,8 @@ class TensorCores(Memory):
                         for p in range(2):
                             Am[16 * wi + g + 8 * (i % 2), 2 * t + p + 8 * (i // 2)] = e[wi, :, i, p]
             else:
-                Am = conv(self.smem_tile(int(self.val(args[1], "u64")[sl][0]), 64, k, ta))
-            Bm = conv(self.smem_tile(int(self.val(args[2], "u64")[sl][0]), n, k, tb)).T
+                Am = conv(self.smem_tile(ins, w, int(self.val(args[1], "u64")[sl][0]), 64, k, ta))
+            Bm = conv(self.smem_tile(ins, w, int(self.val(args[2], "u64")[sl][0]), n, k, tb)).T
             P = sa * sb * (Am @ Bm)
             for i, q in enumerate(d):
                 col, row = (8 * (i // 4) + 2 * t + i % 2, g + 8 * (i // 2 % 2))
