@@ -74,7 +74,7 @@ def run(seed, strategy, dtype, size, fraction, *, p=0.0, prefix=True, known=True
         error = (g.double() - exact).abs().max().item()
         size = exact.abs().max().item()
         limit = 2 * (torchs.double() - exact).abs().max().item()
-        # The largest error of few elements is noisy: two units in the last place are always allowed.
+        # The largest error of few elements is noisy: two ulp are always allowed.
         assert error <= max(limit, 2 * torch.finfo(dtype).eps * size), (i, error, limit, size)
     if not prefix:
         assert (got.x[~mask] == 0).all()
