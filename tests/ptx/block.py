@@ -39,6 +39,7 @@ class Cta(Arithmetic, AsyncCopies, TensorCores):
             here = ready & (self.pc == pick)
             ins = code[pick]
             steps += 1
+            self.step = steps
             if steps > max_steps:
                 raise PtxError("step limit: a spin that never ends?")
             act = None if here.all() else here
@@ -63,6 +64,8 @@ class Cta(Arithmetic, AsyncCopies, TensorCores):
         self.m.count["steps"] += steps
 
     def exec(self, ins: Instr, act: Mask, pc) -> None:
+        if any(self.in_flight) and ins.op[0] != "wgmma":
+            self.refuse_in_flight(ins, act)
         f = getattr(self, "op_" + ins.op[0].replace(".", "_"), None)
         if f is None:
             raise PtxError(f"line {ins.line}: opcode not known: {ins.text}")

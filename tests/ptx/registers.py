@@ -33,7 +33,8 @@ class Registers:
         smem: int,
     ) -> None:
         self.m, self.k, self.cid, self.grid = m, k, cid, grid
-        self.number = 0
+        self.number = self.step = 0
+        self.last_write: dict[str, int] = {}  # step of a register's last ordinary write
         self.block, self.pv, self.params = block, pv, params
         self.n = n = block[0] * block[1] * block[2]
         if n % 32:
@@ -54,6 +55,10 @@ class Registers:
         self.async_groups = [collections.deque() for _ in range(n // 32)]
         self.pending = {}
         self.races = RaceDetector(n // 32, len(self.smem))
+        groups = -(-n // 128)
+        self.fenced = [0] * groups  # step of the last wgmma.fence
+        self.committed = [0] * groups
+        self.in_flight: list[dict[str, int]] = [{} for _ in range(groups)]
         self.synced = False  # has passed a global atomic: may read what other blocks wrote
 
     def raw(self, name: str):
@@ -129,6 +134,7 @@ class Registers:
     def put(self, name: str, v, act: Mask) -> None:
         if name == "_":
             return
+        self.last_write[name] = self.step
         d = self.raw(name)
         w = d.dtype.itemsize
         v = np.asarray(v)

@@ -144,7 +144,7 @@ class TensorCores(Memory):
 
     def op_wgmma(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         if mods[0] != "mma_async":
-            return
+            return self.wgmma_order(mods, args, act)
         m, n, k = map(
             int,
             re.match(
@@ -183,6 +183,10 @@ class TensorCores(Memory):
             else:
                 Am = conv(self.smem_tile(ins, w, int(self.val(args[1], "u64")[sl][0]), 64, k, ta))
             Bm = conv(self.smem_tile(ins, w, int(self.val(args[2], "u64")[sl][0]), n, k, tb)).T
+            inputs = self.vec(args[1]) if ra else []
+            for q in [*d, *inputs]:
+                if self.last_write.get(q, 0) > self.fenced[w]:
+                    raise self.fault(ins, f"no wgmma.fence since {q} was written")
             P = sa * sb * (Am @ Bm)
             for i, q in enumerate(d):
                 col, row = (8 * (i // 4) + 2 * t + i % 2, g + 8 * (i // 2 % 2))
@@ -193,4 +197,25 @@ class TensorCores(Memory):
                     np.uint32
                 )
                 self.r[q] = reg
+            self.in_flight[w].update(dict.fromkeys([*d, *inputs], self.committed[w]))
             self.m.count["mma_flops"] += 2 * m * n * k
+
+    def wgmma_order(self, mods: list[str], args: list[str], act: Mask) -> None:
+        """wgmma.fence, commit_group and wait_group of the warpgroups that execute it."""
+        for w in np.unique(np.nonzero(self.A(act))[0] // 128):
+            if mods[0] == "fence":
+                self.fenced[w] = self.step
+            elif mods[0] == "commit_group":
+                self.committed[w] += 1
+            elif mods[0] == "wait_group":
+                done = self.committed[w] - int(args[0], 0)
+                flying = self.in_flight[w].items()
+                self.in_flight[w] = {q: group for q, group in flying if group >= done}
+
+    def refuse_in_flight(self, ins: Instr, act: Mask) -> None:
+        """An ordinary instruction may not touch the registers of a wgmma not yet waited for."""
+        named = [q for a in ins.args for q in self.vec(a)]
+        for w in np.unique(np.nonzero(self.A(act))[0] // 128):
+            for q in named:
+                if q in self.in_flight[w]:
+                    raise self.fault(ins, f"{q} belongs to a wgmma that has not been waited for")

@@ -11,7 +11,8 @@ driver; after a launch `driver.machine` is the device that ran it (its counters 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +29,14 @@ from .parser import Module
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
+Mutation = Callable[[str], str]
+_mutants = itertools.count(1000)
+
+
 class _Utils:
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, mutate: Mutation | None) -> None:
         self.arch = arch
+        self.mutate = mutate
         self.ptx_path = ""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
@@ -42,15 +48,15 @@ class _Utils:
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
         with open(self.ptx_path) as f:
-            module = Module(f.read())
+            text = f.read()
+        module = Module(self.mutate(text) if self.mutate else text)
         return module, (module, name), 0, 0, 1024
 
 
 class _Launcher:
     """Stands where CudaLauncher stands: Python arguments become device addresses."""
 
-    def __init__(self, owner: CpuPtxDriver, src: Any, metadata: Any) -> None:
-        self.owner = owner
+    def __init__(self, src: Any, metadata: Any) -> None:
         self.types = list(src.signature.values())
         self.metadata = metadata
 
@@ -78,7 +84,7 @@ class _Launcher:
             else:
                 values.append(arg)
         threads = self.metadata.num_warps * 32
-        self.owner.machine = machine
+        driver.active.machine = machine
         machine.launch(module, name, (gx, gy, gz), threads, values, smem=self.metadata.shared)
         for address, whole in storages.values():
             whole.copy_(torch.from_numpy(machine.get(address)))
@@ -96,13 +102,15 @@ def _upload(machine: Machine, storages: dict[int, tuple[int, torch.Tensor]], t: 
 class CpuPtxDriver(DriverBase):
     """An active driver whose target is `cuda:<arch>` and whose device is this interpreter."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, mutate: Mutation | None = None) -> None:
         self.arch = arch
-        self.utils = _Utils(arch)
+        self.utils = _Utils(arch, mutate)
+        # Triton keys its loaded kernels by device: one a target, and one for each mutation.
+        self.device = next(_mutants) if mutate else arch
         self.machine: Machine | None = None
 
     def launcher_cls(self, src: Any, metadata: Any) -> _Launcher:
-        return _Launcher(self, src, metadata)
+        return _Launcher(src, metadata)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -115,7 +123,7 @@ class CpuPtxDriver(DriverBase):
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton keys its compile cache by device: one cache an arch
+        return self.device
 
     def set_current_device(self, device: int) -> None:
         pass
@@ -134,10 +142,13 @@ class CpuPtxDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def on_cpu(arch: int | str) -> Iterator[CpuPtxDriver]:
-    """Run Triton launches in this context as PTX of `arch` (90, "sm_90" or "ptx:sm_90")."""
+def on_cpu(arch: int | str, mutate: Mutation | None = None) -> Iterator[CpuPtxDriver]:
+    """Run Triton launches in this context as PTX of `arch` (90, "sm_90" or "ptx:sm_90").
+
+    `mutate` rewrites the PTX text before it is loaded, to seed a fault.
+    """
     number = int(str(arch).removeprefix("ptx:").removeprefix("sm_"))
-    mine = CpuPtxDriver(number)
+    mine = CpuPtxDriver(number, mutate)
 
     def remember(module: Any, function: Any, name: str, files: Any, digest: str) -> None:
         mine.utils.ptx_path = next(p for f, p in files.items() if f.endswith(".ptx"))
