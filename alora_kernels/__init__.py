@@ -1,0 +1,22 @@
+"""Fused kernels and tools for Activated LoRA."""
+
+from .activation import Activation, activate, current_activation, find_invocation_starts
+from .autograd import AloraFunction
+from .functional import alora_add, alora_linear, alora_linear_group
+from .nn import AloraLinear
+from .reference import alora_linear_reference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activation",
+    "AloraFunction",
+    "AloraLinear",
+    "activate",
+    "alora_add",
+    "alora_linear",
+    "alora_linear_group",
+    "alora_linear_reference",
+    "current_activation",
+    "find_invocation_starts",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,13 @@ class Activation:
             object.__setattr__(
                 self, "max_active", self.row_adapter.shape[0] if known is None else known
             )
+        if self.segments is None and _readable(self.row_adapter) and self.num_rows:
+            highest = int(self.row_adapter.max())
+            if highest > 0:
+                raise NotImplementedError(
+                    f"Activation: row_adapter names adapter {highest}, but one adapter is served "
+                    "per call; indices must be -1 (base model) or 0"
+                )
 
     # ------------------------------------------------------------------ constructors
 
@@ -95,7 +103,7 @@ class Activation:
         *,
         device: torch.device | str | None = None,
     ) -> Activation:
-        """Activate the last `min(offset, seq_len)` tokens of each sequence (PEFT's `alora_offsets`).
+        """Activate the last `min(offset, seq_len)` tokens of a sequence (PEFT's `alora_offsets`).
 
         None, zero and negative offsets run the base model.
         """
@@ -158,7 +166,7 @@ class Activation:
             None if s is None or int(s) < 0 else int(s)
             for s in (starts.tolist() if isinstance(starts, Tensor) else starts)
         ]
-        if not bounds or bounds[0] != 0 or any(a > b for a, b in zip(bounds, bounds[1:])):
+        if not bounds or bounds[0] != 0 or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(
                 f"Activation.from_packed: cu_seqlens must begin with 0 and never fall, got {bounds}"
             )
@@ -187,8 +195,8 @@ class Activation:
         active[rows:].fill_(-1)
         host: dict[str, Any] = {}
         if _readable(flat):
-            segments = tuple(_segments_of(active[: int(count)]))
-            host = {"num_active": int(count), "segments": segments}
+            known = int(count)
+            host = {"num_active": known, "segments": _runs(active[:known])}
         activation = cls(flat.to(torch.int32) - 1, active[:rows], count, **host)
         return activation if device is None else activation.to(device)
 
@@ -286,9 +294,7 @@ def find_invocation_starts(
         int64 `[B]` on the device of `input_ids`.
     """
     if input_ids.dim() not in (1, 2):
-        raise ValueError(
-            f"input_ids must have shape [B, T] or [T], got {tuple(input_ids.shape)}"
-        )
+        raise ValueError(f"input_ids must have shape [B, T] or [T], got {tuple(input_ids.shape)}")
     if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must hold token ids (an integer dtype), got {input_ids.dtype}")
     length = len(invocation_tokens)
@@ -319,21 +325,25 @@ def find_invocation_starts(
 def _readable(tensor: Tensor) -> bool:
     """Whether the host may look at the values: on the CPU, and not while a compiler traces."""
     return (
-        tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
+        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
     )
 
 
-def _segments_of(rows: Tensor) -> Iterator[Segment]:
+def segments_of(activation: Activation) -> Sequence[Segment]:
+    """The half-open row ranges that make up the active rows; counted here when the host must."""
+    if activation.segments is not None:
+        return activation.segments
+    return _runs(activation.active_rows[: int(activation.active_count)].cpu())
+
+
+def _runs(rows: Tensor) -> tuple[Segment, ...]:
     """Maximal runs of consecutive numbers in ascending CPU `rows`."""
     if not len(rows):
-        return
+        return ()
     values = rows.numpy()
     breaks = (values[1:] - values[:-1] != 1).nonzero()[0] + 1
     edges = [0, *breaks.tolist(), len(values)]
-    for lo, hi in zip(edges, edges[1:]):
-        yield int(values[lo]), int(values[hi - 1]) + 1
+    return tuple((int(values[lo]), int(values[hi - 1]) + 1) for lo, hi in itertools.pairwise(edges))
 
 
 # What the host knows is left out of the pytree: a compiler would bake it into its graph.
@@ -370,8 +380,8 @@ _mirror = _Mirror()
 def activate(activation: Activation | None) -> Iterator[Activation | None]:
     """Make `activation` the one that `AloraLinear` layers use when they are given none.
 
-        with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
-            model(input_ids)
+    with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
+        model(input_ids)
     """
     token = _ambient.set(activation)
     before = _mirror.activation

@@ -40,7 +40,9 @@ def alora_linear_reference(
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     if base_out is None:
         assert weight is not None
-        base = F.linear(rows if prefix_grad else torch.where(active, rows, rows.detach()), weight, bias)
+        base = F.linear(
+            rows if prefix_grad else torch.where(active, rows, rows.detach()), weight, bias
+        )
     else:
         base = base_out.reshape(rows.shape[0], -1)
     selected, factor = active, scaling

@@ -117,16 +117,15 @@ class Backend(Protocol):
         """The wanted gradients. Projections without a weight add only the adapter's part to dx."""
 
 
-def saved_columns(ranks: Sequence[int], device: str) -> tuple[tuple[int, ...], int]:
+def saved_columns(ranks: Sequence[int]) -> tuple[tuple[int, ...], int]:
     """Where each projection's columns begin in the saved `xa`, and how many columns it has.
 
-    On a GPU every projection begins at a multiple of 16 elements, for 16-byte loads.
+    Every projection begins at a multiple of 16 elements, for 16-byte loads.
     """
-    step = 1 if device == "cpu" else 16
     begins, total = [], 0
     for rank in ranks:
         begins.append(total)
-        total += -(-rank // step) * step
+        total += -(-rank // 16) * 16
     return tuple(begins), total
 
 

@@ -10,6 +10,7 @@ Extra memory of a training step: `xa` and `dya`, 2·(f·M·R) elements, and the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,16 @@ from ..casting import cast_frozen
 from . import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
 from .philox import DropMask
 
-Selector = slice | Tensor
 SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
 FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
+
+
+class Part(NamedTuple):
+    """Active rows that are read and written together."""
+
+    rows: slice | Tensor  # which rows of x and y: a slice, or int64 row numbers
+    begin: int  # the same rows in `xa` and `dya`, which hold active rows alone
+    end: int
 
 
 class CpuBackend:
@@ -51,25 +59,24 @@ class CpuBackend:
             ys = [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
         else:
             ys = list(base_outs)
-        parts, count = _active_parts(call.activation)
-        begins, columns = saved_columns([p.lora_a.shape[0] for p in projections], "cpu")
+        parts, count = _parts(call.activation)
+        begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
-        rows = call.activation.num_active if call.activation.num_active is not None else len(x)
-        xa = x.new_empty((rows if save else count, columns), dtype=dtype)  # first `count` rows used
+        known = call.activation.num_active
+        xa = x.new_empty(len(x) if known is None else known, columns, dtype=dtype)
         if count == 0:
             return ys, xa if save else None
-        lora_a = [cast_frozen(p.lora_a, dtype) for p in projections]  # [R, K] each
-        lora_b = [cast_frozen(p.lora_b, dtype) for p in projections]  # [N, R] each
-        kept = 1.0 - call.dropout_p
-        for begin, end, rows_x, _ in _inputs(call, x, parts, dtype):
+        lora_a = [cast_frozen(p.lora_a, dtype, cache=not save) for p in projections]
+        for part, rows_x, _ in _inputs(call, x, parts, dtype):
             for a, column, scaling in zip(lora_a, begins, call.scalings):
-                out = xa[begin:end, column : column + a.shape[0]]
-                torch.addmm(out, rows_x, a.t(), beta=0, alpha=scaling / kept, out=out)
-        for selector, begin, end in parts:
-            for p, y, b, column, scaling in zip(projections, ys, lora_b, begins, call.scalings):
-                part = xa[begin:end, column : column + b.shape[1]]
-                offset = None if p.lora_bias is None else p.lora_bias.to(dtype) * scaling
-                _add_product(y, selector, part, b.t(), offset)
+                out = xa[part.begin : part.end, column : column + len(a)]
+                _scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
+        for p, y, column, scaling in zip(projections, ys, begins, call.scalings):
+            b = cast_frozen(p.lora_b, dtype, cache=not save).t()  # [R, N]
+            offset = None if p.lora_bias is None else p.lora_bias.detach().to(dtype) * scaling
+            for part in parts:
+                low = xa[part.begin : part.end, column : column + len(b)]
+                _add_product(y, part.rows, low, b, offset)
         return ys, xa if save else None
 
     def backward(
@@ -82,62 +89,212 @@ class CpuBackend:
         dys: Sequence[Tensor],
         needs: Needs,
     ) -> Gradients:
-        parts, count = _active_parts(call.activation)
-        begins, columns = saved_columns([p.lora_a.shape[0] for p in projections], "cpu")
-        dys = [_row_major(dy) for dy in dys]
+        parts, count = _parts(call.activation)
         dx = _base_dx(call, x, projections, dys, parts) if needs.x else None
-        if count == 0:
-            return Gradients(
-                dx,
-                [_zeros(p.lora_a, need) for p, need in zip(projections, needs.lora_a)],
-                [_zeros(p.lora_b, need) for p, need in zip(projections, needs.lora_b)],
-                [_zeros(p.lora_bias, need) for p, need in zip(projections, needs.lora_bias)],
-            )
-        dtype = saved_dtype(x.dtype, call.adapter_precision)
-        kept = 1.0 - call.dropout_p
-        dya = x.new_empty((count, columns), dtype=dtype) if needs.x or any(needs.lora_a) else None
-        grad_b = [_Sum(len(parts)) for _ in projections]
-        grad_bias = [_Sum(len(parts)) for _ in projections]
-        for selector, begin, end in parts:
-            for i, (p, dy) in enumerate(zip(projections, dys)):
-                rank, scaling = p.lora_a.shape[0], call.scalings[i]
-                wants_dya = dya is not None and (needs.x or needs.lora_a[i])
-                if not (wants_dya or needs.lora_b[i] or needs.lora_bias[i]):
-                    continue
-                rows_dy = dy[selector].to(dtype)  # [n, N]
-                columns_i = slice(begins[i], begins[i] + rank)
-                if wants_dya:
-                    assert dya is not None
-                    out = dya[begin:end, columns_i]
-                    b = cast_frozen(p.lora_b, dtype)
-                    torch.addmm(out, rows_dy, b, beta=0, alpha=scaling / kept, out=out)
-                if needs.lora_b[i]:
-                    assert xa is not None
-                    grad_b[i].add(xa[begin:end, columns_i].t() @ rows_dy)  # [R, N]
-                if needs.lora_bias[i]:
-                    grad_bias[i].add(rows_dy.sum(0, dtype=torch.promote_types(dtype, torch.float32)))
-        grad_a = [_Sum(2) for _ in projections]
-        if dya is not None:
-            lora_a = [cast_frozen(p.lora_a, dtype) for p in projections]
-            inputs = _inputs(call, x, parts, dtype, values=any(needs.lora_a))
-            for begin, end, rows_x, drop in inputs:
-                for i, (a, column) in enumerate(zip(lora_a, begins)):
-                    rows_dya = dya[begin:end, column : column + a.shape[0]]  # [n, R]
-                    if needs.lora_a[i]:
-                        grad_a[i].add(rows_dya.t() @ rows_x)  # [R, K]
-                    if dx is not None and drop is not None:
-                        masked = (rows_dya @ a).masked_fill_(drop, 0)
-                        _add_rows(dx, parts, begin, end, masked)
-            if dx is not None and call.dropout_p == 0.0:
-                for selector, begin, end in parts:
-                    for a, column in zip(lora_a, begins):
-                        _add_product(dx, selector, dya[begin:end, column : column + a.shape[0]], a)
+        sums = [(_Sum(), _Sum(), _Sum()) for _ in projections]  # of lora_a, lora_b, lora_bias
+        if count > 0:
+            dtype = saved_dtype(x.dtype, call.adapter_precision)
+            dya: list[Tensor | None] = []
+            for i, dy in enumerate(dys):
+                wanted = needs.x or needs.lora_a[i]
+                dya.append(
+                    x.new_empty(count, _rank(projections[i]), dtype=dtype) if wanted else None
+                )
+                _outputs_side(call, projections, i, dy, parts, xa, dya[i], needs, sums[i])
+            _inputs_side(call, x, projections, parts, dya, dx, needs, sums)
         return Gradients(
             dx,
-            [g.result(p.lora_a) if need else None for g, p, need in zip(grad_a, projections, needs.lora_a)],
-            [g.result(p.lora_b, transpose=True) if need else None for g, p, need in zip(grad_b, projections, needs.lora_b)],
             [
-                g.result(p.lora_bias, s) if need and p.lora_bias is not None else None
-                for g, p, s, need in zip(grad_bias, projections, call.scalings, needs.lora_bias)
+                s[0].result(p.lora_a) if n else None
+                for s, p, n in zip(sums, projections, needs.lora_a)
+            ],
+            [
+                s[1].result(p.lora_b) if n else None
+                for s, p, n in zip(sums, projections, needs.lora_b)
+            ],
+            [
+                s[2].result(p.lora_bias) if n and p.lora_bias is not None else None
+                for s, p, n in zip(sums, projections, needs.lora_bias)
             ],
         )
+
+
+class _Sum:
+    """Adds partial gradients in the order they come; several of them in float32 or better."""
+
+    total: Tensor | None = None
+
+    def add(self, part: Tensor) -> None:
+        if self.total is None:
+            self.total = part
+            return
+        wide = torch.promote_types(part.dtype, torch.float32)
+        self.total = self.total.to(wide).add_(part)
+
+    def result(self, parameter: Tensor) -> Tensor:
+        """The sum in the parameter's dtype; zeros when nothing was added."""
+        if self.total is None:
+            return torch.zeros_like(parameter, requires_grad=False)
+        return self.total.to(parameter.dtype)
+
+
+def _outputs_side(
+    call: Call,
+    projections: Sequence[Projection],
+    i: int,
+    dy: Tensor,
+    parts: Sequence[Part],
+    xa: Tensor | None,
+    dya: Tensor | None,
+    needs: Needs,
+    sums: tuple[_Sum, _Sum, _Sum],
+) -> None:
+    """What reads dy's active rows: dya, dB = dyᵀ·xa and the bias gradient."""
+    p, scaling = projections[i], call.scalings[i]
+    wants_bias = needs.lora_bias[i] and p.lora_bias is not None
+    if dya is None and not (needs.lora_b[i] or wants_bias):
+        return
+    begin = saved_columns([_rank(q) for q in projections])[0][i]
+    dtype = saved_dtype(dy.dtype, call.adapter_precision)
+    b = None if dya is None else cast_frozen(p.lora_b, dtype, cache=False)
+    factor = scaling / (1.0 - call.dropout_p)
+    for part in parts:
+        rows_dy = dy[part.rows].to(dtype)  # [n, N]
+        if dya is not None and b is not None:
+            _scaled_product(rows_dy, b, factor, dya[part.begin : part.end])
+        if needs.lora_b[i]:
+            assert xa is not None
+            low = xa[part.begin : part.end, begin : begin + _rank(p)]
+            sums[1].add(rows_dy.t() @ low)  # [N, R]
+        if wants_bias:
+            wide = torch.promote_types(dtype, torch.float32)
+            sums[2].add(rows_dy.sum(0, dtype=wide).mul_(scaling))
+
+
+def _inputs_side(
+    call: Call,
+    x: Tensor,
+    projections: Sequence[Projection],
+    parts: Sequence[Part],
+    dya: Sequence[Tensor | None],
+    dx: Tensor | None,
+    needs: Needs,
+    sums: Sequence[tuple[_Sum, _Sum, _Sum]],
+) -> None:
+    """What pairs dya with the inputs: dA = dyaᵀ·x and the adapter's part of dx."""
+    dtype = saved_dtype(x.dtype, call.adapter_precision)
+    lora_a = [cast_frozen(p.lora_a, dtype, cache=False) if needs.x else None for p in projections]
+    values = any(needs.lora_a)
+    if values or (dx is not None and call.dropout_p > 0.0):
+        for part, rows_x, drop in _inputs(call, x, parts, dtype, values=values):
+            for i, (a, whole) in enumerate(zip(lora_a, dya)):
+                if whole is None:
+                    continue
+                low = whole[part.begin : part.end]  # [n, R]
+                if needs.lora_a[i]:
+                    sums[i][0].add(low.t() @ rows_x)  # [R, K]
+                if dx is not None and a is not None and drop is not None:
+                    _add_rows(dx, part.rows, (low @ a).masked_fill_(drop, 0))
+    if dx is not None and call.dropout_p == 0.0:
+        for a, whole in zip(lora_a, dya):
+            assert a is not None and whole is not None
+            for part in parts:
+                _add_product(dx, part.rows, whole[part.begin : part.end], a)
+
+
+def _base_dx(
+    call: Call,
+    x: Tensor,
+    projections: Sequence[Projection],
+    dys: Sequence[Tensor],
+    parts: Sequence[Part],
+) -> Tensor:
+    """The base's part of dx, Σ dy·weight; on active rows alone without `prefix_grad`."""
+    if projections[0].weight is None:
+        return x.new_zeros(x.shape)
+    weights = [p.weight for p in projections]
+    if call.prefix_grad:
+        dx = dys[0] @ weights[0]
+        for dy, weight in zip(dys[1:], weights[1:]):
+            dx.addmm_(dy, weight)
+        return dx
+    dx = x.new_zeros(x.shape)
+    for part in parts:
+        for i, (dy, weight) in enumerate(zip(dys, weights)):
+            if isinstance(part.rows, slice) and i == 0:
+                torch.mm(dy[part.rows], weight, out=dx[part.rows])
+            else:
+                _add_product(dx, part.rows, dy[part.rows], weight)
+    return dx
+
+
+def _rank(p: Projection) -> int:
+    return p.lora_a.shape[0]
+
+
+def _parts(activation: Activation) -> tuple[list[Part], int]:
+    """The active rows as slices, or as one gather when they lie scattered; and their number."""
+    segments = segments_of(activation)
+    count = sum(stop - start for start, stop in segments)
+    if len(segments) > FEW_SEGMENTS and count < SHORT_SEGMENT * len(segments):
+        return [Part(activation.active_rows[:count].long(), 0, count)], count
+    parts, begin = [], 0
+    for start, stop in segments:
+        parts.append(Part(slice(start, stop), begin, begin + stop - start))
+        begin += stop - start
+    return parts, count
+
+
+def _inputs(
+    call: Call, x: Tensor, parts: Sequence[Part], dtype: torch.dtype, values: bool = True
+) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
+    """Over the active rows: the part, dropout(x) without its 1/(1−p), and the drop mask.
+
+    Without dropout a part is read where it lies. With dropout parts come in cache-sized chunks,
+    and a mask lives until the next one. Without `values` the middle item means nothing.
+    """
+    if call.dropout_p == 0.0:
+        for part in parts:
+            yield part, x[part.rows].to(dtype), None
+        return
+    assert call.seed is not None
+    mask = DropMask(int(call.seed), call.dropout_p, x.shape[1])
+    for part in parts:
+        rows = part.rows
+        numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+        for lo, hi, drop in mask.chunks(numbers):
+            here = (
+                slice(rows.start + lo, rows.start + hi) if isinstance(rows, slice) else rows[lo:hi]
+            )
+            kept = x[here].to(dtype).masked_fill(drop, 0) if values else x
+            yield Part(here, part.begin + lo, part.begin + hi), kept, drop
+
+
+def _scaled_product(left: Tensor, right: Tensor, factor: float, out: Tensor) -> None:
+    """out = factor · left · right, the factor applied before the product is rounded."""
+    torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
+
+
+def _add_product(
+    out: Tensor, rows: slice | Tensor, left: Tensor, right: Tensor, offset: Tensor | None = None
+) -> None:
+    """out[rows] += left · right + offset, in place, added in the operands' dtype."""
+    if isinstance(rows, slice) and out.dtype == left.dtype and offset is None:
+        out[rows].addmm_(left, right)
+        return
+    product = left @ right if offset is None else torch.addmm(offset, left, right)
+    _add_rows(out, rows, product)
+
+
+def _add_rows(out: Tensor, rows: slice | Tensor, part: Tensor) -> None:
+    """out[rows] += part, rounded once."""
+    if isinstance(rows, slice):
+        here = out[rows]
+        if out.dtype == part.dtype:
+            here.add_(part)
+        else:
+            here.copy_(part.add_(here))
+    elif out.dtype == part.dtype:
+        out.index_add_(0, rows, part)
+    else:
+        out.index_copy_(0, rows, part.add_(out[rows]).to(out.dtype))

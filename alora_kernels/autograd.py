@@ -1,0 +1,164 @@
+"""AloraFunction: the eager path, from checked tensors straight to a backend.
+
+`run_forward` and `run_backward` are the one implementation that the registered op shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import Call, Gradients, Needs, Projection
+from .dispatch import choose, problem_of
+
+
+class Saved(NamedTuple):
+    """What forward hands to backward beside the tensors of the call."""
+
+    xa: Tensor | None
+    backend: str
+
+
+def run_forward(
+    call: Call,
+    x: Tensor,  # [M, K]
+    projections: Sequence[Projection],
+    base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
+    save: bool,
+) -> tuple[list[Tensor], Saved]:
+    """Choose and run: the outputs `[M, N]`, and what backward needs when `save`."""
+    problem = problem_of(call, x, projections, base_outs is not None, backward=False)
+    backend, strategy = choose(problem, call.backend, call.strategy)
+    ys, xa = backend.forward(call, strategy, x, projections, base_outs, save)
+    return ys, Saved(xa, backend.name)
+
+
+def run_backward(
+    call: Call,
+    x: Tensor,
+    projections: Sequence[Projection],
+    saved: Saved,
+    dys: Sequence[Tensor],
+    needs: Needs,
+) -> Gradients:
+    """The wanted gradients, by the backend that ran forward."""
+    problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
+    try:
+        backend, strategy = choose(problem, saved.backend, call.strategy)
+    except RuntimeError:
+        # A strategy forced for forward need not exist in backward; the backend's others do.
+        backend, strategy = choose(problem, saved.backend, "auto")
+    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else _nothing:
+        return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+_nothing = _Nothing()
+
+
+def _autocast(x: Tensor) -> bool:
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+class AloraFunction(torch.autograd.Function):
+    """`AloraFunction.apply(call, inplace, x, base_outs…, weights…, biases…, lora_a…, lora_b…,
+    lora_bias…)`, each group as long as `call.scalings`; returns a tuple of outputs.
+
+    Differentiable in x, base_outs, lora_a, lora_b and lora_bias; weights and biases are frozen.
+    `base_outs` are None where the base is computed here. Everything has been checked by
+    `functional`, which is the place to call.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, call: Call, inplace: bool, x: Tensor, *flat: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        count = len(call.scalings)
+        base_outs = flat[:count]
+        projections = projections_of(flat[count:], count)
+        given = None
+        if base_outs[0] is not None:
+            given = [
+                b if inplace else b.clone(memory_format=torch.contiguous_format)
+                for b in base_outs
+                if b is not None
+            ]
+            if inplace:
+                ctx.mark_dirty(*given)
+        rows = x.reshape(-1, x.shape[-1])
+        flat_given = None if given is None else [as_rows(b) for b in given]
+        ys, saved = run_forward(call, rows, projections, flat_given, save=True)
+        activation = call.activation
+        ctx.save_for_backward(
+            x,
+            saved.xa,
+            call.seed,
+            activation.row_adapter,
+            activation.active_rows,
+            activation.active_count,
+            *flat[count:],
+        )
+        ctx.call = call._replace(seed=None)
+        ctx.backend = saved.backend
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
+        if given is not None:
+            return tuple(given)
+        return tuple([y.view(shape) for y, shape in zip(ys, ctx.shapes)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        x, xa, seed, _, _, _, *flat = ctx.saved_tensors
+        call = ctx.call._replace(seed=seed)
+        count = len(call.scalings)
+        projections = projections_of(flat, count)
+        wanted = ctx.needs_input_grad
+        groups = [wanted[3 + i * count : 3 + (i + 1) * count] for i in range(6)]
+        base_grads = dys if projections[0].weight is None else (None,) * count
+        rows = x.reshape(-1, x.shape[-1])
+        dy_rows = [
+            x.new_zeros(rows.shape[0], shape[-1]) if dy is None else dy.reshape(-1, dy.shape[-1])
+            for dy, shape in zip(dys, ctx.shapes)
+        ]
+        needs = Needs(wanted[2], groups[3], groups[4], groups[5])
+        if needs.x or any(needs.lora_a) or any(needs.lora_b) or any(needs.lora_bias):
+            saved = Saved(xa, ctx.backend)
+            grads = run_backward(call, rows, projections, saved, dy_rows, needs)
+            dx = None if grads.x is None else grads.x.view(x.shape)
+        else:
+            dx, grads = None, Gradients(None, [None] * count, [None] * count, [None] * count)
+        frozen = (None,) * (2 * count)
+        return (
+            None,
+            None,
+            dx,
+            *base_grads,
+            *frozen,
+            *grads.lora_a,
+            *grads.lora_b,
+            *grads.lora_bias,
+        )
+
+
+def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection]:
+    """The projections of `weights…, biases…, lora_a…, lora_b…, lora_bias…`."""
+    flat = list(flat)
+    columns = [flat[i * count : (i + 1) * count] for i in range(5)]
+    return [Projection(*fields) for fields in zip(*columns)]  # type: ignore[arg-type]
+
+
+def as_rows(base_out: Tensor) -> Tensor:
+    """`base_out` `[..., N]` as `[M, N]` in the same memory."""
+    return base_out.view(-1, base_out.shape[-1])

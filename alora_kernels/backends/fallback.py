@@ -1,0 +1,96 @@
+"""The `reference` backend: the definition itself, for any device and any floating dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..reference import alora_linear_reference
+from . import Call, Gradients, Needs, Problem, Projection
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def why_not_here(self) -> str | None:
+        return None
+
+    def why_not(self, problem: Problem, strategy: str) -> str | None:
+        return None if strategy == "delta" else "the reference has the strategy 'delta' alone"
+
+    def forward(
+        self,
+        call: Call,
+        strategy: str,
+        x: Tensor,
+        projections: Sequence[Projection],
+        base_outs: Sequence[Tensor] | None,
+        save: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:
+        if base_outs is None:
+            return [_output(call, x, p, i, None) for i, p in enumerate(projections)], None
+        for i, (p, base) in enumerate(zip(projections, base_outs)):
+            base.copy_(_output(call, x, p, i, base))
+        return list(base_outs), None
+
+    def backward(
+        self,
+        call: Call,
+        strategy: str,
+        x: Tensor,
+        projections: Sequence[Projection],
+        xa: Tensor | None,
+        dys: Sequence[Tensor],
+        needs: Needs,
+    ) -> Gradients:
+        count = len(projections)
+        wanted = [needs.x, *needs.lora_a, *needs.lora_b, *needs.lora_bias]
+        tensors = [
+            x,
+            *(p.lora_a for p in projections),
+            *(p.lora_b for p in projections),
+            *(p.lora_bias for p in projections),
+        ]
+        with torch.enable_grad():
+            leaves = [
+                None if t is None else t.detach().requires_grad_(need)
+                for t, need in zip(tensors, wanted)
+            ]
+            x_leaf = leaves[0]
+            assert x_leaf is not None
+            outs = []
+            for i, p in enumerate(projections):
+                a, b, bias = (leaves[1 + j * count + i] for j in range(3))
+                assert a is not None and b is not None
+                again = p._replace(lora_a=a, lora_b=b, lora_bias=bias)
+                base = None if p.weight is not None else torch.zeros_like(dys[i])
+                outs.append(_output(call, x_leaf, again, i, base))
+            inputs = [t for t, need in zip(leaves, wanted) if need and t is not None]
+            found = iter(torch.autograd.grad(outs, inputs, list(dys), materialize_grads=True))
+        grads = [next(found) if need and t is not None else None for t, need in zip(leaves, wanted)]
+        return Gradients(
+            grads[0],
+            grads[1 : 1 + count],
+            grads[1 + count : 1 + 2 * count],
+            grads[1 + 2 * count :],
+        )
+
+
+def _output(call: Call, x: Tensor, p: Projection, i: int, base_out: Tensor | None) -> Tensor:
+    return alora_linear_reference(
+        x,
+        p.weight,
+        p.bias,
+        p.lora_a,
+        p.lora_b,
+        call.activation.mask,
+        call.scalings[i],
+        lora_bias=p.lora_bias,
+        dropout_p=call.dropout_p,
+        seed=call.seed,
+        prefix_grad=call.prefix_grad,
+        adapter_precision=call.adapter_precision,
+        base_out=base_out,
+    )

@@ -1,0 +1,127 @@
+"""Which backend and which strategy run a problem; every refusal has a reason.
+
+The choice is a pure function of the problem, made once per problem and logged.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends import STRATEGIES, Backend, Call, Problem, Projection
+from .backends.cpu import CpuBackend
+from .backends.fallback import ReferenceBackend
+from .backends.triton import TritonBackend
+from .cost import seconds
+
+logger = logging.getLogger("alora_kernels")
+
+# In the order of preference where the cost model sees no difference.
+BACKENDS: dict[str, Backend] = {
+    b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())
+}
+
+
+def problem_of(
+    call: Call,
+    x: Tensor,  # [M, K]
+    projections: Sequence[Projection],
+    base_given: bool,
+    backward: bool,
+) -> Problem:
+    """What the choice depends on."""
+    first = projections[0]
+    return Problem(
+        rows=x.shape[0],
+        in_features=x.shape[1],
+        out_features=tuple([p.lora_b.shape[0] for p in projections]),
+        ranks=tuple([p.lora_a.shape[0] for p in projections]),
+        active=call.activation.planned_active,
+        dtype=x.dtype,
+        adapter_dtype=first.lora_a.dtype,
+        device=x.device.type,
+        arch=_arch(x.device) if x.device.type == "cuda" else 0,
+        backward=backward,
+        base_given=base_given,
+        dropout=call.dropout_p > 0.0,
+        adapter_precision=call.adapter_precision,
+        strict_inactive=call.strict_inactive,
+    )
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    if torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]:
+    """The backend and strategy for `problem`.
+
+    "auto" picks the pair with the least estimated time among those that have no reason to refuse;
+    `ALORA_BACKEND` and `ALORA_STRATEGY` stand in for an "auto". A backend that is asked for by name
+    never falls back.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: nothing that was asked for can run; lists every reason.
+    """
+    if backend == "auto":
+        backend = os.environ.get("ALORA_BACKEND", "auto")
+    if strategy == "auto":
+        strategy = os.environ.get("ALORA_STRATEGY", "auto")
+    return _choose(problem, backend, strategy)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]:
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(
+            f"unknown backend {backend!r}; the backends are auto, {', '.join(BACKENDS)}"
+        )
+    if strategy != "auto" and strategy not in STRATEGIES:
+        raise ValueError(
+            f"unknown strategy {strategy!r}; the strategies are auto, {', '.join(STRATEGIES)}"
+        )
+    names = list(BACKENDS) if backend == "auto" else [backend]
+    strategies = STRATEGIES if strategy == "auto" else (strategy,)
+    able: list[tuple[float, str, str]] = []
+    reasons: list[str] = []
+    for name in names:
+        for wanted in strategies:
+            reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
+            if reason is None:
+                able.append((seconds(problem, wanted), name, wanted))
+            else:
+                reasons.append(f"{name}/{wanted}: {reason}")
+    # The reference is the definition, not a contender: it serves what nothing else can.
+    contenders = [a for a in able if a[1] != "reference"] or able
+    if not contenders:
+        raise RuntimeError(
+            f"no backend can run this call (backend={backend!r}, strategy={strategy!r}):\n  "
+            + "\n  ".join(reasons)
+        )
+    if problem.device == "cpu" and backend == "auto":
+        contenders = [a for a in contenders if a[1] == "cpu"] or contenders
+    _, name, picked = min(contenders, key=lambda a: a[0])
+    if name == "reference" and backend == "auto" and problem.device not in ("cpu", "meta"):
+        _warn_once(problem.device, tuple(reasons))
+    logger.info("%s: %s/%s", problem, name, picked)
+    return BACKENDS[name], picked
+
+
+@functools.cache
+def _warn_once(device: str, reasons: tuple[str, ...]) -> None:
+    warnings.warn(
+        f"alora_kernels: {device} tensors run the plain PyTorch reference, because\n  "
+        + "\n  ".join(reasons),
+        stacklevel=2,
+    )
