@@ -1,0 +1,248 @@
+"""When running the prefix without gradient would be wrong, and why.
+
+The shortcut is exact because nothing before the invocation depends on a trained parameter, on a
+random number, or on the tokens after it. Each check here names one way in which that can fail.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_DROPOUTS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_dropout",
+    "attn_pdrop",
+    "activation_dropout",
+    "classifier_dropout",
+    "dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "layerdrop",
+    "resid_pdrop",
+)
+_TESTED_ATTENTION = ("sdpa", "eager")
+_NO_RESTART = ("dynamic", "longrope")  # RoPE whose angles depend on the total length
+
+
+class PrefixError(ValueError):
+    """The prefix cannot be left without gradient; the message lists every reason."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The PEFT model under DistributedDataParallel and torch.compile wrappers."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter name is a LoRA matrix (not a copy of a whole module)."""
+    return any(part in name for part in (".lora_A.", ".lora_B."))
+
+
+def text_config(model: nn.Module) -> Any:
+    config = unwrap(model).get_base_model().config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def attention_windows(model: nn.Module) -> list[int | None]:
+    """For each layer its sliding window, or None for full attention.
+
+    Raises:
+        PrefixError: for a layer whose state is neither (recurrent, chunked, compressed, shared).
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    config = text_config(model)
+    windows: list[int | None] = []
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicLayer:
+            windows.append(None)
+        elif type(layer) is DynamicSlidingWindowLayer:
+            kind = (getattr(config, "layer_types", None) or [None] * (index + 1))[index]
+            if kind == "chunked_attention":
+                raise PrefixError(f"layer {index} uses chunked attention, which is not supported")
+            windows.append(int(layer.sliding_window))
+        else:
+            raise PrefixError(
+                f"layer {index} keeps a {type(layer).__name__}: only full and sliding-window "
+                "attention have a prefix that can be lent (recurrent, linear, compressed and "
+                "shared states are not carried)"
+            )
+    return windows or [None] * int(config.num_hidden_layers)
+
+
+def prefix_problems(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[str]:
+    """Every reason why the prefix of `model` needs a gradient or cannot be computed apart.
+
+    Args:
+        model: a PEFT model, also under DDP, FSDP2 or torch.compile.
+        inputs: what the batch holds beyond input_ids, attention_mask, labels and position_ids.
+
+    Returns:
+        Reasons in words, empty when the shortcut is exact.
+    """
+    return list(_problems(model, inputs or {}))
+
+
+def check_prefix(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
+    """Raise `PrefixError` with every reason against the shortcut."""
+    problems = prefix_problems(model, inputs)
+    if problems:
+        listed = "\n  - ".join(problems)
+        raise PrefixError(
+            "the prefix cannot be left without gradient here; use prefix='full', or change:\n"
+            f"  - {listed}"
+        )
+
+
+def _problems(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[str]:
+    from peft import PeftModel, PeftType
+
+    peft = unwrap(model)
+    if type(model).__name__ == "FullyShardedDataParallel":
+        yield "FSDP1 is not supported; use FSDP2 (fully_shard)"
+        return
+    if isinstance(model, nn.DataParallel):
+        yield "DataParallel is not supported; use DistributedDataParallel"
+        return
+    if not isinstance(peft, PeftModel):
+        yield f"the model is a {type(peft).__name__}, not a PeftModel with an aLoRA adapter"
+        return
+    for adapter in peft.active_adapters:
+        config = peft.peft_config[adapter]
+        if config.peft_type != PeftType.LORA:
+            yield f"adapter {adapter!r} is {config.peft_type}: only aLoRA leaves the prefix alone"
+        elif not getattr(config, "alora_invocation_tokens", None):
+            yield (
+                f"adapter {adapter!r} is a plain LoRA (no alora_invocation_tokens): it acts on the "
+                "prefix too"
+            )
+    if len(peft.active_adapters) > 1:
+        yield f"{len(peft.active_adapters)} adapters are active; activate one"
+    yield from _trainable(peft)
+    yield from _architecture(peft)
+    yield from _randomness(peft)
+    yield from _checkpointing(peft)
+    for key, value in inputs.items():
+        if value is not None and key not in ("use_cache", "return_dict"):
+            yield f"the batch holds {key!r}, which the prefix pass would not see"
+
+
+def _trainable(peft: Any) -> Iterator[str]:
+    other = [
+        name for name, p in peft.named_parameters() if p.requires_grad and not is_adapter(name)
+    ]
+    if other:
+        yield (
+            f"{len(other)} trainable parameters outside of the adapter can reach the prefix, e.g. "
+            f"{other[0]}"
+        )
+    plain = sorted(
+        adapter
+        for adapter, config in peft.peft_config.items()
+        if not getattr(config, "alora_invocation_tokens", None)
+    )
+    for adapter in plain:
+        part = f".{adapter}."
+        if adapter not in peft.active_adapters and any(
+            p.requires_grad and part in name and is_adapter(name)
+            for name, p in peft.named_parameters()
+        ):
+            yield f"plain LoRA adapter {adapter!r} is trainable"
+
+
+def _architecture(peft: Any) -> Iterator[str]:
+    base = peft.get_base_model()
+    config = base.config
+    text = text_config(peft)
+    if getattr(config, "is_encoder_decoder", False):
+        yield "the model is an encoder-decoder"
+    if getattr(text, "is_causal", True) is False or getattr(
+        text, "use_bidirectional_attention", None
+    ) not in (None, False):
+        yield "attention is bidirectional: the prefix sees the suffix"
+    if getattr(text, "output_router_logits", False):
+        yield (
+            "output_router_logits is on: the router's auxiliary loss is taken over the prefix too "
+            "(set it to False)"
+        )
+    if getattr(base, "_is_stateful", False):
+        yield f"{type(base).__name__} carries a recurrent state"
+    if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
+        yield "ALiBi biases are made from the attention mask of one pass"
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    for kind in _rope_types(rope):
+        if kind in _NO_RESTART:
+            yield f"RoPE of type {kind!r} depends on the total length of the row"
+    try:
+        attention_windows(peft)
+    except PrefixError as problem:
+        yield str(problem)
+    attention = getattr(text, "_attn_implementation", "sdpa")
+    if attention not in _TESTED_ATTENTION:
+        yield (
+            f"attention implementation {attention!r} is not tested with a lent prefix; use one of "
+            f"{', '.join(_TESTED_ATTENTION)}"
+        )
+
+
+def _rope_types(rope: Any) -> Iterator[str]:
+    if isinstance(rope, Mapping):
+        for key in ("rope_type", "type"):
+            if isinstance(rope.get(key), str):
+                yield rope[key]
+                break
+        for value in rope.values():
+            yield from _rope_types(value)
+
+
+def _randomness(peft: Any) -> Iterator[str]:
+    if not peft.training:
+        return
+    text = text_config(peft)
+    for name in _DROPOUTS:
+        rate = getattr(text, name, None)
+        if isinstance(rate, (int, float)) and not math.isclose(rate, 0.0):
+            yield f"the base model drops activations in training ({name}={rate}); set it to 0"
+    for name, module in peft.named_modules():
+        if (
+            isinstance(module, nn.modules.dropout._DropoutNd)
+            and module.p > 0
+            and module.training
+            and "lora_dropout" not in name
+        ):
+            yield f"the base model drops activations in training ({name}, p={module.p})"
+            break
+    embeddings = peft.get_input_embeddings()
+    if getattr(embeddings, "neftune_noise_alpha", None) is not None:
+        yield "NEFTune adds noise to the prefix's embeddings"
+
+
+def _checkpointing(peft: Any) -> Iterator[str]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not (peft.training and torch.is_grad_enabled()):
+        return
+    on = [m for m in peft.modules() if getattr(m, "gradient_checkpointing", False)]
+    if not on:
+        return
+    layers = [m for m in on if isinstance(m, GradientCheckpointingLayer)]
+    if not layers or not all(hasattr(m, "_can_checkpoint_with_cache") for m in layers):
+        import transformers
+
+        yield (
+            f"transformers {transformers.__version__} drops the cache under gradient checkpointing "
+            "here (no _can_checkpoint_with_cache); turn checkpointing off or take another version"
+        )

@@ -1,0 +1,194 @@
+"""Two caches: one that collects the keys and values of prefixes, one that only lends them.
+
+transformers drops an ordinary cache under gradient checkpointing, because a layer that runs twice
+would append twice. `ReadOnlyPrefix.update` concatenates and stores nothing, so a layer may run as
+often as it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# Keys and values of one layer: [H, n, D] for a row, [B, H, n, D] for a batch.
+KeyValue = tuple[Tensor, Tensor]
+
+
+class LastLayerDone(Exception):
+    """The last layer's keys and values are stored: nothing after them is needed."""
+
+
+class _Layer(CacheLayerMixin):
+    """What both kinds of layer share: a window, or None for full attention."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.sliding_window = window
+        self.is_sliding = window is not None
+        self.is_initialized = True
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to prepare."""
+
+    def get_max_length(self) -> int:
+        return -1 if self.window is None else self.window
+
+    get_max_cache_shape = get_max_length  # the name before transformers 5
+
+    def reset(self) -> None:
+        raise NotImplementedError(f"{type(self).__name__} cannot be reset")
+
+
+class _CollectLayer(_Layer):
+    """Appends chunks of right-padded prefixes; keeps of a sliding layer what a row may still need.
+
+    Args:
+        window: the sliding window, or None.
+        shortest: tokens of the shortest prefix of the batch. Its last window must survive.
+    """
+
+    def __init__(self, window: int | None, shortest: int) -> None:
+        super().__init__(window)
+        self.shortest = shortest
+        self.seen = 0  # tokens passed so far
+        self.first = 0  # position of the first token still stored
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        before = self.seen
+        self.seen += key_states.shape[-2]
+        if self.keys is None:
+            self.keys, self.values = key_states, value_states
+        else:
+            self.keys = torch.cat([self.keys, key_states], dim=-2)
+            self.values = torch.cat([self.values, value_states], dim=-2)
+        keys, values = self.keys, self.values
+        if self.window is None:
+            return keys, values
+        visible = max(before - self.window + 1, 0) - self.first
+        keep = max(min(self.seen, self.shortest) - self.window + 1, 0)
+        if keep > self.first:
+            self.keys = keys[:, :, keep - self.first :]
+            self.values = values[:, :, keep - self.first :]
+            self.first = keep
+        return keys[:, :, visible:], values[:, :, visible:]
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        offset = 0 if self.window is None else max(self.seen - self.window + 1, 0)
+        return self.seen - offset + query_length, offset
+
+    def row(self, b: int, length: int) -> KeyValue:
+        """Row `b`'s last `min(length, window − 1)` keys and values, `[H, n, D]`."""
+        start = 0 if self.window is None else max(length - self.window + 1, 0)
+        span = slice(start - self.first, length - self.first)
+        return self.keys[b, :, span], self.values[b, :, span]
+
+
+class PrefixCollector(Cache):
+    """Collects the prefix keys and values of every layer over one or more chunks.
+
+    Args:
+        windows: for each layer its sliding window, or None for full attention.
+        lengths: tokens of each row's prefix.
+    """
+
+    def __init__(self, windows: Sequence[int | None], lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+        super().__init__(layers=[_CollectLayer(w, min(self.lengths)) for w in windows])
+        self.stop_in: int | None = None  # set while the layer runs that may stop early
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        states = self.layers[layer_idx].update(key_states, value_states)
+        if self.stop_in == layer_idx:
+            raise LastLayerDone
+        return states
+
+    def rows(self) -> list[list[KeyValue]]:
+        """For each row its layers' keys and values (views)."""
+        return [
+            [layer.row(b, length) for layer in self.layers] for b, length in enumerate(self.lengths)
+        ]
+
+
+class _ReadOnlyLayer(_Layer):
+    """Lends one layer's prefix: `update` is pure."""
+
+    def __init__(self, window: int | None, length: int, rows: Sequence[KeyValue]) -> None:
+        super().__init__(window)
+        self.length = length
+        self.stored = length if window is None else min(length, window - 1)
+        self.rows = list(rows)
+
+    def prefix(self) -> KeyValue:
+        """The right-aligned prefixes, `[B, H, stored, D]` twice; padding is zero."""
+        return self._align(0), self._align(1)
+
+    def _align(self, which: int) -> Tensor:
+        rows = [row[which] for row in self.rows]
+        if len(rows) == 1 and rows[0].shape[1] == self.stored:
+            return rows[0].unsqueeze(0)
+        heads, _, width = rows[0].shape
+        out = rows[0].new_empty(len(rows), heads, self.stored, width)
+        for b, row in enumerate(rows):
+            gap = self.stored - row.shape[1]
+            out[b, :, :gap] = 0
+            out[b, :, gap:] = row
+        return out
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([self._align(0).to(key_states.dtype), key_states], dim=-2)
+        values = torch.cat([self._align(1).to(value_states.dtype), value_states], dim=-2)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.stored + query_length, self.length - self.stored
+
+
+class ReadOnlyPrefix(Cache):
+    """The prefixes of a batch, right-aligned; layers read it and cannot change it.
+
+    Args:
+        windows: for each layer its sliding window, or None.
+        length: tokens of the longest prefix.
+        rows: for each row its layers' keys and values, `[H, n, D]`.
+    """
+
+    def __init__(
+        self, windows: Sequence[int | None], length: int, rows: Sequence[Sequence[KeyValue]]
+    ) -> None:
+        super().__init__(
+            layers=[
+                _ReadOnlyLayer(w, length, [row[i] for row in rows]) for i, w in enumerate(windows)
+            ]
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every stored tensor."""
+        for layer in self.layers:
+            for keys, values in layer.rows:
+                yield keys
+                yield values

@@ -1,0 +1,209 @@
+"""Prefixes kept across steps and epochs, under a byte budget, in memory or on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .fingerprint import Fingerprint
+from .kv import KeyValue
+
+_FORMAT = "1"
+_SUFFIX = ".safetensors"
+
+
+class PrefixStore:
+    """Keys and values of prefixes, least recently used first out.
+
+    An entry's key covers the token ids, the position ids, the base weights and config (in-place
+    edits included), the dtypes, quantisation and attention implementation, so a stale entry is
+    never found.
+
+    Args:
+        max_bytes: the budget for keys and values. An entry above it is not kept.
+        directory: keep the entries there as safetensors files, shared by runs and processes;
+            otherwise in memory (pinned when the model is on a GPU).
+        check: "sample" looks at addresses, version counters and 64 elements of each weight at
+            every step; "full" hashes every byte of the weights at every step.
+
+    Attributes:
+        hits, misses, evictions: counters of rows.
+        bytes: what the entries take now.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int = 4 << 30,
+        directory: str | os.PathLike[str] | None = None,
+        check: str = "sample",
+    ) -> None:
+        if check not in ("sample", "full"):
+            raise ValueError(f"PrefixStore: check must be 'sample' or 'full', got {check!r}")
+        if max_bytes <= 0:
+            raise ValueError(f"PrefixStore: max_bytes must be positive, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.directory = None if directory is None else Path(directory)
+        self.fingerprint = Fingerprint(content=directory is not None, always=check == "full")
+        self.hits = self.misses = self.evictions = self.bytes = 0
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # oldest first
+        self._memory: dict[str, list[KeyValue]] = {}
+        self._warned_too_big = False
+        if self.directory is not None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            files = [(p.stat().st_mtime_ns, p) for p in self.directory.glob(f"*{_SUFFIX}")]
+            for _, path in sorted(files):
+                self._sizes[path.stem] = path.stat().st_size
+            self.bytes = sum(self._sizes.values())
+            self._evict()
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def key(self, fingerprint: str, token_ids: Tensor, positions: Tensor) -> str:
+        """The name of one prefix: int64 `[P]` ids and positions under a model's fingerprint."""
+        digest = hashlib.blake2b(f"{_FORMAT}:{fingerprint}:".encode(), digest_size=20)
+        digest.update(token_ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
+        digest.update(positions.to(torch.int64).cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def name(self, model: nn.Module, extra: str = "") -> str:
+        """The fingerprint of `model`, looked at anew."""
+        return self.fingerprint(model, extra)
+
+    def get(self, key: str, device: torch.device) -> list[KeyValue] | None:
+        """The entry's layers, `[H, n, D]` keys and values, on `device`; None when absent."""
+        if self.directory is None:
+            layers = self._memory.get(key)
+        else:
+            layers = self._read(key)
+        if layers is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        if key in self._sizes:
+            self._sizes.move_to_end(key)
+        return [
+            (k.to(device, non_blocking=True), v.to(device, non_blocking=True)) for k, v in layers
+        ]
+
+    def put(self, key: str, layers: Sequence[KeyValue]) -> None:
+        """Keep a copy of an entry, making room for it."""
+        size = sum(t.numel() * t.element_size() for pair in layers for t in pair)
+        if size > self.max_bytes:
+            if not self._warned_too_big:
+                self._warned_too_big = True
+                warnings.warn(
+                    f"PrefixStore: a prefix of {size:,} bytes is above the budget of "
+                    f"{self.max_bytes:,} and is computed anew each time; raise max_bytes",
+                    stacklevel=2,
+                )
+            return
+        self._forget(key)
+        if self.directory is None:
+            self._memory[key] = [(_keep(k), _keep(v)) for k, v in layers]
+        else:
+            size = self._write(key, layers)
+        self._sizes[key] = size
+        self.bytes += size
+        self._evict()
+
+    def clear(self) -> None:
+        """Drop every entry, files too."""
+        for key in list(self._sizes):
+            self._drop(key)
+
+    def _evict(self) -> None:
+        while self.bytes > self.max_bytes and self._sizes:
+            self._drop(next(iter(self._sizes)))
+            self.evictions += 1
+
+    def _forget(self, key: str) -> None:
+        self.bytes -= self._sizes.pop(key, 0)
+
+    def _drop(self, key: str) -> None:
+        self._forget(key)
+        self._memory.pop(key, None)
+        if self.directory is not None:
+            with contextlib.suppress(FileNotFoundError):
+                self._path(key).unlink()
+
+    # ------------------------------------------------------------------ files
+
+    def _path(self, key: str) -> Path:
+        assert self.directory is not None
+        return self.directory / f"{key}{_SUFFIX}"
+
+    def _write(self, key: str, layers: Sequence[KeyValue]) -> int:
+        """Write beside, flush, then rename: a reader sees the whole file or none."""
+        from safetensors.torch import save
+
+        tensors = {}
+        for index, (k, v) in enumerate(layers):
+            tensors[f"{index:04d}.key"] = k.detach().contiguous().cpu()
+            tensors[f"{index:04d}.value"] = v.detach().contiguous().cpu()
+        data = save(tensors, metadata={"crc32": _checksum(tensors), "key": key})
+        descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=".partial")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path(key))
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+        return len(data)
+
+    def _read(self, key: str) -> list[KeyValue] | None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if metadata.get("crc32") != _checksum(tensors) or metadata.get("key") != key:
+                raise SafetensorError("checksum does not match")
+            os.utime(path)
+        except FileNotFoundError:
+            self._forget(key)
+            return None
+        except (SafetensorError, OSError, ValueError) as error:
+            warnings.warn(
+                f"PrefixStore: {path} is damaged ({error}); its prefix is computed anew",
+                stacklevel=3,
+            )
+            self._drop(key)
+            return None
+        if key not in self._sizes:  # another process wrote it
+            self._sizes[key] = path.stat().st_size
+            self.bytes += self._sizes[key]
+        values = list(tensors.values())
+        return list(zip(values[::2], values[1::2]))
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    """A compact copy on the CPU, pinned when it comes from a GPU."""
+    if tensor.device.type == "cpu":
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return pinned.copy_(tensor.detach())
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    crc = 0
+    for name in sorted(tensors):
+        data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
+    return f"{crc:08x}"
