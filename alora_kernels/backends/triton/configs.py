@@ -1,18 +1,29 @@
-"""Launch configs: a frozen table, chosen by a pure function of the problem.
+"""Launch configs: a frozen table and the pure functions that choose from it.
 
-The figures are planned from tile sizes and shared memory, not tuned on a GPU.
+The figures are planned from tile sizes, registers and shared memory, not tuned on a GPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+# Shared memory that one block may ask for, in bytes; GENERIC_LIMIT where the GPU is unknown.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+GENERIC_LIMIT = 101376
+MAX_RANK = 256
+MAX_ONEPASS_RANK = 64  # padded: a second accumulator of this many columns still fits registers
+
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one launch. `block_k` is the reduction's step."""
+    """Tile of one launch. `block_k` is the reduction's step.
+
+    Constraints: blocks are powers of two of at least 16, what tensor cores multiply; 4 or 8 warps;
+    1 to 6 stages.
+    """
 
     block_m: int
     block_n: int
@@ -20,32 +31,148 @@ class Config:
     warps: int
     stages: int
 
+    def __post_init__(self) -> None:
+        for block in (self.block_m, self.block_n, self.block_k):
+            if block < 16 or block & (block - 1):
+                raise ValueError(f"{self}: blocks must be powers of two of at least 16")
+        if self.warps not in (4, 8) or not 1 <= self.stages <= 6:
+            raise ValueError(f"{self}: 4 or 8 warps and 1 to 6 stages are expected")
 
-FLOAT32 = Config(64, 64, 16, 4, 2)
-FEW_ROWS = Config(16, 64, 64, 4, 4)
-SOME_ROWS = Config(64, 128, 64, 4, 3)
-ACTIVE_ROWS = Config(32, 64, 64, 4, 3)  # shrink, expand_add and grad: tile of active rows
-ACTIVE_FLOAT32 = Config(32, 64, 32, 4, 2)
-GENERIC = Config(128, 128, 32, 8, 3)
-GEMM = {
-    80: Config(128, 128, 64, 8, 3),
-    86: Config(128, 128, 32, 8, 3),
-    89: Config(128, 128, 32, 8, 3),
-    90: Config(128, 256, 64, 8, 3),
-    100: Config(128, 256, 64, 8, 3),
-    120: Config(128, 128, 32, 8, 3),
+    def shared_bytes(self, itemsize: int, block_r: int = 0) -> int:
+        """Shared memory that the pipelined tiles of both operands and `lora_a` take."""
+        return self.stages * (self.block_m + self.block_n + block_r) * self.block_k * itemsize
+
+
+# For each arch the configs by rows: the first whose bound is at least M serves.
+Row = tuple[int | None, Config]
+_SMALL = (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 4, 4), Config(128, 128, 32, 8, 3))
+_LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3))
+_HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
+
+
+def _rows(configs: Sequence[Config]) -> tuple[Row, ...]:
+    return tuple(zip((16, 256, None), configs))
+
+
+GENERIC = _rows(_SMALL)
+GEMM: dict[int, tuple[Row, ...]] = {
+    80: _rows(_LARGE),
+    86: _rows(_SMALL),
+    89: _rows(_SMALL),
+    90: _rows(_HOPPER),
+    100: _rows(_HOPPER),
+    120: _rows(_SMALL),
 }
+GEMM_IEEE = ((16, Config(16, 64, 32, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
+GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 128, 32, 4, 3)))
+
+FEW_ACTIVE = 16
+SHRINK = Config(32, 64, 128, 4, 3)
+SHRINK_FEW = Config(16, 64, 128, 4, 4)
+SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
+EXPAND = Config(32, 128, 64, 4, 2)
+EXPAND_FLOAT32 = Config(32, 64, 32, 4, 2)
+GRAD = Config(32, 64, 64, 4, 3)
+GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
+GRAD_BOTH = Config(32, 256, 64, 8, 3)
+REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
 
 
-def gemm_config(arch: int, rows: int, dtype: torch.dtype) -> Config:
-    """Config of the GEMM with M = `rows`."""
+def rank_block(rank: int, limit: int = 64) -> int:
+    """Columns of one tile of the rank: R rounded up to a power of two in [16, limit]."""
+    return min(max(16, 1 << (rank - 1).bit_length()), limit)
+
+
+def gemm_table(arch: int, dtype: torch.dtype, precision: str) -> tuple[Row, ...]:
+    """The configs of `gemm` for one arch, by rows."""
     if dtype == torch.float32:
-        return FLOAT32
-    if rows <= 16:
-        return FEW_ROWS
-    return SOME_ROWS if rows <= 256 else GEMM.get(arch, GENERIC)
+        return GEMM_IEEE if precision == "ieee" else GEMM_TF32
+    return GEMM.get(arch, GENERIC)
 
 
-def active_config(dtype: torch.dtype) -> Config:
-    """Config of the kernels that visit active rows alone."""
-    return ACTIVE_FLOAT32 if dtype == torch.float32 else ACTIVE_ROWS
+def gemm_config(
+    arch: int, rows: int, dtype: torch.dtype, precision: str, *, two_sums: bool = False
+) -> Config:
+    """Config of `gemm` with M = `rows`.
+
+    `two_sums`: the epilogue needs a second accumulator of the whole tile (dropout in the dx of
+    `onepass`), so the widest tiles do not fit the registers.
+    """
+    config = next(c for bound, c in gemm_table(arch, dtype, precision) if bound is None or rows <= bound)
+    if two_sums and config.block_n > 128:
+        return Config(config.block_m, 128, config.block_k, config.warps, config.stages)
+    return config
+
+
+def gemm_candidates(default: Config, arch: int, dtype: torch.dtype) -> list[Config]:
+    """What opt-in tuning tries beside `default`: neighbours that fit the shared memory."""
+    limit = SHARED_LIMIT.get(arch, GENERIC_LIMIT)
+    found = [default]
+    for m, n in ((16, 64), (16, 128), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256)):
+        for k, stages in ((32, 4), (64, 3), (64, 4), (128, 3)):
+            config = Config(m, n, k, 8 if m * n >= 128 * 128 else 4, stages)
+            fits = config.shared_bytes(dtype.itemsize, MAX_ONEPASS_RANK) <= limit
+            small = (m == 16) == (default.block_m == 16)
+            if fits and small and config != default:
+                found.append(config)
+    return found
+
+
+def gemm_rank_block(rank: int, config: Config, lora: str) -> int:
+    """Columns of low in one step: all of them with `onepass`, else at most a K step."""
+    return rank_block(max(rank, 1), MAX_ONEPASS_RANK if lora == "onepass" else config.block_k)
+
+
+def shrink_config(active: int, dtype: torch.dtype) -> Config:
+    """Config of `shrink` for a planned number of active rows; `dtype` of its products."""
+    if dtype == torch.float32:
+        return SHRINK_FLOAT32
+    return SHRINK_FEW if active <= FEW_ACTIVE else SHRINK
+
+
+def split_count(tiles: int, steps: int, processors: int, least_steps: int) -> int:
+    """In how many parts a reduction of `steps` is cut so that every processor has work.
+
+    `tiles` programs without splitting; a part has at least `least_steps` steps. The sum of the
+    parts is formed in a fixed order, so the result depends on sizes and GPU alone.
+    """
+    if tiles == 0:
+        return 1
+    return max(1, min(2 * processors // tiles, steps // least_steps))
+
+
+def gemm_splits(rows: int, width: int, depth: int, config: Config, processors: int) -> int:
+    """Split-K of `gemm`: for M ≤ 16 alone, where the weight's stream is the time."""
+    if rows > 16:
+        return 1
+    return split_count(
+        -(-width // config.block_n), -(-depth // config.block_k), processors, least_steps=4
+    )
+
+
+def both_in_one_pass(width: int, rank: int, dtype: torch.dtype) -> bool:
+    """Whether one pass over dy for dya and dB moves fewer bytes than two.
+
+    For each active row two passes read dy twice: 2·N·size bytes. One pass reads it once and writes
+    and reads H = N/BLOCK_N float32 parts of dya: N·size + 8·R·H. In float32 arithmetic, not
+    bytes, is the time, and two passes have the better tiles.
+    """
+    if dtype == torch.float32 or rank > GRAD_BOTH.block_n:
+        return False
+    parts = -(-width // GRAD_BOTH.block_n)
+    return 8 * rank_block(rank, MAX_RANK) * parts < width * dtype.itemsize
+
+
+def can_describe(
+    arch: int, shape: Sequence[int], strides: Sequence[int], address: int, itemsize: int
+) -> bool:
+    """Whether a tensor descriptor (TMA) can stand for a matrix: sm_90+, 16-byte base and rows."""
+    return (
+        arch >= 90
+        and strides[1] == 1
+        and strides[0] >= shape[1]
+        and strides[0] * itemsize % 16 == 0
+        and address % 16 == 0
+        and min(shape) > 0
+        and max(shape) < 2**31
+    )

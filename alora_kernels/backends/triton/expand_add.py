@@ -1,7 +1,14 @@
-"""expand_add: out[row] += low[row] · right + scaling · bias over active rows, rounded once.
+"""expand_add: out[row] += keep ⊙ (low[row] · right) + scaling · bias over active rows.
 
-Reads f·M·(N + R) + R·N elements, writes f·M·N; 2·f·M·R·N FLOPs. With dropout the product is
-selected by the keep mask, which is dx's adapter part.
+The second half of `delta`: y from xa and lora_bᵀ, or dx (with dropout's keep mask) from dya and
+lora_a. Added in float32 and rounded once.
+
+| low | [M, R], or [active, R] with COMPACT |
+| right | [R, N], any strides, converted on load |
+| out | [M, N], any strides |
+
+One program makes BLOCK_M active rows × BLOCK_N columns. Reads f·M·(N + R) + R·N elements, writes
+f·M·N; 2·f·M·R·N FLOPs.
 """
 
 import triton
@@ -11,35 +18,38 @@ from .dot import dot
 from .philox import keep_tile
 
 
-@triton.jit
-def expand_add_kernel(
+@triton.jit(do_not_specialize=["threshold"])
+def masked_lora_expand_add_kernel(
     low, right, bias, out, active_rows, active_count, seed, scaling, threshold, N, R,
     stride_lm, stride_rr, stride_rn, stride_om, stride_on,
-    DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    COMPACT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(active_count)
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(1) * BLOCK_M
     if first >= count:
         return
     slot = first + tl.arange(0, BLOCK_M)
     here = slot < count
-    rows = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
-    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    row = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
+    low_row = row
+    if COMPACT:
+        low_row = slot.to(tl.int64)
+    first_n = tl.program_id(0) * BLOCK_N
+    n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, R, BLOCK_R):
         r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
-        at = low + rows[:, None] * stride_lm + r[None, :]
-        a = tl.load(at, mask=here[:, None] & (r[None, :] < R), other=0.0).to(DTYPE)
+        at = low + low_row[:, None] * stride_lm + r[None, :]
+        a = tl.load(at, mask=here[:, None] & (r[None, :] < R), other=0.0)
         at = right + r[:, None] * stride_rr + n[None, :] * stride_rn
-        b = tl.load(at, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0).to(DTYPE)
-        acc = dot(a, b, acc, PRECISION)
+        b = tl.load(at, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
+        acc = dot(a.to(DTYPE), b.to(DTYPE), acc, PRECISION)
     if DROPOUT:
-        keep = keep_tile(seed, threshold, rows, tl.program_id(1) * BLOCK_N, BLOCK_N)
-        acc = tl.where(keep, acc, 0.0)
+        acc = tl.where(keep_tile(seed, threshold, row, first_n, BLOCK_N), acc, 0.0)
     if HAS_BIAS:
         acc += scaling * tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = out + rows[:, None] * stride_om + n[None, :] * stride_on
-    mask = here[:, None] & (n[None, :] < N)
-    acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out.dtype.element_ty), mask=mask)
+    at = out + row[:, None] * stride_om + n[None, :] * stride_on
+    inside = here[:, None] & (n[None, :] < N)
+    acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,8 +1,19 @@
-"""grad: part[s, p, r] = Σ wide[row, p] · low[row, r] over the active rows of split s.
+"""Gradients of the adapter: sums over active rows, without atomics.
 
-dB from dy and xa, dA (transposed) from x and dya; `sums` also gets Σ wide[row, p] for lora_bias.
-The caller adds the parts in a fixed order. Reads f·M·(P + R·P/BLOCK_P) elements, writes S·P·R
-floats; 2·f·M·P·R FLOPs.
+grad:   part[s, p, r] = Σ keep ⊙ wide[row, p] · low[row, r]
+        dB from dy and xa; dA from x (dropped as in forward) and dya. SUMS also gets
+        sums[s, p] = scaling · Σ wide[row, p], the gradient of lora_bias.
+grad_b: the same dB and, in the same pass over dy,
+        dya_part[h, slot, r] = scale · Σ_{p in block h} dy[row, p] · lora_b[p, r]
+
+| wide | [M, P] | dy (P = N) or x (P = K), any strides |
+| low | [M, R] | xa or dya |
+| part | [S, P, R] by strides | float32 for `reduce`, or the gradient itself when S = 1 |
+| dya_part | float32 [H, active, R] | H = P/BLOCK_P parts for `reduce` |
+
+Schedule: a program owns BLOCK_P columns and the active rows of one split, which it walks in steps
+of BLOCK_M. Bytes: grad reads f·M·P·size, grad_b the same once for both results instead of twice,
+and pays 8·R·H·f·M for the parts of dya; each split pays 8·R·P. FLOPs: 2·f·M·P·R, grad_b twice.
 """
 
 import triton
@@ -12,36 +23,77 @@ from .dot import dot
 from .philox import keep_tile
 
 
-@triton.jit
-def grad_kernel(
-    wide, low, part, sums, active_rows, active_count, seed, threshold, P, R, split_rows,
-    stride_wm, stride_wp, stride_lm,
-    DTYPE: tl.constexpr, DROPOUT: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["split_rows", "threshold"])
+def masked_lora_grad_kernel(
+    wide, low, part, sums, active_rows, active_count, seed, scaling, threshold, P, R, split_rows,
+    stride_wm, stride_wp, stride_lm, stride_ps, stride_pp, stride_pr,
+    DROPOUT: tl.constexpr, SUMS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(2)
     first = split * split_rows
     last = tl.minimum(tl.load(active_count), first + split_rows)
-    p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    first_p = tl.program_id(0) * BLOCK_P
+    p = first_p.to(tl.int64) + tl.arange(0, BLOCK_P)
     r = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     total = tl.zeros((BLOCK_P,), tl.float32)
     for start in range(first, last, BLOCK_M):
         slot = start + tl.arange(0, BLOCK_M)
         here = slot < last
-        rows = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
-        at = wide + rows[:, None] * stride_wm + p[None, :] * stride_wp
+        row = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
+        at = wide + row[:, None] * stride_wm + p[None, :] * stride_wp
         a = tl.load(at, mask=here[:, None] & (p[None, :] < P), other=0.0).to(DTYPE)
         if DROPOUT:
-            keep = keep_tile(seed, threshold, rows, tl.program_id(0) * BLOCK_P, BLOCK_P)
-            a = tl.where(keep, a, 0.0).to(DTYPE)
-        at = low + rows[:, None] * stride_lm + r[None, :]
+            a = tl.where(keep_tile(seed, threshold, row, first_p, BLOCK_P), a, 0.0).to(DTYPE)
+        at = low + row[:, None] * stride_lm + r[None, :]
         b = tl.load(at, mask=here[:, None] & (r[None, :] < R), other=0.0).to(DTYPE)
         acc = dot(tl.trans(a), b, acc, PRECISION)
         if SUMS:
             total += tl.sum(a.to(tl.float32), 0)
-    at = part + (split * P + p[:, None]) * R + r[None, :]
-    tl.store(at, acc, mask=(p[:, None] < P) & (r[None, :] < R))
+    at = part + split.to(tl.int64) * stride_ps + p[:, None] * stride_pp + r[None, :] * stride_pr
+    inside = (p[:, None] < P) & (r[None, :] < R)
+    tl.store(at, acc.to(part.dtype.element_ty), mask=inside)
     if SUMS:  # noqa: SIM102 (the outer test is the compiler's)
         if tl.program_id(1) == 0:
-            tl.store(sums + split * P + p, total, mask=p < P)
+            at = sums + split.to(tl.int64) * P + p
+            tl.store(at, (total * scaling).to(sums.dtype.element_ty), mask=p < P)
+
+
+@triton.jit(do_not_specialize=["split_rows", "part_rows"])
+def masked_lora_grad_b_kernel(
+    dy, xa, lora_b, part, dya_part, sums, active_rows, active_count, scale, scaling, P, R,
+    split_rows, part_rows,
+    stride_ym, stride_yp, stride_xm, stride_bp, stride_br, stride_ps, stride_pp, stride_pr,
+    SUMS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    first = split * split_rows
+    last = tl.minimum(tl.load(active_count), first + split_rows)
+    p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    r = tl.arange(0, BLOCK_R).to(tl.int64)
+    inside = (p[:, None] < P) & (r[None, :] < R)
+    up = tl.load(lora_b + p[:, None] * stride_bp + r[None, :] * stride_br, mask=inside, other=0.0)
+    up = up.to(DTYPE)  # [BLOCK_P, BLOCK_R]
+    acc = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
+    total = tl.zeros((BLOCK_P,), tl.float32)
+    block = dya_part + tl.program_id(0).to(tl.int64) * part_rows * R
+    for start in range(first, last, BLOCK_M):
+        slot = start + tl.arange(0, BLOCK_M)
+        here = slot < last
+        row = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
+        at = dy + row[:, None] * stride_ym + p[None, :] * stride_yp
+        a = tl.load(at, mask=here[:, None] & (p[None, :] < P), other=0.0).to(DTYPE)
+        low_inside = here[:, None] & (r[None, :] < R)
+        b = tl.load(xa + row[:, None] * stride_xm + r[None, :], mask=low_inside, other=0.0)
+        acc = dot(tl.trans(a), b.to(DTYPE), acc, PRECISION)
+        dya = dot(a, up, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION) * scale
+        tl.store(block + slot.to(tl.int64)[:, None] * R + r[None, :], dya, mask=low_inside)
+        if SUMS:
+            total += tl.sum(a.to(tl.float32), 0)
+    at = part + split.to(tl.int64) * stride_ps + p[:, None] * stride_pp + r[None, :] * stride_pr
+    tl.store(at, acc.to(part.dtype.element_ty), mask=inside)
+    if SUMS:
+        at = sums + split.to(tl.int64) * P + p
+        tl.store(at, (total * scaling).to(sums.dtype.element_ty), mask=p < P)

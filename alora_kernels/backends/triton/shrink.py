@@ -1,7 +1,16 @@
-"""shrink: out[row, r] = scale · Σ_k left[row, k] · right[r, k] over active rows.
+"""shrink: out[row, r] = scale · Σ_k keep[row, k] · left[row, k] · right[r, k] over active rows.
 
-Forward: xa from x and lora_a; backward: dya from dy and lora_b. Reads f·M·K + R·K elements (right
-from L2 after the first row block), writes f·M·R; 2·f·M·K·R FLOPs.
+Forward: xa from x and lora_a, for up to four projections that share x; backward: dya from dy and
+lora_bᵀ.
+
+| left | [M, K] | any strides |
+| right0 to right3 | [R_i, K] | one for each projection, the same strides, converted on load |
+| out | [M, ΣR_i], or [active, ΣR_i] with COMPACT | projection i begins at column_i |
+| out | float32 [S, active, ΣR_i] with SPLITS > 1 | parts for `reduce` |
+
+One program makes BLOCK_M active rows × BLOCK_R columns of one projection; programs of the same rows
+run side by side, so left is read from memory once for the group. Reads f·M·K + ΣR·K elements,
+writes f·M·ΣR (SPLITS: 4·S·f·M·ΣR bytes); 2·f·M·K·ΣR FLOPs.
 """
 
 import triton
@@ -11,34 +20,58 @@ from .dot import dot
 from .philox import keep_tile
 
 
-@triton.jit
-def shrink_kernel(
-    left, right, out, active_rows, active_count, scale_ptr, seed, scale, threshold, K, R,
+@triton.jit(do_not_specialize=["split_depth", "part_rows", "threshold"])
+def masked_lora_shrink_kernel(
+    left, right0, right1, right2, right3, out, active_rows, active_count, seed,
+    scale0, scale1, scale2, scale3, column1, column2, column3, rank0, rank1, rank2, rank3,
+    threshold, K, split_depth, part_rows,
     stride_lm, stride_lk, stride_rr, stride_rk, stride_om,
-    DTYPE: tl.constexpr, PER_COLUMN: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    COUNT: tl.constexpr, COMPACT: tl.constexpr, SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, R_TILES: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(active_count)
-    first = tl.program_id(0) * BLOCK_M
+    first = tl.program_id(1) * BLOCK_M
     if first >= count:
         return
+    which = tl.program_id(0) // R_TILES
+    right, rank, scale, column = right0, rank0, scale0, 0
+    if COUNT > 1:  # noqa: SIM102 (the outer tests are the compiler's)
+        if which == 1:
+            right, rank, scale, column = right1, rank1, scale1, column1
+    if COUNT > 2:  # noqa: SIM102
+        if which == 2:
+            right, rank, scale, column = right2, rank2, scale2, column2
+    if COUNT > 3:  # noqa: SIM102
+        if which == 3:
+            right, rank, scale, column = right3, rank3, scale3, column3
     slot = first + tl.arange(0, BLOCK_M)
     here = slot < count
-    rows = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
-    r = (tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    row = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
+    r = tl.program_id(0) % R_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
+    begin, end = 0, K
+    if SPLITS > 1:
+        begin = split * split_depth
+        end = tl.minimum(begin + split_depth, K)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = (start + tl.arange(0, BLOCK_K)).to(tl.int64)
-        at = left + rows[:, None] * stride_lm + k[None, :] * stride_lk
-        a = tl.load(at, mask=here[:, None] & (k[None, :] < K), other=0.0).to(DTYPE)
+    for start in range(begin, end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        at = left + row[:, None] * stride_lm + k.to(tl.int64)[None, :] * stride_lk
+        a = tl.load(at, mask=here[:, None] & (k[None, :] < end), other=0.0).to(DTYPE)
         if DROPOUT:
-            a = tl.where(keep_tile(seed, threshold, rows, start, BLOCK_K), a, 0.0).to(DTYPE)
-        at = right + r[None, :] * stride_rr + k[:, None] * stride_rk
-        b = tl.load(at, mask=(r[None, :] < R) & (k[:, None] < K), other=0.0).to(DTYPE)
+            a = tl.where(keep_tile(seed, threshold, row, start, BLOCK_K), a, 0.0).to(DTYPE)
+        at = right + r.to(tl.int64)[None, :] * stride_rr + k.to(tl.int64)[:, None] * stride_rk
+        b = tl.load(at, mask=(r[None, :] < rank) & (k[:, None] < end), other=0.0).to(DTYPE)
         acc = dot(a, b, acc, PRECISION)
-    if PER_COLUMN:
-        acc *= tl.load(scale_ptr + r, mask=r < R, other=0.0)[None, :]
-    else:
-        acc *= scale
-    at = out + rows[:, None] * stride_om + r[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=here[:, None] & (r[None, :] < R))
+    to = row
+    if COMPACT or SPLITS > 1:
+        to = slot.to(tl.int64)
+    if SPLITS > 1:
+        to += split.to(tl.int64) * part_rows
+    # The columns that pad a projection to 16 elements become zeros.
+    padded = tl.cdiv(rank, 16) * 16
+    at = out + to[:, None] * stride_om + column + r[None, :]
+    tl.store(
+        at, (acc * scale).to(out.dtype.element_ty), mask=here[:, None] & (r[None, :] < padded)
+    )

@@ -1,0 +1,46 @@
+"""reduce: out[row, j] = [out +] Σ_s part[s, i, j] [+ bias[j]] [+ scaling · lora_bias[j]].
+
+The parts of a split reduction, added in the order of s, so every run gives the same bits. With
+ACTIVE only the first active_count of the I rows exist (xa from shrink's parts); row is then
+active_rows[i] with ROWS, else i.
+
+| part | float32 [S, I, J] | contiguous |
+| out  | [I or M, J]       | any strides |
+
+One program adds BLOCK_I × BLOCK_J elements. Reads 4·S·I·J bytes, writes I·J elements.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["S", "I"])
+def masked_lora_reduce_kernel(
+    part, out, bias, lora_bias, active_rows, active_count, row_adapter, scaling, S, I, J,
+    stride_oi, stride_oj,
+    ACTIVE: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LORA_BIAS: tl.constexpr,
+    ADD: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    count = I
+    if ACTIVE:
+        count = tl.load(active_count)
+    i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)).to(tl.int64)
+    j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+    here = (i[:, None] < count) & (j[None, :] < J)  # [BLOCK_I, BLOCK_J]
+    total = tl.zeros((BLOCK_I, BLOCK_J), tl.float32)
+    size = tl.full((), I, tl.int64) * J
+    for s in range(S):
+        total += tl.load(part + s * size + i[:, None] * J + j[None, :], mask=here, other=0.0)
+    row = i
+    if ROWS:
+        row = tl.load(active_rows + i, mask=i < count, other=0).to(tl.int64)
+    if HAS_BIAS:
+        total += tl.load(bias + j, mask=j < J, other=0.0).to(tl.float32)[None, :]
+    if HAS_LORA_BIAS:
+        active = tl.load(row_adapter + i, mask=i < count, other=-1) >= 0
+        shift = scaling * tl.load(lora_bias + j, mask=j < J, other=0.0).to(tl.float32)
+        total = tl.where(active[:, None], total + shift[None, :], total)
+    at = out + row[:, None] * stride_oi + j.to(tl.int64)[None, :] * stride_oj
+    if ADD:
+        total += tl.load(at, mask=here, other=0.0).to(tl.float32)
+    tl.store(at, total.to(out.dtype.element_ty), mask=here)
