@@ -1,4 +1,10 @@
-"""A PTX interpreter over numpy: compiled GPU kernels run, checked, on a CPU."""
+"""A PTX interpreter over numpy: compiled GPU kernels run, checked, on a CPU.
+
+parser (text to kernels) · formats, registers, arithmetic, warp (threads and values) · memory,
+atomics, racecheck (every access checked) · barriers, async_copies, tensormaps (who waits for what)
+· tensor_cores, wgmma (fragments) · wave (the scheduler) · counters · machine (the device) ·
+triton_driver (Triton launches on it).
+"""
 
 from .formats import PtxError
 from .machine import Machine

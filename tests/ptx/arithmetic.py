@@ -6,11 +6,20 @@ import functools
 
 import numpy as np
 
-from .formats import NP, RAW, SBASE, WIDTH, PtxError, bf16_to_f32, f32_to_bf16
+from .formats import (
+    NP,
+    PACKED,
+    RAW,
+    SBASE,
+    WIDTH,
+    PtxError,
+    bf16_to_f32,
+    f32_to_bf16,
+    numbers,
+    packed,
+)
 from .parser import Instr, split_args
 from .registers import Mask, Registers
-
-PACKED = {"bf16x2": "b32", "f16x2": "b32", "f32x2": "b64", "bf16": "b16"}
 
 
 class Arithmetic(Registers):
@@ -45,18 +54,11 @@ class Arithmetic(Registers):
 
     def floats(self, operand: str, ty: str) -> np.ndarray:
         """The operand as numpy numbers: bf16 as float32, packed pairs as two elements a thread."""
-        v = self.val(operand, PACKED.get(ty, ty))
-        if ty in ("bf16", "bf16x2"):
-            v = bf16_to_f32(np.ascontiguousarray(v).view(np.uint16))
-        elif ty in ("f16x2", "f32x2"):
-            v = np.ascontiguousarray(v).view(NP[ty[:3]])
-        return v
+        return numbers(self.val(operand, PACKED.get(ty, ty)), ty)
 
     def packed(self, v: np.ndarray, ty: str) -> np.ndarray:
         """The inverse of `floats`, rounding to the type."""
-        if ty in ("bf16", "bf16x2"):
-            v = f32_to_bf16(v)
-        return np.ascontiguousarray(v).view(NP[PACKED[ty]]) if ty in PACKED else v
+        return packed(v, ty)
 
     op_add = arith(lambda x, y: x + y)
 
@@ -302,7 +304,7 @@ class Arithmetic(Registers):
                     next(q for q in mods if q in ("rni", "rzi", "rmi", "rpi"))
                 ](v)
                 v = np.clip(v, np.iinfo(NP[d]).min, np.iinfo(NP[d]).max).astype(NP[d])
-            w = self.raw(args[0]).dtype.itemsize
+            w = WIDTH[self.k.regs[args[0]]]
             v = v.astype(NP[d])
             if WIDTH[d] < w:
                 v = v.astype(NP[d[0] + str(8 * w)] if d[0] in "us" else RAW[w])

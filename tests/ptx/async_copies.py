@@ -1,125 +1,124 @@
-"""cp.async and the tensor-map copies (TMA)."""
+"""cp.async: copies whose result a thread sees only after it has waited for them."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
 
 import numpy as np
 
-from .barriers import Barriers
-from .formats import GBASE, SBASE, PtxError
+from .memory import gather
 from .parser import Instr
-from .registers import POISON, Mask
+from .registers import Mask
+from .warp import WarpWide
+
+IN_FLIGHT = 2  # a byte's state in `sinit` until its copy has been waited for
 
 
-class AsyncCopies(Barriers):
-    """Copies whose result a thread sees only after it has waited for them."""
+@dataclasses.dataclass
+class Copy:
+    """An issued cp.async: one row a thread, in that thread's commit group."""
+
+    lanes: np.ndarray
+    at: np.ndarray
+    data: np.ndarray
+    group: np.ndarray
+
+
+class AsyncCopies(WarpWide):
+    """Ampere's asynchronous copies."""
+
+    def prepare(self) -> None:
+        """State of a run; called by the scheduler before the first instruction."""
+        self.copies: list[Copy] = []
+        self.group = np.zeros(self.n, np.int64)  # commit groups that a thread has closed
 
     def op_cp(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        if mods[0] != "async":
-            raise PtxError(ins.text)
-        if mods[1] == "commit_group" or mods[1] == "wait_group" or mods[1] == "wait_all":
-            ls = np.nonzero(self.A(act))[0]
-            for w in np.unique(ls // 32):
-                q = self.async_groups[w]
-                if mods[1] == "commit_group":
-                    q.append(self.pending.pop(w, []))
-                else:
-                    keep = int(args[0], 0) if mods[1] == "wait_group" else 0
-                    if mods[1] == "wait_all":
-                        q.append(self.pending.pop(w, []))
-                    while len(q) > keep:
-                        for dst, data in q.popleft():
-                            self.shared_access(ins, dst, np.full(len(dst), w), data.shape[1], data)
-                            self.sinit[dst[:, None] + np.arange(data.shape[1])] = True
-            return
+        lanes = self.lanes(act)
         if "bulk" in mods:
-            return self.bulk(ins, mods, args, act)
-        if "mbarrier" in mods:
-            raise PtxError(ins.text)
-        dst, src, n = (self.addr(args[0]), self.addr(args[1]), int(args[2], 0))
-        nb = self.val(args[3], "u32").astype(np.int64) if len(args) > 3 else np.full(self.n, n)
-        A = self.A(act)
-        for w in np.unique(np.nonzero(A)[0] // 32):
-            L = np.nonzero(A)[0]
-            L = L[w == L // 32]
-            d = np.where(dst[L] >= SBASE, dst[L] - SBASE, dst[L])
-            data = np.zeros((len(L), n), np.uint8)
-            if (d % n).any() or d.max() + n > len(self.smem):
-                raise self.fault(ins, "cp.async shared destination out of bounds or misaligned")
-            for size in np.unique(nb[L]):
-                if size == 0:
-                    continue
-                sel = nb[L] == size
-                idx = src[L][sel] - GBASE
-                if size in (4, 8, 16):
-                    self.check(self.m.mem, idx, int(size), False, ins, False)
-                data[sel, :size] = self.m.mem[idx[:, None] + np.arange(size)]
-                self.count_access(idx, L[sel], int(size), False, False)
-            # Poison until the wait: the issue already must not race with earlier readers.
-            poison = np.full((len(d), n), POISON, np.uint8)
-            self.shared_access(ins, d, np.full(len(d), w), n, poison)
-            self.sinit[d[:, None] + np.arange(n)] = False
-            self.pending.setdefault(w, []).append((d, data))
+            self.bulk(ins, mods, args, lanes)
+        elif mods[0] != "async":
+            raise self.fault(f"opcode not known: {ins.text}")
+        elif mods[1] == "commit_group":
+            self.group[lanes] += 1
+        elif mods[1] == "wait_group":
+            self._finish(lanes, self.group[lanes] - int(args[0], 0))
+        elif mods[1] == "wait_all":
+            self._finish(lanes, self.group[lanes] + 1)
+        elif mods[1] == "mbarrier":
+            self._arrive_after(args[0], lanes, "noinc" in mods)
+        else:
+            self._issue(args, lanes)
 
-    def bulk(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        if "commit_group" in mods or "wait_group" in mods:
-            return
-        if "tensor" not in mods:
-            raise PtxError(ins.text)
-        L = np.nonzero(self.A(act))[0]
-        for thread in L:
-            if mods[3 if mods[2] != "prefetch" else 4].endswith("d") is False:
-                raise PtxError(ins.text)
-            store = ins.text.find("global.shared::cta") >= 0 or "reduce" in mods
-            tm, sm = (args[0], args[1]) if store else (args[1], args[0])
-            m = re.match("\\[\\s*(\\S+?)\\s*,\\s*\\{(.*)\\}\\s*\\]", tm)
-            h_addr = int(self.val(m.group(1), "u64")[thread])
-            coord = [int(self.val(q.strip(), "s32")[thread]) for q in m.group(2).split(",")]
-            blob = (
-                self.params[h_addr : h_addr + 8]
-                if h_addr < 1 << 20
-                else self.m.mem[h_addr - GBASE : h_addr - GBASE + 8]
-            )
-            base, dims, strides, box, es, sw = self.m.tmaps[
-                int(np.ascontiguousarray(blob).view(np.uint64)[0])
-            ]
-            sa = int(self.addr(sm)[thread])
-            sa = sa - SBASE if sa >= SBASE else sa
-            grids = np.meshgrid(*[np.arange(b) for b in box[::-1]], indexing="ij")[::-1]
-            lin = np.zeros(grids[0].shape, np.int64)
-            mul = 1
-            goff = np.zeros(grids[0].shape, np.int64)
-            ok = np.ones(grids[0].shape, bool)
-            for d in range(len(box)):
-                lin += grids[d] * mul
-                mul *= box[d]
-                g = grids[d] + coord[d]
-                ok &= (g >= 0) & (g < dims[d])
-                goff += g * (es if d == 0 else strides[d - 1])
-            so = sa + lin.reshape(-1) * es
-            ok = ok.reshape(-1)
-            goff = base + goff.reshape(-1)
-            if sw:
-                bits = {1: 1, 2: 2, 3: 3}[sw]
-                so = so ^ (so >> 7 & (1 << bits) - 1) << 4
-            B = np.arange(es)
-            if store:
-                idx = goff[ok]
-                self.check(self.m.mem, idx, es, False, ins, True)
-                self.check(self.smem, so[ok], es, True, ins, False)
-                self.shared_access(ins, so[ok], np.full(len(idx), thread // 32), es, None)
-                self.m.mem[idx[:, None] + B] = self.smem[so[ok][:, None] + B]
-                self.m.count["gl_st_bytes"] += int(ok.sum()) * es
+    def bulk(self, ins: Instr, mods: list[str], args: list[str], lanes: np.ndarray) -> None:
+        raise self.fault(f"opcode not known: {ins.text}")
+
+    def _issue(self, args: list[str], lanes: np.ndarray) -> None:
+        size = int(args[2], 0)
+        at = self.shared_index(self.addr(args[0])[lanes], lanes, size)
+        source = self.addr(args[1])[lanes]
+        moved = np.full(len(lanes), size)
+        if len(args) > 3 and self.k.regs.get(args[3]) == "pred":
+            moved[self.pval(args[3])[lanes]] = 0
+        elif len(args) > 3:
+            moved = self.val(args[3], "u32")[lanes].astype(np.int64)
+        if (moved > size).any():
+            raise self.fault("cp.async of more bytes than its size", lanes[0])
+        data = np.zeros((len(lanes), size), np.uint8)
+        for count in np.unique(moved[moved > 0]).tolist():
+            sel = np.nonzero(moved == count)[0]
+            if count == size:
+                data[sel] = self.global_read(source[sel], lanes[sel], size)
             else:
-                warp = np.full(len(so), thread // 32)
-                self.shared_access(ins, so, warp, es, np.zeros((len(so), es), np.uint8))
-                idx = goff[ok]
-                self.check(self.m.mem, idx, es, False, ins, False)
-                self.smem[so[ok][:, None] + B] = self.m.mem[idx[:, None] + B]
-                self.sinit[so[:, None] + B] = True
-                self.m.count["gl_ld_bytes"] += int(ok.sum()) * es
-                bar = self.mb(self.addr(args[2])[thread])
-                self.races.release(thread // 32, bar["clock"])
-                bar["tx"] -= len(so) * es
-                self.mb_try(bar)
+                part = (source[sel, None] + np.arange(count)).reshape(-1)
+                who = np.repeat(lanes[sel], count)
+                data[sel, :count] = self.global_read(part, who, 1).reshape(-1, count)
+            self.m.counters.load(self.ins, source[sel], lanes[sel], count)
+        # From the issue on the old value is gone: earlier readers must have finished.
+        g, rows, lane = self.granules(at, size, self.row[lanes], lanes % 32)
+        self.raise_race(self.races.write(g, rows, lane, np.ones(len(g), bool)), g, at, lanes)
+        self.sinit.reshape(-1, size)[at // size] = IN_FLIGHT
+        self.smem.reshape(-1, size)[at // size] = 0xCD
+        self.copies.append(Copy(lanes, at, data, self.group[lanes].copy()))
+
+    def _finish(self, lanes: np.ndarray, below: np.ndarray) -> None:
+        """Complete the copies of `lanes` in groups below `below`."""
+        if not self.copies:
+            return
+        limit = np.full(self.n, -1, np.int64)
+        limit[lanes] = below
+        left = []
+        for copy in self.copies:
+            done = copy.group < limit[copy.lanes]
+            if done.all():
+                self.shared_write(copy.at, copy.lanes, copy.data)
+            elif done.any():
+                self.shared_write(copy.at[done], copy.lanes[done], copy.data[done])
+                rest = ~done
+                left.append(
+                    Copy(copy.lanes[rest], copy.at[rest], copy.data[rest], copy.group[rest])
+                )
+            else:
+                left.append(copy)
+        self.copies = left
+
+    def _arrive_after(self, where: str, lanes: np.ndarray, noinc: bool) -> None:
+        """The mbarrier gets an arrival of each thread once its earlier copies are complete."""
+        for b, mine in self._by_barrier(where, lanes):
+            if not noinc:
+                b.pending += len(mine)
+
+            def finish(b=b, mine=mine, ins=self.ins) -> None:  # type: ignore[no-untyped-def]
+                before, self.ins = self.ins, ins
+                self._finish(mine, self.group[mine] + 1)
+                self.clocks.release(np.unique(self.row[mine]), b.clock)
+                self.ins = before
+                self.arrive(b, len(mine), int(mine[0]))
+
+            b.copies.append(finish)
+
+    def refuse_unwritten(self, at: int, lane: int) -> None:
+        state = gather(self.sinit, np.array([at]), 1)[0, 0] if at < len(self.sinit) else 0
+        if state == IN_FLIGHT:
+            what = "read of shared memory whose asynchronous copy has not been waited for"
+            raise self.fault(what, lane, int(at) % self.stride)
+        super().refuse_unwritten(at, lane)

@@ -1,185 +1,335 @@
-"""mbarriers, block barriers, and the warp-wide vote, shuffle and elect."""
+"""Block barriers and mbarriers: threads wait, clocks pass on, faults are counted."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import numpy as np
 
-from .formats import SBASE, PtxError
-from .memory import Memory
+from .atomics import Atomics
 from .parser import Instr
+from .racecheck import MBARRIERS
 from .registers import Mask
 
 
-class Barriers(Memory):
-    """Everything by which threads wait for each other."""
+@dataclasses.dataclass
+class Barrier:
+    """A named block barrier between its first arrival and its completion."""
 
-    def mb(self, addr: np.ndarray):
-        return self.mbar[int(np.where(addr >= SBASE, addr - SBASE, addr))]
+    clock: np.ndarray
+    expected: int
+    arrived: int = 0
+    waiting: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+    aligned: bool = True
+    whole: bool = False
 
-    def mb_try(self, b) -> None:
-        if b["pend"] == 0 and b["tx"] == 0:
-            b["phase"] ^= 1
-            b["seen"] = b["clock"].copy()
-            b["pend"] = b["count"]
 
-    def op_mbarrier(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        L = np.nonzero(self.A(act))[0]
-        if mods[0] == "init":
-            for thread in L:
-                ad = int(self.addr(args[0])[thread])
-                ad = ad - SBASE if ad >= SBASE else ad
-                c = int(self.val(args[1], "u32")[thread])
-                self.mbar[ad] = {"count": c, "pend": c, "tx": 0, "phase": 0}
-                self.mbar[ad]["clock"] = self.races.fresh()
-                self.mbar[ad]["seen"] = self.races.fresh()
-        elif mods[0] in ("arrive", "expect_tx"):
-            dst = None if args[0][0] == "[" else args[0]
-            ar = args if dst is None else args[1:]
-            ad = self.addr(ar[0])
-            for thread in L:
-                b = self.mb(ad[thread])
-                if "expect_tx" in mods:
-                    b["tx"] += int(self.val(ar[1], "u32")[thread])
-                if mods[0] == "arrive":
-                    self.races.release(thread // 32, b["clock"])
-                    b["pend"] -= (
-                        int(self.val(ar[1], "u32")[thread])
-                        if len(ar) > 1 and "expect_tx" not in mods
-                        else 1
-                    )
-                    if b["pend"] < 0:
-                        raise PtxError(f"line {ins.line}: mbarrier over-arrived: {ins.text}")
-                self.mb_try(b)
-        elif mods[0] in ("try_wait", "test_wait"):
-            r = np.zeros(self.n, bool)
-            ad = self.addr(args[1])
-            par = self.val(args[2], "u32")
-            if "parity" not in mods:
-                raise PtxError(ins.text)
-            for thread in L:
-                b = self.mb(ad[thread])
-                r[thread] = b["phase"] != int(par[thread]) & 1
-                if r[thread]:
-                    self.races.acquire(thread // 32, b["seen"])
-            self.put(args[0], r, act)
-            if not r[L].all():
-                self.yield_ = True
-        elif mods[0] == "inval":
-            pass
-        else:
-            raise PtxError(ins.text)
+@dataclasses.dataclass
+class MBarrier:
+    """`phase` counts completed phases; `pending` arrivals and `tx` bytes keep the next open."""
 
-    def op_fence(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        pass
+    at: int
+    count: int
+    clock: np.ndarray
+    seen: np.ndarray
+    column: int
+    pending: int = 0
+    tx: int = 0
+    phase: int = 0
+    waiting: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
+    copies: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    last: dict[int, int] = dataclasses.field(default_factory=dict)  # row: phase it waited for
 
-    op_membar = op_fence
 
-    op_griddepcontrol = op_fence
+class Barriers(Atomics):
+    """bar, barrier and mbarrier."""
 
-    op_setmaxnreg = op_fence
+    bars: dict[tuple[int, int], Barrier]
+    mbars: dict[int, MBarrier]
+    columns: dict[int, int]  # mbarriers that a block has made
+    leave: Mask  # threads that do not go on to the next instruction
+    expired: bool  # waits time out: nothing else can run
+    pc: int
 
-    op_prefetch = op_fence
+    def resume(self, pc: int, mask: np.ndarray) -> None:
+        """Make threads runnable at `pc` (the scheduler's)."""
+        raise NotImplementedError
 
-    op_nanosleep = op_fence
+    def stop(self, mask: np.ndarray) -> None:
+        """Take threads out of the running group."""
+        self.leave = mask if self.leave is None else self.leave | mask
 
-    op_prefetchu = op_fence
-
-    def op_elect(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        A = self.A(act)
-        p = np.zeros(self.n, bool)
-        d = np.zeros(self.n, np.uint32)
-        for w in range(self.n // 32):
-            thread = np.nonzero(A[32 * w : 32 * w + 32])[0]
-            if len(thread):
-                p[32 * w + thread[0]] = True
-                d[32 * w : 32 * w + 32] = thread[0]
-        x, y = args[0].split("|")
-        self.put(y, p, act)
-        self.put(x, d, act)
+    # ---- bar.sync and its family --------------------------------------------------------------
 
     def op_bar(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        if "warp" in mods:
+        mods = [q for q in mods if q not in ("cta", "aligned")]
+        if mods[0] == "warp":
+            rows = np.unique(self.row[self.lanes(act)])
+            self.clocks.sync[rows] += 1
             return
-        bid = int(self.val(args[0], "u32")[np.nonzero(self.A(act))[0][0]])
-        cnt = (
-            int(self.val(args[1], "u32")[np.nonzero(self.A(act))[0][0]])
-            if len(args) > 1
-            else self.n
-        )
-        A = self.A(act)
-        b = self.bars.setdefault(bid, {"arrived": 0, "waiting": np.zeros(self.n, bool)})
-        clock = b.setdefault("clock", self.races.fresh())
-        for warp in np.unique(np.nonzero(A)[0] // 32):
-            self.races.release(warp, clock)
-        b["arrived"] += int(A.sum())
-        if "arrive" not in mods:
-            b["waiting"] |= A
-            self.blocked[A] = bid
-        if b["arrived"] > cnt:
-            raise PtxError(f"line {ins.line}: barrier {bid} got {b['arrived']} arrivals of {cnt}")
-        if b["arrived"] == cnt:
-            self.blocked[b["waiting"]] = -1
-            for warp in np.unique(np.nonzero(b["waiting"])[0] // 32):
-                self.races.acquire(warp, clock)
-            del self.bars[bid]
-        self.m.count["barriers"] += 1
+        if mods[0] == "cluster":
+            self._cluster_barrier(mods, act)
+            return
+        if mods[0] == "red":
+            raise self.fault("bar.red is not known")
+        number = self.val(args[0], "u32")
+        counts = self.val(args[1], "u32") if len(args) > 1 else None
+        wait = "arrive" not in mods
+        if act is None and counts is None and not self.bars and (number == number[0]).all():
+            self.clocks.meet(np.arange(len(self.blocks)))
+            self.m.count["barriers"] += len(self.blocks)
+            return
+        lanes = self.lanes(act)
+        for slot in np.unique(self.slot[lanes]).tolist():
+            mine = lanes[self.slot[lanes] == slot]
+            for bid in np.unique(number[mine]).tolist():
+                self._arrive(slot, bid, mine[number[mine] == bid], counts, wait)
 
     op_barrier = op_bar
 
-    def op_activemask(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        A = self.A(act).reshape(-1, 32)
-        m = (A * (1 << np.arange(32, dtype=np.uint64))).sum(1).astype(np.uint32)
-        self.put(args[0], np.repeat(m, 32), act)
+    def _arrive(
+        self, slot: int, bid: int, lanes: np.ndarray, counts: np.ndarray | None, wait: bool
+    ) -> None:
+        block = slice(slot * self.per, (slot + 1) * self.per)
+        alive = int(self.alive[block].sum())
+        expected = alive if counts is None else int(counts[lanes[0]])
+        b = self.bars.get((slot, bid))
+        if b is None:
+            b = self.bars[slot, bid] = Barrier(self.clocks.fresh(), expected, whole=counts is None)
+        if b.expected != expected:
+            what = f"barrier {bid}: {expected} threads expected here, {b.expected} by its others"
+            raise self.fault(what, lanes[0])
+        if expected % 32:
+            raise self.fault(f"barrier {bid}: {expected} threads are no whole warps", lanes[0])
+        rows = np.unique(self.row[lanes])
+        self.clocks.release(rows, b.clock)
+        b.arrived += len(lanes)
+        if wait:
+            mask = np.zeros(self.n, np.bool_)
+            mask[lanes] = True
+            b.waiting.append((self.pc + 1, mask))
+            b.rows.append(rows)
+            self.stop(mask)
+        if b.arrived > b.expected:
+            what = f"barrier {bid}: {b.arrived} threads arrived, {b.expected} were expected"
+            raise self.fault(what, lanes[0])
+        if b.arrived == b.expected:
+            self._complete(slot, bid, b)
 
-    def op_vote(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        p = self.pval(args[1]) & self.A(act)
-        P = p.reshape(-1, 32)
-        A = self.A(act).reshape(-1, 32)
-        if "ballot" in mods:
-            self.put(
-                args[0],
-                np.repeat((P * (1 << np.arange(32, dtype=np.uint64))).sum(1).astype(np.uint32), 32),
-                act,
-            )
+    def _complete(self, slot: int, bid: int, b: Barrier) -> None:
+        if b.rows:
+            self.clocks.acquire(np.concatenate(b.rows), b.clock)
+        del self.bars[slot, bid]
+        self.m.count["barriers"] += 1
+        for pc, mask in b.waiting:
+            self.resume(pc, mask)
+
+    def threads_exited(self, slots: np.ndarray) -> None:
+        """A block barrier without a count no longer waits for threads that have exited."""
+        for (slot, bid), b in list(self.bars.items()):
+            if b.whole and slot in slots:
+                block = slice(slot * self.per, (slot + 1) * self.per)
+                b.expected = int(self.alive[block].sum())
+                if b.arrived and b.arrived == b.expected:
+                    self._complete(slot, bid, b)
+
+    def _cluster_barrier(self, mods: list[str], act: Mask) -> None:
+        """barrier.cluster.arrive and .wait over the blocks of each cluster."""
+        lanes = self.lanes(act)
+        size = self.per * self.cluster
+        for c in np.unique(lanes // size).tolist():
+            mine = lanes[lanes // size == c]
+            key = (-1 - c, 0)
+            alive = int(self.alive[c * size : (c + 1) * size].sum())
+            b = self.bars.setdefault(key, Barrier(self.clocks.fresh(), alive))
+            rows = np.unique(self.row[mine])
+            if mods[1] == "arrive":
+                if "relaxed" not in mods:
+                    self.clocks.release(rows, b.clock)
+                b.arrived += len(mine)
+                if b.arrived > b.expected:
+                    raise self.fault("cluster barrier: a thread arrived twice", mine[0])
+            else:
+                mask = np.zeros(self.n, np.bool_)
+                mask[mine] = True
+                b.waiting.append((self.pc + 1, mask))
+                b.rows.append(rows)
+                self.stop(mask)
+            waiting = sum(int(m.sum()) for _, m in b.waiting)
+            if b.arrived == b.expected and waiting == b.expected:
+                self.clocks.acquire(np.concatenate(b.rows), b.clock)
+                del self.bars[key]
+                for pc, mask in b.waiting:
+                    self.resume(pc, mask)
+
+    # ---- mbarriers ----------------------------------------------------------------------------
+
+    def mbarrier(self, at: int, lane: int) -> MBarrier:
+        b = self.mbars.get(int(at))
+        if b is None:
+            what = "no mbarrier was initialised here"
+            raise self.fault(what, lane, int(at) % max(1, self.stride))
+        return b
+
+    def _by_barrier(self, where: str, lanes: np.ndarray) -> list[tuple[MBarrier, np.ndarray]]:
+        at = self.shared_index(self.addr(where)[lanes], lanes, 8)
+        if (at == at[0]).all():
+            return [(self.mbarrier(at[0], lanes[0]), lanes)]
+        return [(self.mbarrier(a, lanes[0]), lanes[at == a]) for a in np.unique(at)]
+
+    def op_mbarrier(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
+        lanes = self.lanes(act)
+        if mods[0] == "init":
+            self._init(args, lanes)
+        elif mods[0] == "inval":
+            for at in np.unique(self.shared_index(self.addr(args[0])[lanes], lanes, 8)).tolist():
+                self.refuse_busy(self.mbarrier(at, lanes[0]), lanes[0])
+                del self.mbars[at]
+        elif mods[0] == "arrive":
+            out = None if args[0][0] == "[" else args[0]
+            rest = args if out is None else args[1:]
+            self._mbarrier_arrive(mods, out, rest, lanes, act)
+        elif mods[0] in ("expect_tx", "complete_tx"):
+            size = self.val(args[1], "u32")
+            sign = 1 if mods[0] == "expect_tx" else -1
+            for b, mine in self._by_barrier(args[0], lanes):
+                b.tx += sign * int(size[mine].sum())
+                self.try_complete(b)
+        elif mods[0] in ("try_wait", "test_wait"):
+            self._wait(mods, args, lanes, act)
         else:
-            self.put(args[0], np.repeat(P.any(1) if "any" in mods else (P | ~A).all(1), 32), act)
+            raise self.fault("mbarrier instruction not known")
 
-    def op_shfl(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        mode = next(q for q in mods if q in ("idx", "bfly", "up", "down"))
-        v = self.val(args[1], "b32")
-        b = self.val(args[2], "u32").astype(np.int64)
-        c = self.val(args[3], "u32").astype(np.int64)
-        lane = self.lane.astype(np.int64)
-        seg, cl = (c >> 8 & 31, c & 31)
-        lo = lane & seg
-        hi = lo | cl & ~seg & 31
-        j = {"idx": lo | b & ~seg & 31, "bfly": lane ^ b, "up": lane - b, "down": lane + b}[mode]
-        ok = j >= lo if mode == "up" else j <= hi
-        j = np.where(ok, j, lane)
-        w = np.arange(self.n) // 32 * 32
-        d = args[0].split("|")
-        self.put(d[0], v[w + j], act)
-        if len(d) > 1:
-            self.put(d[1], ok, act)
+    def _init(self, args: list[str], lanes: np.ndarray) -> None:
+        count = self.val(args[1], "u32")
+        for lane in lanes.tolist():
+            at = int(self.shared_index(self.addr(args[0])[[lane]], lanes[:1] * 0 + lane, 8)[0])
+            if at in self.mbars:
+                self.refuse_busy(self.mbars[at], lane)
+            slot = int(self.slot[lane])
+            made = self.columns.setdefault(slot, 0)
+            self.columns[slot] += 1
+            column = self.clocks.mbarriers + slot % self.cluster * MBARRIERS + made % MBARRIERS
+            fresh = self.clocks.fresh
+            b = MBarrier(at, int(count[lane]), fresh(), fresh(), column, int(count[lane]))
+            if b.count < 1:
+                raise self.fault(f"mbarrier initialised with count {b.count}", lane)
+            self.mbars[at] = b
+            at8 = np.arange(at, at + 8) // self.m.grain
+            rows = np.full(len(at8), self.row[lane])
+            found = self.races.write(
+                at8, rows, np.full(len(at8), lane % 32), np.ones(len(at8), bool)
+            )
+            if found:
+                raise self.fault(found[1], lane, at % self.stride)
 
-    def op_redux(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        fn = {
-            "add": np.add,
-            "min": np.fmin,
-            "max": np.fmax,
-            "and": np.bitwise_and,
-            "or": np.bitwise_or,
-            "xor": np.bitwise_xor,
-        }[mods[1]]
-        self.whole_warps(ins, act)
-        v = self.val(args[1], mods[-1])
-        if "abs" in mods:
-            v = np.abs(v)
-        r = fn.reduce(v.reshape(-1, 32), axis=1).astype(v.dtype)
-        self.put(args[0], np.repeat(r, 32), act)
+    def refuse_busy(self, b: MBarrier, lane: int) -> None:
+        """An mbarrier that threads or copies still use may not be re-initialised."""
+        if b.waiting or b.copies or b.tx:
+            raise self.fault("mbarrier re-initialised or invalidated while in use", lane, b.at)
 
-    def whole_warps(self, ins: Instr, act: Mask) -> None:
-        """Refuse a collective instruction that part of a warp reaches alone."""
-        lanes = self.A(act).reshape(-1, 32)
-        if (lanes.any(1) & ~lanes.all(1)).any():
-            raise self.fault(ins, "collective instruction with part of a warp")
+    def _mbarrier_arrive(
+        self, mods: list[str], out: str | None, args: list[str], lanes: np.ndarray, act: Mask
+    ) -> None:
+        expect = "expect_tx" in mods
+        amount = self.val(args[1], "u32") if len(args) > 1 else None
+        states = np.zeros(self.n, np.uint64)
+        for b, mine in self._by_barrier(args[0], lanes):
+            self._needs_init_seen(b, mine)
+            states[mine] = b.phase
+            if expect and amount is not None:
+                b.tx += int(amount[mine].sum())
+            arrivals = int(amount[mine].sum()) if amount is not None and not expect else len(mine)
+            rows = np.unique(self.row[mine])
+            if "relaxed" not in mods:
+                self.clocks.release(rows, b.clock)
+            if "drop" in ".".join(mods):
+                b.count -= arrivals
+            self.arrive(b, arrivals, int(mine[0]))
+        if out is not None and out != "_":
+            self.put(out, states, act)
+
+    def arrive(self, b: MBarrier, arrivals: int, lane: int) -> None:
+        """Count arrivals; more than the phase has room for is a fault."""
+        b.pending -= arrivals
+        if b.pending < 0:
+            what = f"mbarrier over-arrived: {b.count - b.pending} arrivals of {b.count} in a phase"
+            raise self.fault(what, lane, b.at % self.stride)
+        self.try_complete(b)
+
+    def _needs_init_seen(self, b: MBarrier, lanes: np.ndarray) -> None:
+        """The initialisation must be ordered before this use."""
+        g = b.at // self.m.grain
+        rows = np.unique(self.row[lanes])
+        writer, epoch = int(self.races.writer[g]), int(self.races.written[g])
+        unseen = self.clocks.clock[rows, 0, writer] < epoch
+        if unseen.any():
+            lane = int(lanes[np.argmax(np.isin(self.row[lanes], rows[unseen]))])
+            what = "mbarrier used without ordering after its initialisation"
+            raise self.fault(what, lane, b.at % self.stride)
+
+    def try_complete(self, b: MBarrier) -> None:
+        """Flip the phase when all arrivals and bytes are there, and wake who waits for it."""
+        if b.pending or b.tx:
+            return
+        b.phase += 1
+        b.seen, b.clock, b.pending = b.clock, b.clock.copy(), b.count
+        waiting, b.waiting = b.waiting, []
+        for pc, mask in waiting:
+            self.resume(pc, mask)
+
+    def _wait(self, mods: list[str], args: list[str], lanes: np.ndarray, act: Mask) -> None:
+        result = np.zeros(self.n, np.bool_)
+        by_parity = "parity" in mods
+        wanted = self.val(args[2], "u32" if by_parity else "u64")
+        for b, mine in self._by_barrier(args[1], lanes):
+            self._needs_init_seen(b, mine)
+            copies, b.copies = b.copies, []
+            for copy in copies:
+                copy()
+            want = wanted[mine]
+            done = (want & 1) != (b.phase & 1) if by_parity else want < b.phase
+            ready, late = mine[done], mine[~done]
+            if len(ready):
+                result[ready] = True
+                rows = np.unique(self.row[ready])
+                self._note_phase(b, rows, int(ready[0]))
+                if "relaxed" not in mods:
+                    self.clocks.acquire(rows, b.seen)
+            if len(late):
+                if mods[0] == "test_wait" or self.expired:
+                    self.polled = True
+                else:
+                    mask = np.zeros(self.n, np.bool_)
+                    mask[late] = True
+                    b.waiting.append((self.pc, mask))
+                    self.stop(mask)
+        self.put(args[0], result, act)
+
+    def _note_phase(self, b: MBarrier, rows: np.ndarray, lane: int) -> None:
+        """A warp that waits phase by phase may skip none."""
+        phase = b.phase - 1
+        for row in rows.tolist():
+            last = b.last.get(row)
+            if last is not None and phase > last + 1:
+                what = f"mbarrier phase skipped: waited for phase {last}, now for phase {phase}"
+                raise self.fault(what, lane, b.at % self.stride)
+            b.last[row] = phase
+
+    def waits(self) -> str:
+        """Who waits for what, for the report of a deadlock."""
+        out = []
+        for (slot, bid), b in self.bars.items():
+            name = f"barrier {bid}" if slot >= 0 else "cluster barrier"
+            block = self.blocks[max(slot, 0)][1]
+            out.append(f"{name} of block {block}: {b.arrived} of {b.expected} threads arrived")
+        for b in self.mbars.values():
+            if b.waiting or b.pending != b.count or b.tx:
+                block = self.blocks[b.at // self.stride][1]
+                out.append(
+                    f"mbarrier {b.at % self.stride:#x} of block {block}: phase {b.phase}, "
+                    f"{b.count - b.pending} of {b.count} arrivals, {b.tx} bytes missing"
+                )
+        return "; ".join(out)

@@ -9,9 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from .block import Cta
-from .formats import GBASE, NP, WIDTH
-from .parser import Module
+from .counters import Counters
+from .formats import GBASE, NP, WIDTH, PtxError
+from .memory import ORDERED, grain_of
+from .parser import Kernel, Module
+from .racecheck import GlobalRaces
+from .registers import Ids, Launch
+from .tensormaps import TensorMap
+from .wave import Wave
+
+GUARD = 1 << 16  # bytes behind every allocation that belong to nobody
+WAVE_THREADS = 8192  # threads that run side by side when the caller does not say how many blocks
 
 
 class Machine:
@@ -20,29 +28,54 @@ class Machine:
     def __init__(self, arena: int = 1 << 28) -> None:
         self.mem = np.zeros(arena, np.uint8)
         self.ok = np.zeros(arena, np.bool_)  # inside an allocation
-        self.init = np.zeros(arena, np.bool_)  # written since it was allocated
-        self.owner = np.zeros(0, np.int32)  # number of the block that wrote a byte in this launch
+        self.init = np.zeros(arena, np.uint8)  # 1: written since it was allocated
         self.top = 4096
         self.allocs: dict[int, tuple[np.dtype, tuple[int, ...]]] = {}
+        self.freed: list[tuple[int, int]] = []
         self.count: collections.Counter[str] = collections.Counter()
-        self.tmaps: dict[int, tuple[Any, ...]] = {}
+        self.reports: list[Counters] = []  # one a launch
+        self.races = GlobalRaces(0, 1, 1)
+        self.variables: dict[Module, dict[str, int]] = {}
+        self.grain, self.between = 4, False
+
+    # ---- memory -------------------------------------------------------------------------------
 
     def put(self, a: np.ndarray, poison: bool = False) -> int:
         """Device address of a copy of `a`; guard space follows every allocation."""
         a = np.ascontiguousarray(a)
         base, end = self.top, self.top + a.nbytes
-        if end > len(self.mem):
-            raise MemoryError(f"the arena of {len(self.mem)} bytes is full")
+        if end + GUARD > len(self.mem):
+            raise MemoryError(f"the arena of {len(self.mem)} bytes is full: Machine(arena=...)")
         self.mem[base:end] = 0xFF if poison or not a.size else a.view(np.uint8).reshape(-1)
         self.ok[base:end] = True
         self.init[base:end] = not poison
-        self.top = (end + 4096 + 511) // 512 * 512
+        self.top = (end + GUARD + 511) // 512 * 512
         self.allocs[GBASE + base] = (a.dtype, a.shape)
         return GBASE + base
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> int:
         """Device address of fresh memory, poisoned: reading it before a write is an error."""
         return self.put(np.zeros(shape, dtype), poison=True)
+
+    def free(self, addr: int) -> None:
+        """Give the allocation back: any later access is a fault."""
+        span = self._span(addr)
+        self.ok[span] = False
+        self.freed.append((span.start, span.stop))
+        del self.allocs[addr]
+
+    def why_outside(self, addr: int) -> str:
+        """In words, what lies at an address that no allocation holds."""
+        at = addr - GBASE
+        if any(low <= at < high for low, high in self.freed):
+            return "use of a freed buffer"
+        for base, (dtype, shape) in self.allocs.items():
+            end = base + int(np.prod(shape)) * dtype.itemsize
+            if end <= addr < end + GUARD:
+                return f"global access outside every allocation, {addr - end} bytes behind one"
+            if base - 4096 <= addr < base:
+                return f"global access outside every allocation, {base - addr} bytes before one"
+        return "global access outside every allocation"
 
     def _span(self, addr: int) -> slice:
         dtype, shape = self.allocs[addr]
@@ -55,7 +88,7 @@ class Machine:
 
     def unwritten(self, addr: int) -> int:
         """How many elements' worth of the allocation's bytes no one has written."""
-        return int((~self.init[self._span(addr)]).sum()) // self.allocs[addr][0].itemsize
+        return int((self.init[self._span(addr)] != 1).sum()) // self.allocs[addr][0].itemsize
 
     def tensor_map(
         self,
@@ -66,12 +99,14 @@ class Machine:
         elem: int,
         swizzle: int = 0,
     ) -> np.ndarray:
-        """A 128-byte tensor map: innermost dimension first, strides in bytes without the first."""
-        handle = 0x7A00_0000 + len(self.tmaps)
-        self.tmaps[handle] = (addr - GBASE, list(dims), list(strides), list(box), elem, swizzle)
-        raw = np.zeros(128, np.uint8)
-        raw[:8] = np.array([handle], np.uint64).view(np.uint8)
-        return raw
+        """A 128-byte tensor map: innermost dimension first, strides in bytes without the first.
+
+        `swizzle` is 0..3 for none, 32, 64 and 128 bytes, as in CUtensorMapSwizzle.
+        """
+        t = TensorMap(addr, tuple(dims), tuple(strides), tuple(box), elem, swizzle)
+        return t.encode()
+
+    # ---- launch -------------------------------------------------------------------------------
 
     def launch(
         self,
@@ -83,28 +118,108 @@ class Machine:
         smem: int = 0,
         max_steps: int = 50_000_000,
         reverse: bool = False,
+        cluster: Sequence[int] = (1, 1, 1),
+        order: str = "lockstep",
+        seed: int = 0,
+        resident: int | None = None,
     ) -> None:
-        """Run every block of the grid, one after another (backwards with `reverse`)."""
+        """Run the grid. `args` follow the kernel's parameters: numbers, addresses or bytes.
+
+        `resident` blocks run side by side (by default as many as make some thousands of threads),
+        the rest after them; `reverse` begins with the last block. `order` schedules warps:
+        `lockstep` (all in step, fast), `round_robin`, `reverse` (the last warp first) or `random`
+        with `seed`. Raises PtxError at the first fault.
+        """
         kernel = mod.kernels[name]
-        grid3 = (*grid, 1, 1)[:3]
-        block3 = (block, 1, 1) if isinstance(block, int) else (*block, 1, 1)[:3]
-        offsets: dict[str, int] = {}
-        blob = bytearray()
-        for i, (param, ty, size) in enumerate(kernel.params):
-            natural = size if size else WIDTH[ty]
-            align = 64 if natural >= 128 else min(8, natural)
-            blob += bytes(-len(blob) % align)
-            offsets[param] = len(blob)
-            if i >= len(args):
-                blob += bytes(size or 8)
-            elif size:
-                blob += bytes(np.asarray(args[i]).view(np.uint8))
-            else:
-                blob += np.array([args[i]]).astype(NP[ty]).tobytes()
-        params = np.frombuffer(bytes(blob), np.uint8)
-        self.owner = np.zeros(len(self.mem), np.int32)
-        ids = [(x, y, z) for z, y, x in itertools.product(*map(range, grid3[::-1]))]
-        for number, cid in enumerate(reversed(ids) if reverse else ids, 1):
-            cta = Cta(self, kernel, cid, grid3, block3, offsets, params, smem)
-            cta.number = number
-            cta.run(max_steps)
+        if kernel.local:
+            raise PtxError(f"{name}: local memory (a spilled or dynamically indexed array), "
+                           f"{kernel.local}")  # fmt: skip
+        grid3, block3, cluster3 = _triple(grid), _triple(block), _triple(cluster)
+        params, offsets = _parameters(kernel, args)
+        blocks = _blocks(grid3, cluster3)
+        if not blocks:
+            return
+        per = int(np.prod(block3))
+        group = int(np.prod(cluster3))
+        side = resident or max(1, WAVE_THREADS // per)
+        side = max(group, side // group * group)
+        self.grain = grain_of(kernel.code, ("shared",), 16)
+        if any(i.op[0] in ("mbarrier", "tensormap") for i in kernel.code):
+            self.grain = min(self.grain, 8)
+        if any(i.op[0] in ("ldmatrix", "stmatrix", "wgmma", "cp") for i in kernel.code):
+            self.grain = min(self.grain, 16)
+        self.between = group > 1 or any(_orders_blocks(i.op) for i in kernel.code)
+        self.races = GlobalRaces(self.top, self._global_grain(kernel), max(1, per // 32))
+        variables = self._variables(mod)
+        launch = Launch(grid3, block3, cluster3, params, offsets, smem, variables)
+        counters = self.counters = Counters(kernel, self.count)
+        self.reports.append(counters)
+        waves = [blocks[i : i + side] for i in range(0, len(blocks), side)]
+        rng = np.random.default_rng(seed)
+        for wave in reversed(waves) if reverse else waves:
+            run = Wave(self, kernel, launch, wave[::-1] if reverse and group == 1 else wave)
+            counters.wave_warps = run.n // 32
+            run.run(max_steps, order, rng)
+
+    def _global_grain(self, kernel: Kernel) -> int:
+        copies = any(i.op[0] == "cp" for i in kernel.code)
+        return 1 if copies else grain_of(kernel.code, ("global",), 4)
+
+    def _variables(self, mod: Module) -> dict[str, int]:
+        """Module variables live in global memory from the module's first launch on."""
+        if mod not in self.variables:
+            self.variables[mod] = {
+                name: self.put(np.frombuffer(v.data.ljust(max(1, v.size), b"\0"), np.uint8))
+                for name, v in mod.variables.items()
+            }
+        return self.variables[mod]
+
+
+def _orders_blocks(op: list[str]) -> bool:
+    """Whether the opcode can order blocks: an atomic or a flag in global memory."""
+    if any(q.startswith("shared") for q in op):
+        return False
+    return op[0] in ("atom", "red") or (op[0] in ("ld", "st") and not ORDERED.isdisjoint(op))
+
+
+def _triple(v: int | Sequence[int]) -> Ids:
+    x, y, z = ((v,) if isinstance(v, int) else (*v,)) + (1,) * (
+        2 if isinstance(v, int) else 3 - len(v)
+    )
+    return int(x), int(y), int(z)
+
+
+def _parameters(kernel: Kernel, args: Sequence[Any]) -> tuple[np.ndarray, dict[str, int]]:
+    """The parameter space, each parameter at its natural alignment."""
+    offsets: dict[str, int] = {}
+    blob = bytearray()
+    for i, (param, ty, size) in enumerate(kernel.params):
+        natural = size if size else WIDTH[ty]
+        align = 64 if natural >= 128 else min(8, natural)
+        blob += bytes(-len(blob) % align)
+        offsets[param] = len(blob)
+        if i >= len(args):
+            blob += bytes(size or WIDTH[ty])
+        elif size:
+            data = bytes(np.ascontiguousarray(args[i]).view(np.uint8))
+            if len(data) != size:
+                raise PtxError(f"{kernel.name}: {param} has {size} bytes, {len(data)} were given")
+            blob += data
+        elif ty[0] in "bus":
+            blob += (int(args[i]) % (1 << 8 * WIDTH[ty])).to_bytes(WIDTH[ty], "little")
+        else:
+            blob += np.array([args[i]]).astype(NP[ty]).tobytes()
+    return np.frombuffer(bytes(blob), np.uint8), offsets
+
+
+def _blocks(grid: Ids, cluster: Ids) -> list[tuple[int, Ids]]:
+    """(number, index) of every block, those of a cluster side by side."""
+    if any(g % c for g, c in zip(grid, cluster)):
+        raise PtxError(f"grid {grid} is no multiple of the cluster {cluster}")
+    outer = [range(g // c) for g, c in zip(grid, cluster)]
+    out: list[tuple[int, Ids]] = []
+    for cz, cy, cx in itertools.product(*outer[::-1]):
+        for z, y, x in itertools.product(*(range(c) for c in cluster[::-1])):
+            at = (cx * cluster[0] + x, cy * cluster[1] + y, cz * cluster[2] + z)
+            out.append((len(out), at))
+    return out

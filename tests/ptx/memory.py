@@ -1,244 +1,328 @@
-"""Loads, stores and atomics with their bounds, alignment and initialisation checks."""
+"""Loads and stores with their bounds, alignment, initialisation and race checks."""
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
 
-from .formats import GBASE, NP, SBASE, WIDTH, PtxError, bf16_to_f32, f32_to_bf16
-from .parser import Instr, split_args
-from .registers import Mask, Registers
+from .formats import GBASE, SBASE, WIDTH, PtxError
+from .parser import Instr
+from .racecheck import Clocks, SharedRaces
+from .registers import Ids, Launch, Mask, Registers
 
-ATOMIC = {
-    "add": lambda old, new: old + new,
-    "exch": lambda old, new: new,
-    "max": max,
-    "min": min,
-    "or": lambda old, new: old | new,
-    "and": lambda old, new: old & new,
-    "xor": lambda old, new: old ^ new,
-    "inc": lambda old, new: old + 1 if old < new else old * 0,
-}
+RANK_SHIFT = 24  # a shared::cluster address carries rank + 1 above the offset
+ORDERED = {"acquire", "release", "relaxed", "acq_rel", "volatile", "seq_cst", "mmio"}
+FULL = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
+UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+
+
+@functools.cache
+def split_address(text: str) -> tuple[str, int]:
+    """`[base + offset]` as (base, offset)."""
+    text = text.strip()[1:-1].strip()
+    m = re.match(r"(.+?)\s*\+\s*(-?\w+)$", text)
+    return (m[1].strip(), int(m[2], 0)) if m else (text, 0)
+
+
+def gather(memory: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
+    """Bytes `[len(at), size]` at aligned indices."""
+    return memory.reshape(-1, size).take(at // size, axis=0)
+
+
+def complete(flags: np.ndarray) -> np.ndarray:
+    """Rows of `flags` (0 or 1 a byte) that are all ones."""
+    size = flags.shape[1]
+    w = min(size, 8)
+    words = flags.view(UINT[w]) == FULL[w]
+    return words[:, 0] if words.shape[1] == 1 else words.all(1)
+
+
+def grain_of(code: list[Instr], spaces: tuple[str, ...], largest: int) -> int:
+    """The smallest access, in bytes, that `code` makes to one of `spaces` (or generic)."""
+    grain = largest
+    for ins in code:
+        op = ins.op
+        if op[0] not in ("ld", "st", "atom", "red", "ldu") or op[-1] not in WIDTH:
+            continue
+        named = [m for m in op if m.startswith(("shared", "global", "param", "const"))]
+        if named and not named[0].startswith(spaces):
+            continue
+        count = next((int(m[1:]) for m in op if m in ("v2", "v4", "v8")), 1)
+        grain = min(grain, max(1, WIDTH[op[-1]] * (count if op[0] in ("ld", "st", "ldu") else 1)))
+    return grain
 
 
 class Memory(Registers):
     """Global, shared and parameter space."""
 
-    def addr(self, a):
-        a = a.strip()[1:-1].strip()
-        m = re.match("(.+?)\\s*\\+\\s*(-?\\w+)$", a)
-        off = 0
-        if m:
-            a, off = (m.group(1).strip(), int(m.group(2), 0))
-        if a in self.k.shared:
-            o = self.k.shared[a]
-            base = np.full(self.n, self.dyn if o == "dyn" else o, np.int64)
-        elif a in self.pv:
-            base = np.full(self.n, self.pv[a], np.int64)
-        else:
-            r = self.raw(a)
-            base = r.astype(np.int64)
-        return base + off
+    def __init__(self, m, k, launch: Launch, blocks: list[tuple[int, Ids]]) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(m, k, launch, blocks)
+        self.sinit = np.zeros(len(self.smem), np.uint8)
+        numbers = np.array([number for number, _ in blocks])
+        total = int(np.prod(launch.grid))
+        self.cluster = int(np.prod(launch.cluster))
+        self.clocks = Clocks(numbers, self.warps, self.cluster, total, m.between)
+        self.row = np.arange(self.n) // 32
+        self.races = SharedRaces(self.clocks, len(self.smem), m.grain)
+        self.polled = False
+        self.progress = 0  # stores that changed something, threads that were woken
 
-    def space(self, addr: np.ndarray, sp: str, what, ins: Instr):
-        """(array, index, is_shared) of a state space"""
-        if sp == "generic":
-            sh = (addr >= SBASE) & (addr < GBASE)
-            if sh.all():
-                return (self.smem, addr - SBASE, True)
-            if sh.any():
-                raise PtxError(f"{ins.text}: lanes in two spaces")
-            return (self.m.mem, addr - GBASE, False)
-        if sp == "shared":
-            return (self.smem, np.where(addr >= SBASE, addr - SBASE, addr), True)
-        return (self.m.mem, addr - GBASE, False)
+    def addr(self, a: str) -> np.ndarray:
+        """The address operand of every thread, int64."""
+        base, offset = split_address(a)
+        v = self.r.get(base)
+        if v is not None:
+            if self.undefined and base in self.undefined:
+                self._refuse_undefined(base)
+            return v.astype(np.int64) + offset
+        if base in self.k.regs:
+            self.raw(base)
+        return np.full(self.n, int(self._scalar(base)) + offset, np.int64)
 
-    def fault(self, ins: Instr, what: str) -> PtxError:
-        """The error to raise: kernel, block, PTX line, the fault, and the instruction."""
-        return PtxError(f"{self.k.name} block {self.cid} line {ins.line}: {what}: {ins.text}")
+    def shared_index(
+        self, addr: np.ndarray, lanes: np.ndarray, size: int, aligned: bool = True
+    ) -> np.ndarray:
+        """Index into `smem` of shared or generic addresses, checked for bounds and alignment."""
+        at = np.where(addr >= SBASE, addr - SBASE, addr)
+        base = self.base[lanes]
+        if (at >= 1 << RANK_SHIFT).any():
+            rank, at = at >> RANK_SHIFT, at & (1 << RANK_SHIFT) - 1
+            first = self.slot[lanes] // self.cluster * self.cluster
+            target = np.where(rank > 0, first + rank - 1, self.slot[lanes])
+            if (rank > self.cluster).any():
+                raise self.fault("address of a block outside the cluster", lanes[0])
+            base = target * self.stride
+        if aligned and size > 1 and (at % size).any():
+            i = int(np.argmax(at % size != 0))
+            raise self.fault(
+                f"misaligned {size}-byte access to shared memory", lanes[i], int(at[i])
+            )
+        bad = (at < 0) | (at + size > self.limit)
+        if bad.any():
+            i = int(np.argmax(bad))
+            what = f"out of bounds shared access ({self.limit} bytes are there)"
+            raise self.fault(what, lanes[i], int(at[i]))
+        return at + base
 
-    def check(
-        self, arr: np.ndarray, idx: np.ndarray, size: int, shared: bool, ins: Instr, write: bool
-    ) -> None:
-        """Refuse misaligned, out-of-bounds and uninitialised accesses of `size` bytes at `idx`."""
-        if idx.size == 0:
-            return
-        if (idx % size).any():
-            raise self.fault(ins, f"misaligned {size}-byte access")
-        low, high = int(idx.min()), int(idx.max()) + size
-        if low < 0 or high > len(arr):
-            space = "shared" if shared else "global"
-            raise self.fault(ins, f"out of bounds {space} access {low:#x}..{high:#x}")
-        full = idx[:, None] + np.arange(size)
-        if shared:
-            if write:
-                self.sinit[full] = True
-            elif not self.sinit[full].all():
-                bad = int(full[~self.sinit[full]][0])
-                raise self.fault(ins, f"read of uninitialised shared memory at {bad:#x}")
-            return
-        if not self.m.ok[full].all():
-            bad = int(full[~self.m.ok[full]][0])
-            raise self.fault(ins, f"global access outside every allocation at {bad:#x}")
-        if not self.synced:
-            owner, me = self.m.owner[full], self.number
-            if ((owner != 0) & (owner != me)).any():
-                bad = int(full[(owner != 0) & (owner != me)][0])
-                raise self.fault(ins, f"global race: another block wrote {bad:#x} in this launch")
-        if write:
-            self.m.owner[full] = self.number
-        if write:
-            self.m.init[full] = True
-        elif not self.m.init[full].all():
-            bad = int(full[~self.m.init[full]][0])
-            raise self.fault(ins, f"read of uninitialised global memory at {bad:#x}")
+    def is_shared(self, addr: np.ndarray, space: str, lanes: np.ndarray) -> bool:
+        """Whether the addresses lie in shared memory."""
+        if space != "generic":
+            return space == "shared"
+        inside = (addr >= SBASE) & (addr < GBASE)
+        if inside.any() and not inside.all():
+            raise self.fault("lanes of one instruction in two spaces", lanes[0])
+        return bool(inside.all())
 
-    def shared_access(
-        self, ins: Instr, idx: np.ndarray, warps: np.ndarray, size: int, data: np.ndarray | None
-    ) -> None:
-        """Race-check `size` bytes at each `idx` by `warps`; `data` [n, size] is what is written."""
-        at = (idx[:, None] + np.arange(size)).reshape(-1)
-        by = np.repeat(warps, size)
-        if data is None:
-            found = self.races.read(at, by)
-        else:
-            new = np.ascontiguousarray(data).reshape(-1)
-            found = self.races.write(at, by, new != self.smem[at])
-            self.smem[at] = new
-            # Two warps of this very instruction: one value survives, the other must equal it.
-            lost = self.smem[at] != new
-            if found is None and lost.any():
-                found = f"shared-memory race: two writers of {int(at[np.argmax(lost)]):#x} at once"
-        if found:
-            raise self.fault(ins, found)
+    # ---- shared -------------------------------------------------------------------------------
 
-    def count_access(
-        self, idx: np.ndarray, lanes: np.ndarray, size: int, shared: bool, write: bool
-    ) -> None:
-        c = self.m.count
-        w = lanes // 32
-        for wi in np.unique(w):
-            a = idx[w == wi]
-            if shared:
-                per = max(1, 32 // max(1, size // 4)) if size > 4 else 32
-                for q in range(0, len(a), per):
-                    g = a[q : q + per]
-                    words = np.unique((g[:, None] + np.arange(0, max(size, 4), 4)).reshape(-1) // 4)
-                    b = np.bincount(words % 32, minlength=32).max()
-                    c["smem_wavefronts"] += int(b)
-                    c["smem_ideal"] += 1
-            else:
-                sec = np.unique((a[:, None] + np.arange(0, size, min(size, 32))).reshape(-1) // 32)
-                c["gl_st_sectors" if write else "gl_ld_sectors"] += len(sec)
-                c["gl_st_bytes" if write else "gl_ld_bytes"] += len(a) * size
+    def granules(self, at: np.ndarray, size: int, *per: np.ndarray | None):
+        """Granule numbers of `size` bytes at each `at`, and `per` arrays repeated to match."""
+        g = self.m.grain
+        count = max(1, size // g)
+        if count == 1:
+            return (at // g, *per)
+        out = (at[:, None] // g + np.arange(count)).reshape(-1)
+        return (out, *(p if p is None else np.repeat(p, count) for p in per))
 
-    def load(self, ins: Instr, sp: str, addr: np.ndarray, size: int, act: Mask):
-        idx_l = np.arange(self.n) if act is None else np.nonzero(act)[0]
-        if sp == "param":
-            out = np.zeros((self.n, size), np.uint8)
-            out[idx_l] = self.params[addr[idx_l][:, None] + np.arange(size)]
-            return out
-        arr, idx, sh = self.space(addr[idx_l], sp, "ld", ins)
-        self.check(arr, idx, size, sh, ins, False)
-        self.count_access(idx, idx_l, size, sh, False)
-        if sh:
-            self.shared_access(ins, idx, idx_l // 32, size, None)
-        out = np.zeros((self.n, size), np.uint8)
-        out[idx_l] = arr[idx[:, None] + np.arange(size)]
-        return out
+    def shared_read(self, at: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
+        """Checked bytes `[len(at), size]`."""
+        ok = complete(gather(self.sinit, at, size))
+        if not ok.all():
+            i = int(np.argmin(ok))
+            self.refuse_unwritten(at[i], lanes[i])
+        g, rows, lane = self.granules(at, size, self.row[lanes], lanes % 32)
+        self.raise_race(self.races.read(g, rows, lane), g, at, lanes)
+        return gather(self.smem, at, size)
 
-    def store(self, ins: Instr, sp: str, addr: np.ndarray, data: np.ndarray, act: Mask) -> None:
-        idx_l = np.arange(self.n) if act is None else np.nonzero(act)[0]
+    def refuse_unwritten(self, at: int, lane: int) -> None:
+        raise self.fault("read of uninitialised shared memory", lane, int(at) % self.stride)
+
+    def shared_write(self, at: np.ndarray, lanes: np.ndarray, data: np.ndarray) -> None:
+        """Checked store of `data` `[len(at), size]`."""
         size = data.shape[1]
-        arr, idx, sh = self.space(addr[idx_l], sp, "st", ins)
-        self.check(arr, idx, size, sh, ins, True)
-        self.count_access(idx, idx_l, size, sh, True)
-        if sh:
-            self.shared_access(ins, idx, idx_l // 32, size, data[idx_l])
-        else:
-            arr[idx[:, None] + np.arange(size)] = data[idx_l]
+        before = gather(self.smem, at, size)
+        known = complete(gather(self.sinit, at, size))
+        changes = (before != data).any(1) | ~known
+        self.progress += int(changes.any())
+        g, rows, lane, changed = self.granules(at, size, self.row[lanes], lanes % 32, changes)
+        self.raise_race(self.races.write(g, rows, lane, changed), g, at, lanes)
+        self.smem.reshape(-1, size)[at // size] = data
+        self.sinit.reshape(-1, size)[at // size] = 1
+        lost = (gather(self.smem, at, size) != data).any(1)
+        if lost.any():
+            i = int(np.argmax(lost))
+            what = "shared-memory race: two threads write different values at once"
+            raise self.fault(what, lanes[i], int(at[i]) % self.stride)
 
-    def _sp(self, o):
-        for q in o:
-            if q.startswith("shared"):
-                return "shared"
-            if q.startswith("global"):
-                return "global"
-            if q.startswith("param"):
-                return "param"
+    def raise_race(
+        self, found: tuple[int, str] | None, granules: np.ndarray, at: np.ndarray, lanes: np.ndarray
+    ) -> None:
+        if found:
+            i = found[0]
+            lane = lanes[i * len(lanes) // len(granules)]
+            raise self.fault(found[1], lane, int(granules[i]) * self.m.grain % self.stride)
+
+    # ---- global -------------------------------------------------------------------------------
+
+    def global_index(
+        self, addr: np.ndarray, lanes: np.ndarray, size: int, read: bool
+    ) -> np.ndarray:
+        """Index into the arena, checked for alignment, bounds and (read) initialisation."""
+        m, at = self.m, addr - GBASE
+        if size > 1 and (at % size).any():
+            i = int(np.argmax(at % size != 0))
+            raise self.fault(f"misaligned {size}-byte access", lanes[i], int(addr[i]))
+        outside = (at < 0) | (at + size > m.top)
+        if not outside.any():
+            outside = ~(m.ok[at] & m.ok[at + size - 1])
+        if outside.any():
+            i = int(np.argmax(outside))
+            raise self.fault(m.why_outside(int(addr[i])), lanes[i], int(addr[i]))
+        if read:
+            ok = complete(gather(m.init, at, size))
+            if not ok.all():
+                i = int(np.argmin(ok))
+                raise self.fault("read of uninitialised global memory", lanes[i], int(addr[i]))
+        return at
+
+    def global_race(
+        self, at: np.ndarray, lanes: np.ndarray, size: int, write: bool, atomic: bool = False,
+        changes: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        g = self.m.races.grain
+        count = max(1, size // g)
+        rows = self.row[lanes]
+        where = at // g
+        if count > 1:
+            where = (where[:, None] + np.arange(count)).reshape(-1)
+            rows = np.repeat(rows, count)
+            changes = None if changes is None else np.repeat(changes, count)
+        found = self.m.races.access(self.clocks, where, rows, write, atomic, changes)
+        if found:
+            i = found[0]
+            raise self.fault(found[1], lanes[i // count], GBASE + int(where[i]) * g)
+
+    def global_read(
+        self, addr: np.ndarray, lanes: np.ndarray, size: int, atomic: bool = False
+    ) -> np.ndarray:
+        at = self.global_index(addr, lanes, size, True)
+        self.global_race(at, lanes, size, False, atomic)
+        return gather(self.m.mem, at, size)
+
+    def global_write(
+        self, addr: np.ndarray, lanes: np.ndarray, data: np.ndarray, atomic: bool = False
+    ) -> None:
+        size = data.shape[1]
+        at = self.global_index(addr, lanes, size, False)
+        changes = (gather(self.m.mem, at, size) != data).any(1)
+        self.progress += int(changes.any())
+        self.global_race(at, lanes, size, True, atomic, changes)
+        self.m.mem.reshape(-1, size)[at // size] = data
+        self.m.init.reshape(-1, size)[at // size] = 1
+
+    # ---- instructions -------------------------------------------------------------------------
+
+    def space_of(self, mods: list[str]) -> str:
+        for q in mods:
+            for space in ("shared", "global", "param", "const"):
+                if q.startswith(space):
+                    return "global" if space == "const" else space
         return "generic"
+
+    def load(self, ins: Instr, space: str, addr: np.ndarray, size: int, act: Mask) -> np.ndarray:
+        """Bytes `[n, size]`; zeros for the threads that do not load."""
+        lanes = self.lanes(act)
+        at = addr if act is None else addr[lanes]
+        ordered = not ORDERED.isdisjoint(ins.op)
+        if self.is_shared(at, space, lanes):
+            at = self.shared_index(at, lanes, size)
+            data = gather(self.smem, at, size) if ordered else self.shared_read(at, lanes, size)
+            self.m.counters.shared(ins, at, lanes, size)
+        elif (at < 1 << 20).all() and (at >= 0).all() and (at + size <= len(self.params)).all():
+            data = self.params[at[:, None] + np.arange(size)]  # a generic address of a parameter
+        else:
+            data = self.global_read(at, lanes, size, ordered)
+            self.m.counters.load(ins, at, lanes, size)
+        if ordered:
+            self.observe(ins, at, lanes)
+        if act is None:
+            return data
+        out = np.zeros((self.n, size), np.uint8)
+        out[lanes] = data
+        return out
 
     def op_ld(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ty = mods[-1]
-        nv = next((int(q[1:]) for q in mods if q in ("v2", "v4", "v8")), 1)
         w = WIDTH[ty]
-        b = self.load(ins, self._sp(mods), self.addr(args[1]), w * nv, act)
-        ds = split_args(args[0][1:-1]) if args[0][0] == "{" else [args[0]]
-        for i, d in enumerate(ds):
-            v = np.ascontiguousarray(b[:, i * w : (i + 1) * w]).view(NP[ty]).reshape(self.n)
-            rw = self.raw(d).dtype.itemsize if d != "_" else w
-            if rw > w:
-                v = v.astype(NP[("s" if ty[0] == "s" else "u") + str(8 * rw)])
-            self.put(d, v, act)
+        regs = self.vec(args[0])
+        size, space = w * len(regs), self.space_of(mods)
+        if space == "param":
+            base, offset = split_address(args[1])
+            if base in self.pv:
+                self._load_param(regs, self.pv[base] + offset, w, ty, act)
+                return
+        data = self.load(ins, space, self.addr(args[1]), size, act)
+        if len(regs) == 1:
+            self.put(regs[0], self.widen(data.view(UINT[w])[:, 0], regs[0], ty), act)
+            return
+        columns = data.view(UINT[w])
+        for j, reg in enumerate(regs):
+            self.put(reg, self.widen(columns[:, j], reg, ty), act)
 
     op_ldu = op_ld
 
+    def _load_param(self, regs: list[str], at: int, w: int, ty: str, act: Mask) -> None:
+        for j, reg in enumerate(regs):
+            data = self.params[at + j * w : at + (j + 1) * w]
+            if len(data) < w:
+                raise self.fault("read past the last parameter")
+            value = np.repeat(np.frombuffer(data.tobytes(), UINT[w]), self.n)
+            self.put(reg, self.widen(value, reg, ty), act)
+
+    def widen(self, v: np.ndarray, reg: str, ty: str) -> np.ndarray:
+        """Sign- or zero-extend a loaded value to its register."""
+        if reg == "_":
+            return v
+        w = WIDTH[self.k.regs[reg]]
+        if v.dtype.itemsize < w and ty[0] == "s":
+            return v.view(f"i{v.dtype.itemsize}").astype(f"i{w}")
+        return v
+
     def op_st(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ty = mods[-1]
-        w = WIDTH[ty]
-        vs = split_args(args[1][1:-1]) if args[1][0] == "{" else [args[1]]
-        b = np.concatenate(
-            [np.ascontiguousarray(self.val(v, ty)).view(np.uint8).reshape(self.n, w) for v in vs], 1
-        )
-        self.store(ins, self._sp(mods), self.addr(args[0]), b, act)
+        w, values = WIDTH[ty], self.vec(args[1])
+        if len(values) == 1:
+            data = np.ascontiguousarray(self.val(values[0], ty)).view(np.uint8).reshape(-1, w)
+        else:
+            data = np.stack([self.val(v, ty) for v in values], 1).view(np.uint8)
+        self.store(ins, self.space_of(mods), self.addr(args[0]), data, act)
 
-    def op_red(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        ad, ty = (self.addr(args[0]), mods[-1])
-        sp = self._sp(mods)
-        self.synced |= sp != "shared"
-        op = next(q for q in mods if q in ("add", "max", "min", "or", "and"))
-        vs = split_args(args[1][1:-1]) if args[1][0] == "{" else [args[1]]
-        for j, vn in enumerate(vs):
-            v = self.val(vn, ty)
-            for thread in np.nonzero(self.A(act))[0]:
-                arr, idx, sh = self.space(ad[thread : thread + 1] + j * WIDTH[ty], sp, "red", ins)
-                self.check(arr, idx, WIDTH[ty], sh, ins, False)
-                i = int(idx[0])
-                q = arr[i : i + WIDTH[ty]].view(NP[ty])
-                if ty in ("bf16x2",):
-                    q32 = bf16_to_f32(q.view(np.uint16)) + bf16_to_f32(
-                        v[thread : thread + 1].view(np.uint16)
-                    )
-                    arr[i : i + 4] = f32_to_bf16(q32).view(np.uint8)
-                else:
-                    q[0] = {
-                        "add": lambda x, y: x + y,
-                        "max": max,
-                        "min": min,
-                        "or": lambda x, y: x | y,
-                        "and": lambda x, y: x & y,
-                    }[op](q[0], v[thread])
-            self.m.count["atomics"] += int(self.A(act).sum())
-
-    def op_atom(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        ad, ty = (self.addr(args[1]), mods[-1])
-        sp = self._sp(mods)
-        self.synced |= sp != "shared"
-        out = np.zeros(self.n, NP[ty])
-        op = next(
-            q for q in mods if q in ("add", "exch", "cas", "max", "min", "or", "and", "inc", "xor")
-        )
-        v = self.val(args[2], ty)
-        v3 = self.val(args[3], ty) if len(args) > 3 else None
-        for thread in np.nonzero(self.A(act))[0]:
-            arr, idx, sh = self.space(ad[thread : thread + 1], sp, "atom", ins)
-            self.check(arr, idx, WIDTH[ty], sh, ins, False)
-            q = arr[int(idx[0]) : int(idx[0]) + WIDTH[ty]].view(NP[ty])
-            out[thread] = q[0]
-            old, new = q[0], v[thread]
-            if op == "cas":
-                q[0] = v3[thread] if old == new else old
+    def store(self, ins: Instr, space: str, addr: np.ndarray, data: np.ndarray, act: Mask) -> None:
+        lanes, size = self.lanes(act), data.shape[1]
+        at, data = (addr, data) if act is None else (addr[lanes], data[lanes])
+        ordered = not ORDERED.isdisjoint(ins.op)
+        if ordered:
+            self.publish(ins, at, lanes)
+        if self.is_shared(at, space, lanes):
+            at = self.shared_index(at, lanes, size)
+            if ordered:
+                self.smem.reshape(-1, size)[at // size] = data
+                self.sinit.reshape(-1, size)[at // size] = 1
             else:
-                q[0] = ATOMIC[op](old, new)
-        self.put(args[0], out, act)
+                self.shared_write(at, lanes, data)
+            self.m.counters.shared(ins, at, lanes, size)
+        else:
+            self.global_write(at, lanes, data, ordered)
+            self.m.counters.store(ins, at, lanes, size)
+
+    # What flags do is defined with the atomics.
+    def observe(self, ins: Instr, at: np.ndarray, lanes: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def publish(self, ins: Instr, at: np.ndarray, lanes: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+__all__ = ["Memory", "PtxError", "complete", "gather", "grain_of", "split_address"]

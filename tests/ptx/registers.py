@@ -1,164 +1,281 @@
-"""Registers of a whole block: one numpy array a register, one element a thread."""
+"""Registers of a wave of blocks: one numpy array a register, one element a thread.
+
+A wave is a set of co-resident blocks laid side by side, so one numpy operation executes an
+instruction for every thread of every block that has reached it.
+"""
 
 from __future__ import annotations
 
-import collections
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .formats import NP, RAW, WIDTH, PtxError
-from .parser import Kernel, split_args
-from .racecheck import RaceDetector
+from .parser import Instr, Kernel, split_args
 
 if TYPE_CHECKING:
     from .machine import Machine
 
-POISON = 0xCD  # shared memory before its first write
-Mask = np.ndarray | None
+Mask = np.ndarray | None  # bool per thread; None: all of them
+Ids = tuple[int, int, int]
+DTYPE = {ty: np.dtype(kind) for ty, kind in NP.items()}
+SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+@dataclasses.dataclass
+class Launch:
+    """What is the same for every block of a launch."""
+
+    grid: Ids
+    block: Ids
+    cluster: Ids
+    params: np.ndarray  # the parameter space as bytes
+    offsets: dict[str, int]  # of a parameter in it
+    smem: int  # dynamic shared memory, bytes
+    variables: dict[str, int]  # addresses of module variables
 
 
 class Registers:
-    """Thread state and operand access; every other part of a block builds on it."""
+    """Thread state and operand access; every other part of a wave builds on it."""
 
     def __init__(
-        self,
-        m: Machine,
-        k: Kernel,
-        cid: tuple[int, ...],
-        grid: tuple[int, ...],
-        block: tuple[int, ...],
-        pv: dict[str, int],
-        params: np.ndarray,
-        smem: int,
+        self, m: Machine, k: Kernel, launch: Launch, blocks: list[tuple[int, Ids]]
     ) -> None:
-        self.m, self.k, self.cid, self.grid = m, k, cid, grid
-        self.number = self.step = 0
-        self.last_write: dict[str, int] = {}  # step of a register's last ordinary write
-        self.block, self.pv, self.params = block, pv, params
-        self.n = n = block[0] * block[1] * block[2]
-        if n % 32:
-            raise PtxError("block must be a multiple of 32")
-        dyn = -(-k.smem_static // 128) * 128
-        if dyn:
-            dyn = -(-dyn // 1024) * 1024
-        self.dyn, self.smem = (dyn, np.full(dyn + smem, POISON, np.uint8))
-        self.sinit = np.zeros(len(self.smem), np.bool_)
-        self.r = {}
-        t = np.arange(n)
-        self.tid = [t % block[0], t // block[0] % block[1], t // (block[0] * block[1])]
+        self.m, self.k, self.launch, self.blocks = m, k, launch, blocks
+        self.pv, self.params = launch.offsets, launch.params
+        bx, by, bz = launch.block
+        self.per = per = bx * by * bz  # threads of a block
+        if per % 32:
+            raise PtxError(f"{k.name}: a block of {per} threads is not a whole number of warps")
+        self.n = n = per * len(blocks)
+        self.warps = per // 32
+        self.step = 0
+        self.static = -(-k.smem_static // 1024) * 1024 if k.smem_static else 0
+        self.limit = self.static + launch.smem  # shared bytes that a block owns
+        self.stride = -(-self.limit // 1024) * 1024
+        self.smem = np.full(self.stride * len(blocks), 0xCD, np.uint8)
+        self.slot = np.repeat(np.arange(len(blocks)), per)
+        self.base = self.slot * self.stride
+        t = np.tile(np.arange(per), len(blocks))
+        self.thread = t
+        self.tid = [t % bx, t // bx % by, t // (bx * by)]
         self.lane = (t % 32).astype(np.uint32)
-        self.pc = np.zeros(n, np.int64)
-        self.blocked = np.zeros(n, np.int64) - 1
-        self.done = np.zeros(n, np.bool_)
-        self.mbar, self.bars = ({}, {})
-        self.async_groups = [collections.deque() for _ in range(n // 32)]
-        self.pending = {}
-        self.races = RaceDetector(n // 32, len(self.smem))
-        groups = -(-n // 128)
-        self.fenced = [0] * groups  # step of the last wgmma.fence
-        self.committed = [0] * groups
-        self.in_flight: list[dict[str, int]] = [{} for _ in range(groups)]
-        self.synced = False  # has passed a global atomic: may read what other blocks wrote
+        self.all_lanes = np.arange(n)
+        self.alive = np.ones(n, np.bool_)
+        self.r: dict[str, np.ndarray] = {}
+        self.undefined: dict[str, np.ndarray] = {}  # registers that some threads never wrote
+        self.act: Mask = None
+        self.ins: Instr = k.code[0]
+        self.constants: dict[tuple[str, str], np.ndarray] = {}
+        self.specials: dict[str, np.ndarray] = {}
+        groups = max(1, n // 128)
+        self.written_at: dict[str, np.ndarray] = {
+            q: np.zeros(groups, np.int64)
+            for ins in k.code if ins.op[:2] == ["wgmma", "mma_async"]
+            for q in ins.words if q in k.regs
+        }  # fmt: skip
 
-    def raw(self, name: str):
+    def fault(self, what: str, at: Any = None, address: int | None = None) -> PtxError:
+        """The error for the current instruction, `at` naming a thread (index into the wave)."""
+        ins, thread = self.ins, None
+        if at is None:
+            threads = self.all_lanes if self.act is None else np.nonzero(self.act)[0]
+            at = threads[0] if len(threads) else 0
+        slot, thread = divmod(int(at), self.per)
+        return PtxError(
+            what, kernel=self.k.name, block=self.blocks[slot][1], thread=thread, line=ins.line,
+            source=ins.source, address=address, text=ins.text,
+        )  # fmt: skip
+
+    def raw(self, name: str) -> np.ndarray:
+        """Register `name` as stored; a thread that never wrote it may not read it."""
+        a = self.r.get(name)
+        if a is None:
+            if name not in self.k.regs:
+                raise self.fault(f"unknown operand {name!r}")
+            raise self.fault(f"read of register {name}, which was never written")
+        if self.undefined and name in self.undefined:
+            self._refuse_undefined(name)
+        return a
+
+    def _refuse_undefined(self, name: str) -> None:
+        bad = self.undefined[name] if self.act is None else self.undefined[name] & self.act
+        if bad.any():
+            who = int(np.argmax(bad))
+            raise self.fault(f"read of register {name}, which this thread never wrote", who)
+
+    def old(self, name: str) -> np.ndarray:
+        """Register `name` before a partial write; zeros if it has none yet."""
         a = self.r.get(name)
         if a is None:
             ty = self.k.regs.get(name)
             if ty is None:
-                raise PtxError(f"unknown register {name}")
-            a = self.r[name] = np.zeros(self.n, RAW[WIDTH[ty]])
+                raise self.fault(f"unknown register {name!r}")
+            a = np.zeros(self.n, RAW[WIDTH[ty]])
         return a
 
-    def special(self, n):
-        d = {"x": 0, "y": 1, "z": 2}
-        if n.startswith("%tid."):
-            return self.tid[d[n[-1]]].astype(np.uint32)
-        for pre, v in (
-            ("%ntid.", self.block),
-            ("%ctaid.", self.cid),
-            ("%nctaid.", self.grid),
-            ("%clusterid.", self.cid),
-            ("%nclusterid.", self.grid),
-        ):
-            if n.startswith(pre):
-                return np.full(self.n, v[d[n[-1]]], np.uint32)
-        if n.startswith(("%cluster_ctaid", "%cluster_ctarank")):
-            return np.zeros(self.n, np.uint32)
-        if n == "%laneid":
-            return self.lane
-        if n == "%warpid":
-            return (np.arange(self.n) // 32).astype(np.uint32)
-        return None
+    def special(self, name: str) -> np.ndarray | None:
+        """The value of a special register such as %tid.x, or None."""
+        v = self.specials.get(name)
+        if v is None:
+            v = self._special(name)
+            if v is not None:
+                v = np.ascontiguousarray(v).astype(np.uint32)
+                self.specials[name] = v
+        return v
 
-    def val(self, a, ty: str):
-        """operand a as an array of type ty (whole CTA)"""
-        dt = NP[ty]
-        if a[0] == "%" or a in self.k.regs:
-            sp = self.special(a)
-            v = sp if sp is not None else self.raw(a)
-            w = np.dtype(dt).itemsize
-            if v.dtype.itemsize == w:
-                return v.view(dt)
-            return v.astype(RAW[w]).view(dt)
-        if a.startswith("0f"):
-            return (
-                np.full(self.n, int(a[2:], 16), np.uint32).view(np.float32).astype(dt)
-                if dt == np.float32
-                else np.full(self.n, int(a[2:], 16), np.uint32).view(dt)
-            )
-        if a.startswith("0d"):
-            return np.full(self.n, int(a[2:], 16), np.uint64).view(np.float64)
+    def _special(self, name: str) -> np.ndarray | None:
+        head, _, axis = name.partition(".")
+        d = "xyz".find(axis) if axis else -1
+        per_block = np.array([cid for _, cid in self.blocks])[self.slot]
+        grid, block, cluster = (
+            np.array(v) for v in (self.launch.grid, self.launch.block, self.launch.cluster)
+        )
+        inside, full = per_block % cluster, np.ones(self.n, np.int64)
+        table = {
+            "%tid": lambda: self.tid[d],
+            "%ntid": lambda: full * block[d],
+            "%ctaid": lambda: per_block[:, d],
+            "%nctaid": lambda: full * grid[d],
+            "%clusterid": lambda: per_block[:, d] // cluster[d],
+            "%nclusterid": lambda: full * (grid[d] // cluster[d]),
+            "%cluster_ctaid": lambda: inside[:, d],
+            "%cluster_nctaid": lambda: full * cluster[d],
+            "%cluster_ctarank": lambda: (
+                inside[:, 0] + cluster[0] * (inside[:, 1] + cluster[1] * inside[:, 2])
+            ),
+            "%cluster_nctarank": lambda: full * cluster.prod(),
+            "%is_explicit_cluster": lambda: full * int(cluster.prod() > 1),
+            "%laneid": lambda: self.lane,
+            "%warpid": lambda: self.thread // 32,
+            "%nwarpid": lambda: full * self.warps,
+            "%smid": lambda: self.slot,
+            "%nsmid": lambda: full * len(self.blocks),
+            "%clock": lambda: full * self.step,
+            "%clock_hi": lambda: full * 0,
+            "%globaltimer_lo": lambda: full * self.step,
+            "%dynamic_smem_size": lambda: full * self.launch.smem,
+            "%total_smem_size": lambda: full * self.limit,
+            "%lanemask_lt": lambda: (1 << self.lane.astype(np.int64)) - 1,
+            "%lanemask_le": lambda: (2 << self.lane.astype(np.int64)) - 1,
+            "%lanemask_eq": lambda: 1 << self.lane.astype(np.int64),
+            "%lanemask_ge": lambda: (1 << 32) - (1 << self.lane.astype(np.int64)),
+            "%lanemask_gt": lambda: (1 << 32) - (2 << self.lane.astype(np.int64)),
+        }
+        return table[head]() if head in table else None
+
+    def val(self, a: str, ty: str) -> np.ndarray:
+        """Operand `a` (register, constant, variable) of every thread as an array of type `ty`."""
+        v = self.r.get(a)
+        if v is None:
+            return self._constant(a, ty)
+        if self.undefined and a in self.undefined:
+            self._refuse_undefined(a)
+        dt = DTYPE[ty]
+        if v.dtype == dt:
+            return v
+        if v.dtype.itemsize == dt.itemsize:
+            return v.view(dt)
+        return v.astype(RAW[dt.itemsize]).view(dt)
+
+    def _constant(self, a: str, ty: str) -> np.ndarray:
+        v = self.constants.get((a, ty))
+        if v is not None:
+            return v
+        if a in self.k.regs:
+            return self.raw(a)  # raises: it was never written
+        dt = DTYPE[ty]
+        if a[0] == "%" and (sp := self.special(a)) is not None:
+            v = sp.astype(RAW[dt.itemsize]).view(dt)
+            if a.startswith(("%clock", "%globaltimer")):
+                self.specials.pop(a)
+                return v
+        else:
+            v = np.full(self.n, self._scalar(a), RAW[dt.itemsize]).view(dt)
+            if a.startswith("0f") and dt == np.float64:
+                v = np.full(self.n, int(a[2:], 16), np.uint32).view(np.float32).astype(dt)
+        v.setflags(write=False)
+        self.constants[a, ty] = v
+        return v
+
+    def _scalar(self, a: str) -> Any:
+        if a.startswith(("0f", "0F", "0d", "0D")):
+            return int(a[2:], 16)
         if a in self.k.shared:
-            o = self.k.shared[a]
-            o = self.dyn if o == "dyn" else o
-            return np.full(self.n, o, dt)
+            offset = self.k.shared[a]
+            return self.static if offset == "dyn" else offset
         if a in self.pv:
-            return np.full(self.n, self.pv[a], dt)
+            return self.pv[a]
+        if a in self.launch.variables:
+            return self.launch.variables[a]
         try:
-            i = int(a.rstrip("U"), 0)
+            number = int(a.rstrip("U"), 0)
         except ValueError:
-            raise PtxError(f"operand {a!r}?") from None
-        w = np.dtype(dt).itemsize
-        if np.dtype(dt).kind == "f":
-            return np.full(self.n, i & (1 << 8 * w) - 1, RAW[w]).view(dt)
-        return np.full(self.n, i & (1 << 8 * w) - 1, RAW[w]).view(dt)
+            raise self.fault(f"operand {a!r} not understood") from None
+        return np.uint64(number & (1 << 64) - 1)
 
-    def pval(self, a):
-        if a.startswith("!"):
+    def pval(self, a: str) -> np.ndarray:
+        """Operand `a` as a predicate."""
+        if a[0] == "!":
             return ~self.raw(a[1:])
-        if a in ("1", "0", "-1"):
-            return np.full(self.n, a != "0")
+        if a[0] != "%" and a not in self.k.regs:
+            return np.full(self.n, int(a, 0) != 0)
         return self.raw(a)
 
-    def put(self, name: str, v, act: Mask) -> None:
+    def put(self, name: str, v: np.ndarray, act: Mask) -> None:
+        """Write `v` to the threads of `act`. Stored arrays are never changed in place."""
         if name == "_":
             return
-        self.last_write[name] = self.step
-        d = self.raw(name)
-        w = d.dtype.itemsize
+        ty = self.k.regs.get(name)
+        if ty is None:
+            raise self.fault(f"unknown register {name!r}")
+        dt = RAW[WIDTH[ty]]
+        w = WIDTH[ty]
         v = np.asarray(v)
-        if d.dtype == np.bool_:
-            v = v.astype(np.bool_)
+        if w == 0:
+            v = v.astype(np.bool_, copy=False)
         else:
             if v.dtype.itemsize != w:
-                v = v.astype(
-                    np.int64
-                    if v.dtype.kind == "i" and w == 8
-                    else {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}[w]
-                    if v.dtype.kind == "i"
-                    else d.dtype
-                )
-            v = np.ascontiguousarray(v).view(d.dtype)
+                v = v.astype(SIGNED[w] if v.dtype.kind == "i" else dt)
+            if not v.flags.c_contiguous:
+                v = np.ascontiguousarray(v)
+            v = v.view(dt)
+        if self.written_at and name in self.written_at:
+            self._remember_write(name, act)
         if act is None:
-            self.r[name] = v.copy() if v.base is not None or v is not None else v
+            self.r[name] = v
+            if self.undefined:
+                self.undefined.pop(name, None)
+            return
+        d = self.r.get(name)
+        if d is None:
+            self.r[name] = np.where(act, v, np.zeros(1, dt))
+            self.undefined[name] = ~act
+            return
+        self.r[name] = np.where(act, v, d)
+        if name in self.undefined:
+            left = self.undefined[name] & ~act
+            if left.any():
+                self.undefined[name] = left
+            else:
+                del self.undefined[name]
+
+    def _remember_write(self, name: str, act: Mask) -> None:
+        if act is None:
+            self.written_at[name][:] = self.step
         else:
-            d = d.copy()
-            d[act] = v[act]
-            self.r[name] = d
+            groups = len(self.written_at[name])
+            self.written_at[name][act.reshape(groups, -1).any(1)] = self.step
 
-    def A(self, act: Mask):
-        return np.ones(self.n, np.bool_) if act is None else act
+    def active(self, act: Mask) -> np.ndarray:
+        """`act` as a mask."""
+        return self.alive if act is None else act
 
-    def vec(self, txt):
-        return split_args(txt[1:-1]) if txt[0] == "{" else [txt]
+    def lanes(self, act: Mask) -> np.ndarray:
+        """Indices of the threads in `act`."""
+        return self.all_lanes if act is None else np.nonzero(act)[0]
+
+    def vec(self, text: str) -> list[str]:
+        """The registers of a vector operand `{...}`, or the one operand."""
+        return split_args(text[1:-1]) if text[0] == "{" else [text]

@@ -183,5 +183,5 @@ def test_an_unknown_opcode_is_refused_by_name(rng: np.random.Generator) -> None:
 def test_faults_name_kernel_block_and_line(
     text: str, message: str, rng: np.random.Generator
 ) -> None:
-    with pytest.raises(PtxError, match=rf"k block \(0, 0, 0\) line \d+: .*{message}"):
+    with pytest.raises(PtxError, match=rf"k block \(0, 0, 0\) thread \d+ line \d+: .*{message}"):
         run(text, [integers(rng, np.uint32)], "u32")

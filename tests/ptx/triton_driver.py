@@ -5,7 +5,8 @@
 
 Triton compiles for the target as it would for a GPU; only loading and launching are replaced, so a
 public call keeps its real path: the same wrapper, config, grid and kernel. `on_cpu` yields the
-driver; after a launch `driver.machine` is the device that ran it (its counters are in `.count`).
+driver; after a launch `driver.machine` is the device that ran it (its counters are in `.count`),
+and `driver.launches` are all of them.
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ _mutants = itertools.count(1000)
 
 
 class _Utils:
-    def __init__(self, arch: int, mutate: Mutation | None) -> None:
-        self.arch = arch
-        self.mutate = mutate
+    def __init__(self, arch: int, mutate: Mutation | None, processors: int) -> None:
+        self.arch, self.mutate, self.processors = arch, mutate, processors
         self.ptx_path = ""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
             "max_shared_mem": SHARED_LIMIT[self.arch],
-            "multiprocessor_count": 132,
+            "multiprocessor_count": self.processors,
             "warpSize": 32,
         }
 
@@ -64,6 +64,7 @@ class _Launcher:
         self, gx, gy, gz, stream, function, packed, launch_metadata, enter, leave, *args
     ) -> None:
         module, name = function
+        device: CpuPtxDriver = driver.active
         machine = Machine()
         storages: dict[int, tuple[int, torch.Tensor]] = {}
         values: list[Any] = []
@@ -84,8 +85,14 @@ class _Launcher:
             else:
                 values.append(arg)
         threads = self.metadata.num_warps * 32
-        driver.active.machine = machine
-        machine.launch(module, name, (gx, gy, gz), threads, values, smem=self.metadata.shared)
+        cluster = getattr(self.metadata, "cluster_dims", (1, 1, 1))
+        device.machine = machine
+        device.launches.append(machine)
+        machine.launch(
+            module, name, (gx * cluster[0], gy * cluster[1], gz * cluster[2]), threads, values,
+            smem=self.metadata.shared, cluster=cluster, order=device.order, seed=device.seed,
+            resident=device.resident, reverse=device.order == "reverse",
+        )  # fmt: skip
         for address, whole in storages.values():
             whole.copy_(torch.from_numpy(machine.get(address)))
 
@@ -102,12 +109,16 @@ def _upload(machine: Machine, storages: dict[int, tuple[int, torch.Tensor]], t: 
 class CpuPtxDriver(DriverBase):
     """An active driver whose target is `cuda:<arch>` and whose device is this interpreter."""
 
-    def __init__(self, arch: int, mutate: Mutation | None = None) -> None:
-        self.arch = arch
-        self.utils = _Utils(arch, mutate)
+    def __init__(
+        self, arch: int, mutate: Mutation | None = None, order: str = "lockstep", seed: int = 0,
+        resident: int | None = None, processors: int = 132,
+    ) -> None:  # fmt: skip
+        self.arch, self.order, self.seed, self.resident = arch, order, seed, resident
+        self.utils = _Utils(arch, mutate, processors)
         # Triton keys its loaded kernels by device: one a target, and one for each mutation.
         self.device = next(_mutants) if mutate else arch
         self.machine: Machine | None = None
+        self.launches: list[Machine] = []
 
     def launcher_cls(self, src: Any, metadata: Any) -> _Launcher:
         return _Launcher(src, metadata)
@@ -142,13 +153,17 @@ class CpuPtxDriver(DriverBase):
 
 
 @contextlib.contextmanager
-def on_cpu(arch: int | str, mutate: Mutation | None = None) -> Iterator[CpuPtxDriver]:
+def on_cpu(
+    arch: int | str, mutate: Mutation | None = None, *, order: str = "lockstep", seed: int = 0,
+    resident: int | None = None, processors: int = 132,
+) -> Iterator[CpuPtxDriver]:  # fmt: skip
     """Run Triton launches in this context as PTX of `arch` (90, "sm_90" or "ptx:sm_90").
 
-    `mutate` rewrites the PTX text before it is loaded, to seed a fault.
+    `mutate` rewrites the PTX text before it is loaded, to seed a fault. `order`, `seed` and
+    `resident` are those of `Machine.launch`; `processors` is the SM count that kernels are told.
     """
     number = int(str(arch).removeprefix("ptx:").removeprefix("sm_"))
-    mine = CpuPtxDriver(number, mutate)
+    mine = CpuPtxDriver(number, mutate, order, seed, resident, processors)
 
     def remember(module: Any, function: Any, name: str, files: Any, digest: str) -> None:
         mine.utils.ptx_path = next(p for f, p in files.items() if f.endswith(".ptx"))
