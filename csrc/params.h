@@ -1,0 +1,96 @@
+// The argument of each kernel: one plain struct, so that a launch is a name, a grid and some bytes.
+// `alora_kernels/backends/cuda/layouts.py` states the same layouts; a test compares the sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace alora {
+
+// Bits of `flags`.
+enum Flags : uint32_t {
+  kAdapterFloat = 1,    // lora_a, lora_b, lora_bias are float32; otherwise they have x's dtype
+  kDropout = 2,         // the keep mask selects (see the kernel)
+  kAdd = 4,             // out += instead of out =
+  kActiveOnly = 8,      // inactive rows of out become zero, their tiles are skipped
+  kVectorAdapter = 16,  // rows of the adapter operand allow 16-byte loads along the reduction
+  kVectorOut = 32,      // rows of out allow 16-byte stores
+  kFloatOut = 64,       // out is float32
+};
+
+struct GemmParams {
+  const void* left;            // [M, K]
+  const void* right;           // [K, N] by strides
+  const void* bias;            // [N] or null, dtype of left
+  const void* low;             // [M, R16] dtype of left; tail only; padding columns hold zeros
+  const void* up;              // [R, N] by strides, adapter dtype, or null
+  const void* down;            // [R, K] by strides, adapter dtype; onepass only
+  const void* lora_bias;       // [N] or null, adapter dtype
+  void* out;                   // [M, N]
+  void* low_out;               // [M, R16] or null; onepass only
+  const int32_t* row_adapter;  // [M]
+  const int64_t* seed;         // [1] or null
+  int64_t left_m, left_k, right_k, right_n, low_m, up_r, up_n, down_r, down_k, out_m, low_out_m;
+  int32_t m, n, k, r;
+  float scale;  // of x · downᵀ; onepass only
+  float lora_bias_scale;
+  uint32_t threshold;  // a Philox word below it drops
+  uint32_t flags;
+};
+
+constexpr int kMaxColumnBlocks = 16;
+
+// Sixteen columns of the output of shrink: rows of one projection's adapter.
+struct ColumnBlock {
+  const void* right;  // first of `valid` rows [valid, K]
+  int32_t valid;      // 1 to 16; the other columns become zero
+  float scale;
+};
+
+struct ShrinkParams {
+  const void* left;  // [M, K]
+  void* out;         // [M, 16 · blocks], dtype of left
+  const int32_t* active_rows;
+  const int32_t* active_count;
+  const int64_t* seed;
+  int64_t left_m, left_k, right_r, right_k, out_m;
+  int32_t k, blocks;
+  uint32_t threshold, flags;
+  ColumnBlock columns[kMaxColumnBlocks];
+};
+
+struct ExpandParams {
+  const void* low;  // [M, R16]; padding columns hold zeros
+  const void* up;   // [R, N] by strides, adapter dtype
+  const void* lora_bias;
+  void* out;  // [M, N] by strides
+  const int32_t* active_rows;
+  const int32_t* active_count;
+  const int64_t* seed;
+  int64_t low_m, up_r, up_n, out_m, out_n;
+  int32_t n, r;
+  float lora_bias_scale;
+  uint32_t threshold, flags, unused;
+};
+
+struct GradParams {
+  const void* wide;  // [M, P] by strides
+  const void* low;   // [M, R16]; padding columns hold zeros
+  float* part;       // [S, P, R16]
+  const int32_t* active_rows;
+  const int32_t* active_count;
+  const int64_t* seed;
+  int64_t wide_m, wide_p, low_m;
+  int32_t p, r16, split_rows;
+  uint32_t threshold, flags, unused;
+};
+
+struct ReduceParams {
+  const float* part;  // [S, P, R16]
+  void* out;          // [P, R] by strides; float32 or the kernel's dtype
+  const int32_t* active_count;
+  int64_t out_p, out_r;
+  int32_t p, r, r16, split_rows;
+  uint32_t flags, unused;
+};
+
+}  // namespace alora
