@@ -1,0 +1,227 @@
+"""`CudaBackend`: the strategies `delta`, `tail` and `onepass` composed from the kernels."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
+from .launch import Column, Launcher, Send, send_to_gpu
+from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES
+
+BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
+
+
+@functools.cache
+def build_report() -> dict[str, Any]:
+    """What the build wrote down: nvcc's version, the archs, and ptxas's figures of each kernel."""
+    return json.loads(BUILD_FILE.read_text()) if BUILD_FILE.exists() else {}
+
+
+@functools.cache
+def _why_not_here() -> str | None:
+    try:
+        from ... import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        if BUILD_FILE.exists():
+            return f"the extension alora_kernels._cuda does not load: {error}"
+        return "the extension alora_kernels._cuda is not built: install where nvcc is found"
+    driver, runtime = _cuda.versions()
+    if driver == 0:
+        return "no NVIDIA driver is installed"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the driver supports CUDA {_version(driver)}, the kernels were built with "
+            f"{_version(runtime)}: update the driver, or build with an older nvcc"
+        )
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU is visible to torch"
+    return why_no_kernel(*torch.cuda.get_device_capability(), build_report().get("archs", []))
+
+
+def why_no_kernel(major: int, minor: int, archs: Sequence[str]) -> str | None:
+    """Why none of the built `archs` (`"sm_80"`, `"sm_90a"`, `"compute_80"`) runs on a GPU.
+
+    Binaries run on the same major version from their minor version on, those with a suffix on
+    exactly theirs; PTX runs on everything not older.
+    """
+    here = 10 * major + minor
+    for arch in archs:
+        kind, _, name = arch.partition("_")
+        number = int(name.rstrip("af"))
+        if kind == "compute" and name.isdigit() and number <= here:
+            return None
+        exact = not name.isdigit()
+        if kind == "sm" and (number == here if exact else number // 10 == major and number <= here):
+            return None
+    return f"no kernel was built for sm_{here} (built: {', '.join(archs) or 'none'})"
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class CudaBackend:
+    """`send` and `multiprocessors` are for tests, which execute the plans without a GPU."""
+
+    name = "cuda"
+
+    def __init__(self, send: Send = send_to_gpu, multiprocessors: int | None = None) -> None:
+        self._send = send
+        self._fixed_multiprocessors = multiprocessors
+
+    def why_not_here(self) -> str | None:
+        return None if self._send is not send_to_gpu else _why_not_here()
+
+    def why_not(self, problem: Problem, strategy: str) -> str | None:
+        here = self.why_not_here()
+        if here is not None:
+            return here
+        if problem.device != "cuda" and self._send is send_to_gpu:
+            return f"the tensors are on {problem.device}"
+        if problem.dtype not in NAMES:
+            return f"{problem.dtype} has no CUDA kernel: bfloat16 and float16 have"
+        if problem.adapter_dtype not in (problem.dtype, torch.float32):
+            return f"adapters in {problem.adapter_dtype} over {problem.dtype} have no CUDA kernel"
+        if problem.adapter_precision == "fp32":
+            return "adapter_precision='fp32' has no CUDA kernel"
+        rank = max(problem.ranks)
+        if rank > MAX_RANK:
+            return f"rank {rank} is above {MAX_RANK}"
+        if strategy == "delta":
+            return None
+        if problem.base_given:
+            return "the base output is given: only 'delta' adds to it"
+        if problem.strict_inactive:
+            return "strict_inactive needs 'delta'"
+        if strategy == "onepass" and rank > MAX_ONEPASS_RANK:
+            return f"rank {rank} is above {MAX_ONEPASS_RANK}, the most that 'onepass' takes"
+        if strategy == "onepass" and problem.dropout:
+            return "with dropout the adapter reads another x than the base: use 'tail' or 'delta'"
+        return None
+
+    def _launcher(self, call: Call, x: Tensor) -> Launcher:
+        fixed = self._fixed_multiprocessors
+        return Launcher(self._send, call, _multiprocessors(x.device) if fixed is None else fixed)
+
+    def forward(
+        self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
+        base_outs: Sequence[Tensor] | None, save: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        launch = self._launcher(call, x)
+        begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
+        onepass = strategy == "onepass" and base_outs is None
+        xa = x.new_empty(x.shape[0], total) if save or not onepass else None
+        if not onepass:
+            assert xa is not None
+            scales = [s / (1.0 - call.dropout_p) for s in call.scalings]
+            _shrink_group(launch, x, [p.lora_a for p in projections], scales, xa)
+        outs = []
+        for i, p in enumerate(projections):
+            low = None if xa is None else xa[:, begins[i] :]
+            up, scaling = p.lora_b.t(), call.scalings[i]
+            if base_outs is None and strategy != "delta":
+                assert p.weight is not None
+                y = x.new_empty(x.shape[0], p.weight.shape[0])
+                launch.gemm(
+                    x, p.weight.t(), y, bias=p.bias, low=low, up=up,
+                    down=p.lora_a if onepass else None, scale=scaling, lora_bias=p.lora_bias,
+                    lora_bias_scale=scaling,
+                )  # fmt: skip
+            else:
+                y = F.linear(x, p.weight, p.bias) if base_outs is None else base_outs[i]  # type: ignore[arg-type]
+                assert low is not None
+                launch.expand_add(low, up, y, p.lora_bias, scaling)
+            outs.append(y)
+        return outs, xa if save else None
+
+    def backward(
+        self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
+        xa: Tensor | None, dys: Sequence[Tensor], needs: Needs,
+    ) -> Gradients:  # fmt: skip
+        launch = self._launcher(call, x)
+        begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
+        # onepass makes dya on the way to dx; a layer whose x needs no gradient has no such way.
+        onepass = strategy == "onepass" and needs.x and projections[0].weight is not None
+        dya = None
+        if needs.x or any(needs.lora_a):
+            dya = x.new_empty(x.shape[0], total)
+        if dya is not None and not onepass:
+            for i, (p, dy) in enumerate(zip(projections, dys)):
+                scale = call.scalings[i] / (1.0 - call.dropout_p)
+                right = p.lora_b.t()
+                columns = [(right, r, scale) for r in range(0, right.shape[0], 16)]
+                launch.shrink(dy, columns, dya[:, begins[i] :], dropout=False)
+        dx = None
+        if needs.x:
+            assert dya is not None
+            dx = self._dx(launch, strategy, x, projections, dya, dys, onepass)
+        grads: tuple[list[Tensor | None], ...] = ([], [], [])
+        for i, (p, dy) in enumerate(zip(projections, dys)):
+            da = db = dbias = None
+            if needs.lora_a[i]:
+                assert dya is not None
+                da = torch.empty(p.lora_a.shape, dtype=p.lora_a.dtype, device=x.device)
+                launch.grad(x, dya[:, begins[i] :], da.t(), dropout=True)
+            if needs.lora_b[i]:
+                assert xa is not None
+                db = torch.empty(p.lora_b.shape, dtype=p.lora_b.dtype, device=x.device)
+                launch.grad(dy, xa[:, begins[i] :], db, dropout=False)
+            if needs.lora_bias[i] and p.lora_bias is not None:
+                active = call.activation.mask.unsqueeze(1)
+                sums = torch.where(active, dy, 0).sum(0, dtype=torch.float32)
+                dbias = (sums * call.scalings[i]).to(p.lora_bias.dtype)
+            for column, value in zip(grads, (da, db, dbias)):
+                column.append(value)
+        return Gradients(dx, *grads)
+
+    def _dx(
+        self, launch: Launcher, strategy: str, x: Tensor, projections: Sequence[Projection],
+        dya: Tensor, dys: Sequence[Tensor], onepass: bool,
+    ) -> Tensor:  # fmt: skip
+        begins, _ = saved_columns([p.lora_a.shape[0] for p in projections])
+        prefix = not launch.call.prefix_grad
+        dx = x.new_zeros(x.shape) if projections[0].weight is None else x.new_empty(x.shape)
+        for i, (p, dy) in enumerate(zip(projections, dys)):
+            low = dya[:, begins[i] :]
+            fused = strategy != "delta" and p.weight is not None
+            if p.weight is not None and (fused or prefix):
+                launch.gemm(
+                    dy, p.weight, dx, low=low if fused else None,
+                    up=p.lora_a if fused else None, down=p.lora_b.t() if onepass else None,
+                    scale=launch.call.scalings[i], dropout=fused, add=i > 0, active_only=prefix,
+                )  # fmt: skip
+            elif p.weight is not None:
+                dx = dy @ p.weight if i == 0 else dx.addmm_(dy, p.weight)
+            if not fused:
+                launch.expand_add(low, p.lora_a, dx, None, 1.0, dropout=True)
+        return dx
+
+
+def _shrink_group(
+    launch: Launcher, x: Tensor, lora_as: Sequence[Tensor], scales: Sequence[float], xa: Tensor
+) -> None:
+    """xa of all projections: one launch where their adapters are laid out alike."""
+    begins, _ = saved_columns([a.shape[0] for a in lora_as])
+    alike = all(a.stride() == lora_as[0].stride() and a.dtype == lora_as[0].dtype for a in lora_as)
+    columns: list[Column] = []
+    for a, begin, scale in zip(lora_as, begins, scales):
+        own = [(a, r, scale) for r in range(0, a.shape[0], 16)]
+        if alike:
+            columns += own
+        else:
+            launch.shrink(x, own, xa[:, begin:], dropout=True)
+    if columns:
+        launch.shrink(x, columns, xa, dropout=True)

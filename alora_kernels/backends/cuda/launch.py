@@ -1,0 +1,148 @@
+"""From tensors to launches: each function states the shapes, plans, and sends one kernel.
+
+`send` takes a plan and the fields of its parameter struct in order, tensors standing for their
+addresses. Nothing here synchronises with the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...reference import dropout_threshold
+from .. import Call
+from . import plan as planning
+from .layouts import LAYOUTS, MAX_COLUMN_BLOCKS
+from .plan import Plan, operand
+
+Send = Callable[[Plan, Sequence[Any]], None]
+Column = tuple[Tensor, int, float]  # right, its first row, scale
+
+
+def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
+    """Launch on the current stream of the device that the tensors lie on."""
+    from ... import _cuda  # type: ignore[attr-defined]
+
+    values = [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in fields]
+    device = next(v for v in fields if isinstance(v, Tensor)).device.index
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    data = LAYOUTS[plan.params].pack(*values)
+    _cuda.launch(plan.kernel, *plan.grid, plan.block, plan.shared, data, device, stream)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Kernels of one call. `multiprocessors` is what the plans fill."""
+
+    send: Send
+    call: Call
+    multiprocessors: int
+
+    def _drop(self, wanted: bool) -> tuple[bool, Tensor | None, int]:
+        on = wanted and self.call.dropout_p > 0.0
+        return on, self.call.seed if on else None, dropout_threshold(self.call.dropout_p)
+
+    def shrink(self, left: Tensor, columns: Sequence[Column], out: Tensor, dropout: bool) -> None:
+        """out[active, 16·b + j] = scale_b · left · right_b[row_b + j]; left `[M, K]`.
+
+        A column block is a right `[R, K]`, the row of its first column, and its scale. All rights
+        have the same dtype and strides. Columns past a right's last row become zero.
+        """
+        act, k = self.call.activation, left.shape[1]
+        if act.max_active == 0:
+            return
+        on, seed, threshold = self._drop(dropout)
+        right = columns[0][0]
+        adapter_float = right.dtype != left.dtype
+        layout = operand(right)
+        if any(c[0].data_ptr() % 16 for c in columns):
+            layout = layout._replace(aligned=False)
+        for begin in range(0, len(columns), MAX_COLUMN_BLOCKS):
+            some = columns[begin : begin + MAX_COLUMN_BLOCKS]
+            target = out[:, 16 * begin :]
+            plan = planning.shrink(
+                left.dtype, act.max_active, k, operand(left), layout, len(some), adapter_float,
+                on, self.multiprocessors,
+            )  # fmt: skip
+            table: list[Any] = []
+            for tensor, row, scale in some:
+                table += [tensor[row:], min(16, tensor.shape[0] - row), scale]
+            table += [0, 0, 0.0] * (MAX_COLUMN_BLOCKS - len(some))
+            self.send(plan, (
+                left, target, act.active_rows, act.active_count, seed, *left.stride(),
+                *right.stride(), out.stride(0), k, len(some), threshold, plan.flags, *table,
+            ))  # fmt: skip
+
+    def gemm(
+        self, left: Tensor, right: Tensor, out: Tensor, *, bias: Tensor | None = None,
+        low: Tensor | None = None, up: Tensor | None = None, down: Tensor | None = None,
+        scale: float = 1.0, lora_bias: Tensor | None = None, lora_bias_scale: float = 1.0,
+        dropout: bool = False, add: bool = False, active_only: bool = False,
+    ) -> None:  # fmt: skip
+        """out = left · right + bias, and on active rows + low · up + lora_bias_scale · lora_bias.
+
+        left `[M, K]`, right `[K, N]`, low `[M, R]`, up `[R, N]`. With `down` `[R, K]` (onepass)
+        low = scale · left · downᵀ is computed here and also written to `low` unless that is None.
+        """
+        (m, k), n = left.shape, right.shape[1]
+        if m == 0 or n == 0:
+            return
+        on, seed, threshold = self._drop(dropout)
+        adapter = up if up is not None else lora_bias
+        plan = planning.gemm(
+            left.dtype, m, n, k, operand(left), operand(right), operand(out),
+            None if down is None else operand(down),
+            adapter is not None and adapter.dtype != left.dtype, on, add, active_only,
+            self.multiprocessors,
+        )  # fmt: skip
+        low_in, low_out = (low, None) if down is None else (None, low)
+        self.send(plan, (
+            left, right, bias, low_in, up, down, lora_bias, out, low_out,
+            self.call.activation.row_adapter, seed, *left.stride(), *right.stride(),
+            0 if low_in is None else low_in.stride(0), *((0, 0) if up is None else up.stride()),
+            *((0, 0) if down is None else down.stride()), out.stride(0),
+            0 if low_out is None else low_out.stride(0), m, n, k,
+            0 if up is None else up.shape[0], scale, lora_bias_scale, threshold, plan.flags,
+        ))  # fmt: skip
+
+    def expand_add(
+        self, low: Tensor, up: Tensor, out: Tensor, lora_bias: Tensor | None,
+        lora_bias_scale: float, dropout: bool = False,
+    ) -> None:  # fmt: skip
+        """out[active] += low · up + lora_bias_scale · lora_bias; low `[M, R]`, up `[R, N]`."""
+        act, (rank, n) = self.call.activation, up.shape
+        if act.max_active == 0 or n == 0:
+            return
+        on, seed, threshold = self._drop(dropout)
+        plan = planning.expand_add(
+            low.dtype, act.max_active, n, operand(out), up.dtype != low.dtype, on
+        )
+        self.send(plan, (
+            low, up, lora_bias, out, act.active_rows, act.active_count, seed, low.stride(0),
+            *up.stride(), *out.stride(), n, rank, lora_bias_scale, threshold, plan.flags, 0,
+        ))  # fmt: skip
+
+    def grad(self, wide: Tensor, low: Tensor, out: Tensor, dropout: bool) -> None:
+        """out = Σ_active wideᵀ · low; wide `[M, P]`, low `[M, ≥ R]`, out `[P, R]`."""
+        act, (p, rank) = self.call.activation, out.shape
+        if p == 0:
+            return
+        on, seed, threshold = self._drop(dropout)
+        part_plan, plan = planning.grad(
+            wide.dtype, act.max_active, p, rank, operand(wide), on, out.dtype == torch.float32,
+            self.multiprocessors,
+        )  # fmt: skip
+        part = torch.empty(part_plan.workspace, dtype=torch.float32, device=wide.device)
+        r16, rows = part_plan.workspace[2], part_plan.split_rows
+        if act.max_active > 0:
+            self.send(part_plan, (
+                wide, low, part, act.active_rows, act.active_count, seed, *wide.stride(),
+                low.stride(0), p, r16, rows, threshold, part_plan.flags, 0,
+            ))  # fmt: skip
+        self.send(plan, (
+            part, out, act.active_count, *out.stride(), p, rank, r16, rows, plan.flags, 0,
+        ))  # fmt: skip

@@ -1,0 +1,24 @@
+"""The kernels' parameter structs, as `csrc/params.h` declares them, and the bits of `flags`."""
+
+from __future__ import annotations
+
+import struct
+
+MAX_COLUMN_BLOCKS = 16  # of sixteen columns each, in one launch of shrink
+
+ADAPTER_FLOAT = 1
+DROPOUT = 2
+ADD = 4
+ACTIVE_ONLY = 8
+VECTOR_ADAPTER = 16
+VECTOR_OUT = 32
+FLOAT_OUT = 64
+
+# Pointers, then strides, then 32-bit numbers, in the order of the fields.
+LAYOUTS = {
+    "GemmParams": struct.Struct("=11Q11q4i2f2I"),
+    "ShrinkParams": struct.Struct("=5Q5q2i2I" + "Qif" * MAX_COLUMN_BLOCKS),
+    "ExpandParams": struct.Struct("=7Q5q2if3I"),
+    "GradParams": struct.Struct("=6Q3q3i3I"),
+    "ReduceParams": struct.Struct("=3Q2q4i2I"),
+}

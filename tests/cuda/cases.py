@@ -1,0 +1,158 @@
+"""One case: forward and backward of the backend, kernels executed, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alora_kernels.activation import Activation
+from alora_kernels.backends import Call, Needs, Projection
+from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.reference import alora_linear_reference
+
+from .ptx_sender import PtxSender
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str
+    dtype: torch.dtype = torch.bfloat16
+    adapter: str = "same"  # or "fp32"
+    m: int = 40
+    k: int = 72
+    n: int = 136
+    r: int = 24
+    active: str = "some"  # none, one, some, half_tile, all
+    layout: str = "plain"  # strided, offset, weight_t: see `_laid_out`
+    dropout: float = 0.0
+    prefix_grad: bool = True
+    bias: str = "base"  # none, base, both
+    count: int = 1  # projections
+    known: bool = True  # the host knows the number of active rows
+    add: bool = False  # alora_add: the base output is given
+    reverse: bool = False  # order in which the blocks run
+    machine: int = 8  # multiprocessors to plan for: few make large tiles
+    arch: str = "sm_80"
+
+
+def mask_of(case: Case) -> Tensor:
+    m = case.m
+    return {
+        "none": lambda: torch.zeros(m, dtype=torch.bool),
+        "one": lambda: torch.arange(m) == m // 2,
+        "some": lambda: torch.rand(m) < 0.3,
+        "half_tile": lambda: torch.arange(m) >= m - m // 2,
+        "all": lambda: torch.ones(m, dtype=torch.bool),
+    }[case.active]()
+
+
+def _laid_out(case: Case, values: Tensor, weight: bool = False) -> Tensor:
+    """The same values in another layout of memory."""
+    rows, columns = values.shape
+    if case.layout == "weight_t":
+        return values.t().contiguous().t() if weight else values
+    if case.layout == "offset":  # aligned rows from an odd address
+        wide = values.new_full((rows * (columns + 8) + 1,), torch.nan)
+        view = wide[1:].view(rows, columns + 8)[:, :columns]
+        return view.copy_(values)
+    if case.layout == "strided" and not weight:  # every second element of longer rows
+        wide = values.new_full((rows, 2 * columns), torch.nan)
+        return wide[:, ::2].copy_(values)
+    return values
+
+
+def run(case: Case, seed: int) -> PtxSender:
+    """Fails unless every result is at most twice as far from the truth as PyTorch's own."""
+    dtype, m, k, n, r = case.dtype, case.m, case.k, case.n, case.r
+    adapter = torch.float32 if case.adapter == "fp32" else dtype
+    mask = mask_of(case)
+    act = Activation.from_mask(mask)
+    if not case.known:
+        act = Activation(act.row_adapter, act.active_rows, act.active_count)
+    values = torch.randn(m, k).to(dtype)
+    values[~mask, :1] = torch.nan if case.add else 3.0  # the adapter never reads inactive rows
+    x = _laid_out(case, values)
+    projections = [
+        Projection(
+            _laid_out(case, (torch.randn(n, k) / k**0.5).to(dtype), weight=True),
+            torch.randn(n).to(dtype) if case.bias != "none" else None,
+            (torch.randn(r, k) / k**0.5).to(adapter),
+            (torch.randn(n, r) / r**0.5).to(adapter),
+            torch.randn(n).to(adapter) if case.bias == "both" else None,
+        )
+        for _ in range(case.count)
+    ]
+    dys = [_laid_out(case, torch.randn(m, n).to(dtype)) for _ in projections]
+    scalings = tuple(1.5 - 0.5 * i for i in range(case.count))
+    key = torch.tensor([seed - 2**40])
+    call = Call(act, scalings, case.dropout, key if case.dropout else None, case.prefix_grad)
+    needs = Needs(True, *([(True,) * case.count] * 3))
+
+    def expected(dt: torch.dtype) -> list[Tensor | None]:
+        leaf = x.to(dt).detach().requires_grad_()
+        outs, leaves = [], [leaf]
+        for p, scaling in zip(projections, scalings):
+            own = [
+                t.to(dtype).to(dt).requires_grad_()
+                for t in (p.lora_a, p.lora_b, p.lora_bias)
+                if t is not None
+            ]
+            base = None
+            if case.add:
+                base = torch.zeros(m, n, dtype=dt)
+            outs.append(
+                alora_linear_reference(
+                    leaf,
+                    p.weight.to(dt),
+                    None if p.bias is None else p.bias.to(dt),
+                    own[0],
+                    own[1],
+                    mask,
+                    scaling,
+                    lora_bias=own[2] if len(own) > 2 else None,
+                    dropout_p=case.dropout,
+                    seed=key,
+                    prefix_grad=case.prefix_grad,
+                    base_out=base,
+                )
+            )
+            leaves += own
+        grads = torch.autograd.grad(outs, leaves, [d.to(dt) for d in dys], allow_unused=True)
+        return [*outs, *grads]
+
+    sender = PtxSender(case.arch, case.reverse)
+    backend = CudaBackend(sender, case.machine)
+    given = [torch.zeros(m, n, dtype=dtype) for _ in projections] if case.add else None
+    todo = [p._replace(weight=None, bias=None) if case.add else p for p in projections]
+    ys, xa = backend.forward(call, case.strategy, x, todo, given, True)
+    got = backend.backward(call, case.strategy, x, todo, xa, dys, needs)
+    flat: list[Any] = [*ys, got.x]
+    names = [f"y{i}" for i in range(case.count)] + ["dx"]
+    for i, p in enumerate(projections):
+        flat += [got.lora_a[i], got.lora_b[i]] + ([] if p.lora_bias is None else [got.lora_bias[i]])
+        names += [f"dA{i}", f"dB{i}"] + ([] if p.lora_bias is None else [f"dbias{i}"])
+        assert got.lora_a[i].dtype == adapter and got.lora_b[i].dtype == adapter
+    exact, torchs = expected(torch.float64), expected(dtype)
+    assert len(flat) == len(exact)
+    for name, value, true, own in zip(names, flat, exact, torchs):
+        assert_as_close_as_torch(name, value, true, own, dtype)
+    if not case.prefix_grad:
+        assert (got.x[~mask] == 0).all()
+    return sender
+
+
+def assert_as_close_as_torch(
+    name: str, value: Tensor, exact: Tensor | None, torchs: Tensor | None, dtype: torch.dtype
+) -> None:
+    if exact is None or torchs is None:
+        exact = torchs = torch.zeros_like(value)
+    if not value.numel():
+        return
+    error = (value.double() - exact).abs().max().item()
+    limit = 2 * (torchs.double() - exact).abs().max().item()
+    # The largest error of few elements is noisy: two ulp of the largest are always allowed.
+    floor = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
+    assert error <= max(limit, floor), f"{name}: error {error}, allowed {max(limit, floor)}"

@@ -1,0 +1,93 @@
+"""Executes a plan's kernel from nvcc's PTX on the CPU: what stands in for a launch on a GPU."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alora_kernels.backends.cuda.layouts import LAYOUTS
+from alora_kernels.backends.cuda.plan import Plan
+
+from ..ptx import Machine, Module
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+NVCC = shutil.which("nvcc")
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of everything that PTX depends on."""
+    files = sorted(p for p in CSRC.iterdir() if p.suffix in (".cu", ".cuh", ".h"))
+    return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
+
+
+@functools.cache
+def module(source: str, arch: str) -> Module:
+    """The PTX of `csrc/<source>` for `arch`, compiled once for each state of the sources."""
+    assert NVCC is not None
+    folder = Path(tempfile.gettempdir()) / f"alora_kernels_ptx_{_sources()}"
+    folder.mkdir(exist_ok=True)
+    out = folder / f"{source}.{arch}.ptx"
+    if not out.exists():
+        part = out.with_suffix(f".{np.random.SeedSequence().entropy:x}")
+        flags = ["-std=c++17", "-O3", "-ptx", f"-arch={arch}", "-o", str(part)]
+        subprocess.run([NVCC, *flags, str(CSRC / source)], check=True)
+        part.rename(out)
+    return Module(out.read_text())
+
+
+def source_of(kernel: str) -> str:
+    """The file of csrc that defines `kernel`."""
+    words = kernel.removeprefix("masked_lora_").removesuffix("_kernel").split("_")
+    if words[0] == "gemm":
+        return f"gemm_{words[2]}.cu"
+    return {"shrink": "shrink.cu", "expand": "expand_add.cu"}.get(words[0], "grad.cu")
+
+
+class PtxSender:
+    """Sends plans to the interpreter; CPU tensors are the device's memory.
+
+    `reverse` runs the blocks in the opposite order: a result that depends on it is a race.
+    """
+
+    def __init__(self, arch: str = "sm_80", reverse: bool = False) -> None:
+        self.arch, self.reverse = arch, reverse
+        self.kernels: list[str] = []
+        self.counts: dict[str, dict[str, int]] = {}
+
+    def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
+        machine = Machine(1 << 27)
+        places: dict[int, tuple[int, Tensor]] = {}
+
+        def address(tensor: Tensor) -> int:
+            storage = tensor.untyped_storage()
+            key = storage.data_ptr()
+            if key not in places:
+                flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+                # Nothing is read past a storage's end, nor from memory that torch did not own.
+                places[key] = machine.put(flat.numpy()), flat
+            return places[key][0] + tensor.data_ptr() - key
+
+        values = [0 if v is None else address(v) if isinstance(v, Tensor) else v for v in fields]
+        blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
+        loaded = module(source_of(plan.kernel), self.arch)
+        kernel = loaded.kernels[plan.kernel]
+        assert kernel.params[0][2] == len(blob), "params.h and layouts.py disagree"
+        machine.launch(
+            loaded, plan.kernel, plan.grid, plan.block, [blob], smem=plan.shared,
+            reverse=self.reverse,
+        )  # fmt: skip
+        for base, flat in places.values():
+            flat.copy_(torch.from_numpy(machine.get(base)))
+        self.kernels.append(plan.kernel)
+        self.counts[plan.kernel] = dict(machine.count)
