@@ -36,6 +36,10 @@ class AloraLinear(nn.Module):
         backend, strategy, adapter_precision, prefix_grad: options of `alora_linear`, free to set.
     """
 
+    weight: Tensor
+    bias: nn.Parameter | None
+    lora_bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,

@@ -9,6 +9,7 @@ Extra memory of a training step: `xa` and `dya`, 2·(f·M·R) elements, and the 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -25,10 +26,13 @@ SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM
 FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
 
 
+WHOLE = slice(None)
+
+
 class Part(NamedTuple):
     """Active rows that are read and written together."""
 
-    rows: slice | Tensor  # which rows of x and y: a slice, or int64 row numbers
+    rows: slice | Tensor  # which rows of x and y: WHOLE, a slice, or int64 row numbers
     begin: int  # the same rows in `xa` and `dya`, which hold active rows alone
     end: int
 
@@ -59,24 +63,23 @@ class CpuBackend:
             ys = [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
         else:
             ys = list(base_outs)
-        parts, count = _parts(call.activation)
+        parts = _parts(call.activation)
         begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
         known = call.activation.num_active
-        xa = x.new_empty(len(x) if known is None else known, columns, dtype=dtype)
-        if count == 0:
+        xa = x.new_empty(x.shape[0] if known is None else known, columns, dtype=dtype)
+        if not parts:
             return ys, xa if save else None
         lora_a = [cast_frozen(p.lora_a, dtype, cache=not save) for p in projections]
         for part, rows_x, _ in _inputs(call, x, parts, dtype):
             for a, column, scaling in zip(lora_a, begins, call.scalings):
-                out = xa[part.begin : part.end, column : column + len(a)]
+                out = _block(xa, part, column, a.shape[0])
                 _scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
         for p, y, column, scaling in zip(projections, ys, begins, call.scalings):
             b = cast_frozen(p.lora_b, dtype, cache=not save).t()  # [R, N]
             offset = None if p.lora_bias is None else p.lora_bias.detach().to(dtype) * scaling
             for part in parts:
-                low = xa[part.begin : part.end, column : column + len(b)]
-                _add_product(y, part.rows, low, b, offset)
+                _add_product(y, part.rows, _block(xa, part, column, b.shape[0]), b, offset)
         return ys, xa if save else None
 
     def backward(
@@ -89,10 +92,11 @@ class CpuBackend:
         dys: Sequence[Tensor],
         needs: Needs,
     ) -> Gradients:
-        parts, count = _parts(call.activation)
+        parts = _parts(call.activation)
         dx = _base_dx(call, x, projections, dys, parts) if needs.x else None
         sums = [(_Sum(), _Sum(), _Sum()) for _ in projections]  # of lora_a, lora_b, lora_bias
-        if count > 0:
+        if parts:
+            count = parts[-1].end
             dtype = saved_dtype(x.dtype, call.adapter_precision)
             dya: list[Tensor | None] = []
             for i, dy in enumerate(dys):
@@ -159,13 +163,12 @@ def _outputs_side(
     b = None if dya is None else cast_frozen(p.lora_b, dtype, cache=False)
     factor = scaling / (1.0 - call.dropout_p)
     for part in parts:
-        rows_dy = dy[part.rows].to(dtype)  # [n, N]
+        rows_dy = _take(dy, part.rows).to(dtype)  # [n, N]
         if dya is not None and b is not None:
             _scaled_product(rows_dy, b, factor, dya[part.begin : part.end])
         if needs.lora_b[i]:
             assert xa is not None
-            low = xa[part.begin : part.end, begin : begin + _rank(p)]
-            sums[1].add(rows_dy.t() @ low)  # [N, R]
+            sums[1].add(rows_dy.t() @ _block(xa, part, begin, _rank(p)))  # [N, R]
         if wants_bias:
             wide = torch.promote_types(dtype, torch.float32)
             sums[2].add(rows_dy.sum(0, dtype=wide).mul_(scaling))
@@ -210,9 +213,9 @@ def _base_dx(
     parts: Sequence[Part],
 ) -> Tensor:
     """The base's part of dx, Σ dy·weight; on active rows alone without `prefix_grad`."""
-    if projections[0].weight is None:
+    weights = [p.weight for p in projections if p.weight is not None]
+    if not weights:
         return x.new_zeros(x.shape)
-    weights = [p.weight for p in projections]
     if call.prefix_grad:
         dx = dys[0] @ weights[0]
         for dy, weight in zip(dys[1:], weights[1:]):
@@ -222,9 +225,9 @@ def _base_dx(
     for part in parts:
         for i, (dy, weight) in enumerate(zip(dys, weights)):
             if isinstance(part.rows, slice) and i == 0:
-                torch.mm(dy[part.rows], weight, out=dx[part.rows])
+                torch.mm(_take(dy, part.rows), weight, out=_take(dx, part.rows))
             else:
-                _add_product(dx, part.rows, dy[part.rows], weight)
+                _add_product(dx, part.rows, _take(dy, part.rows), weight)
     return dx
 
 
@@ -232,17 +235,41 @@ def _rank(p: Projection) -> int:
     return p.lora_a.shape[0]
 
 
-def _parts(activation: Activation) -> tuple[list[Part], int]:
-    """The active rows as slices, or as one gather when they lie scattered; and their number."""
+# The parts of an activation, found by its first layer and read by all others.
+_known_parts: weakref.WeakKeyDictionary[Activation, list[Part]] = weakref.WeakKeyDictionary()
+
+
+def _parts(activation: Activation) -> list[Part]:
+    """The active rows as slices, or as one gather when they lie scattered."""
+    parts = _known_parts.get(activation)
+    if parts is None:
+        parts = _known_parts[activation] = _find_parts(activation)
+    return parts
+
+
+def _find_parts(activation: Activation) -> list[Part]:
     segments = segments_of(activation)
     count = sum(stop - start for start, stop in segments)
+    if count == activation.num_rows and count > 0:
+        return [Part(WHOLE, 0, count)]
     if len(segments) > FEW_SEGMENTS and count < SHORT_SEGMENT * len(segments):
-        return [Part(activation.active_rows[:count].long(), 0, count)], count
+        return [Part(activation.active_rows[:count].long(), 0, count)]
     parts, begin = [], 0
     for start, stop in segments:
         parts.append(Part(slice(start, stop), begin, begin + stop - start))
         begin += stop - start
-    return parts, count
+    return parts
+
+
+def _take(matrix: Tensor, rows: slice | Tensor) -> Tensor:
+    return matrix if rows is WHOLE else matrix[rows]
+
+
+def _block(low: Tensor, part: Part, column: int, rank: int) -> Tensor:
+    """A projection's columns of `xa` on the rows of a part."""
+    if low.shape == (part.end - part.begin, rank):
+        return low
+    return low[part.begin : part.end, column : column + rank]
 
 
 def _inputs(
@@ -255,12 +282,12 @@ def _inputs(
     """
     if call.dropout_p == 0.0:
         for part in parts:
-            yield part, x[part.rows].to(dtype), None
+            yield part, _take(x, part.rows).to(dtype), None
         return
     assert call.seed is not None
     mask = DropMask(int(call.seed), call.dropout_p, x.shape[1])
     for part in parts:
-        rows = part.rows
+        rows = slice(0, x.shape[0]) if part.rows is WHOLE else part.rows
         numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
         for lo, hi, drop in mask.chunks(numbers):
             here = (
@@ -280,7 +307,7 @@ def _add_product(
 ) -> None:
     """out[rows] += left · right + offset, in place, added in the operands' dtype."""
     if isinstance(rows, slice) and out.dtype == left.dtype and offset is None:
-        out[rows].addmm_(left, right)
+        _take(out, rows).addmm_(left, right)
         return
     product = left @ right if offset is None else torch.addmm(offset, left, right)
     _add_rows(out, rows, product)
@@ -289,7 +316,7 @@ def _add_product(
 def _add_rows(out: Tensor, rows: slice | Tensor, part: Tensor) -> None:
     """out[rows] += part, rounded once."""
     if isinstance(rows, slice):
-        here = out[rows]
+        here = _take(out, rows)
         if out.dtype == part.dtype:
             here.add_(part)
         else:

@@ -1,0 +1,44 @@
+"""`python -m alora_kernels`: what is installed, which backends can run here, and why not."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from . import __version__
+from .dispatch import BACKENDS
+
+PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "accelerate", "vllm")
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The text that the command prints."""
+    lines = [f"alora_kernels {__version__}", f"python        {platform.python_version()}"]
+    lines += [f"{package:<13} {version_of(package)}" for package in PACKAGES]
+    lines.append("")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append(f"GPU {i}         {torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    else:
+        lines.append("GPU           none")
+    lines.append(f"CPU threads   {torch.get_num_threads()}")
+    lines.append("")
+    lines.append("backend       runs here")
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not_here()
+        lines.append(f"{name:<13} {'yes' if reason is None else f'no: {reason}'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())
