@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_driver import on_cpu
 
-ARCHS = ["sm_80", "sm_90", "sm_120"]
+ARCHS = ["sm_80", "sm_90", "sm_100", "sm_120"]
 
 
 @triton.jit
@@ -79,12 +79,13 @@ def test_matmul(arch: str, rng: np.random.Generator) -> None:
     assert driver.machine.count["mma_flops"] == 2 * 192 * 128 * 256
 
 
-def test_descriptor_matmul_loads_and_stores_by_tma(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+def test_descriptor_matmul_loads_and_stores_by_tma(arch: str, rng: np.random.Generator) -> None:
     M, N, K = 136, 72, 136
     a, bt, c = bf16(rng, M, K), bf16(rng, N, K), torch.full((M, N), torch.nan).bfloat16()
     block = 64
     descriptors = [TensorDescriptor.from_tensor(t, [block, block]) for t in (a, bt, c)]
-    with on_cpu("sm_90"):
+    with on_cpu(arch):
         descriptor_matmul_kernel[(3, 2)](
             *descriptors, K, BLOCK_M=block, BLOCK_N=block, BLOCK_K=block, num_warps=4
         )

@@ -8,8 +8,8 @@ from .arithmetic import Arithmetic
 from .formats import PtxError
 from .parser import Instr
 from .registers import Mask
+from .tcgen05 import Tcgen05
 from .tensormaps import TensorCopies
-from .wgmma import Wgmma
 
 ALIGNED = {
     "mma", "ldmatrix", "stmatrix", "movmatrix", "wgmma", "redux", "setmaxnreg", "elect", "shfl",
@@ -28,7 +28,7 @@ def is_collective(ins: Instr) -> bool:
     return op[0] in ALIGNED or (op[0] == "tcgen05" and "aligned" in op)
 
 
-class Wave(Arithmetic, Wgmma, TensorCopies):
+class Wave(Arithmetic, Tcgen05, TensorCopies):
     """Co-resident blocks, run to completion.
 
     `groups` maps a pc to the threads that can run there. In step (`order="lockstep"`) the lowest
@@ -191,7 +191,7 @@ class Wave(Arithmetic, Wgmma, TensorCopies):
                 return
 
     def execute(self, ins: Instr, act: Mask) -> None:
-        if self.flying and not self.flying.isdisjoint(ins.words) and ins.op[0] != "wgmma":
+        if self.flying and ins.op[0] != "wgmma" and not self.flying.isdisjoint(ins.words):
             self.refuse_flying(ins, act)
         fn = getattr(self, ins.fn, None)
         if fn is None:
