@@ -6,6 +6,7 @@ the medians over the rounds are compared.
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -163,7 +164,9 @@ def peak_memory(call: Call, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
         del kept
         return peak
-    # The CPU allocator keeps no statistics, but it reports every allocation to the profiler.
+    # The CPU allocator keeps no statistics, but it reports every allocation to the profiler, whose
+    # own log lines would stand in the table.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:

@@ -284,7 +284,7 @@ def _draw_panel(
                 )
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_ylim(0, highest * 1.18)
-    axis.set_xticks(range(len(groups)), groups, fontsize=7)
+    axis.set_xticks(range(len(groups)), groups, fontsize=6)
     axis.set_ylabel("× base")
     names = {"fwd": "forward", "fwd+bwd": "forward + backward"}
     axis.set_title(f"{names[direction]}, {dtype}" + (f", {launch}" if launch != "eager" else ""))

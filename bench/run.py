@@ -36,6 +36,7 @@ from machine import describe_machine
 from measure import Clock, CpuClock, CudaClock, interleave
 from report import Result, print_results, result_of, with_ratios, write_csv, write_plot
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from variants import BaseLinear, ByHand, Package, PeftLayer, Variant
 
@@ -162,7 +163,7 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     cases = list(_cases(options, device))
     variants = _variants(options, cases)
-    results, wrong = measure_all(
+    results, wrong, notes = measure_all(
         cases,
         variants,
         _clocks(options, device),
@@ -173,7 +174,9 @@ def _run(options: argparse.Namespace) -> int:
     )
     results = with_ratios(results)
     for reason in wrong:
-        console.print(f"[bold red]left out:[/] {reason}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]left out:[/] {escape(reason)}", highlight=False, soft_wrap=True)
+    for note in notes:
+        console.print(f"not timed: {escape(note)}", highlight=False, soft_wrap=True)
     if options.csv is not None:
         write_csv(options.csv, results)
     if options.plot is not None:
@@ -191,10 +194,15 @@ def measure_all(
     seconds: float,
     seed: int,
     progress: Progress,
-) -> tuple[list[Result], list[str]]:
-    """Check and time every variant in every case; the results and what was left out, with why."""
+) -> tuple[list[Result], list[str], list[str]]:
+    """Check and time every variant in every case.
+
+    Returns the results, what was left out because its result was wrong, and what a clock could not
+    time (a call that synchronises cannot become a CUDA graph), with the reasons.
+    """
     results: list[Result] = []
     left_out: list[str] = []
+    notes: list[str] = []
     share = seconds / (len(cases) * len(directions) * len(clocks))
     task = progress.add_task("measuring", total=len(cases) * len(directions) * len(clocks))
     with progress:
@@ -210,7 +218,7 @@ def measure_all(
                     steps = {v.name: v.build(way, tensors) for v in right}
                     for clock in clocks:
                         timings, refused = interleave(steps, clock, seconds=share)
-                        left_out.extend(
+                        notes.extend(
                             f"{name}, {way.layer}, {way.pass_name}, {clock.launch}: {reason}"
                             for name, reason in refused.items()
                         )
@@ -220,7 +228,7 @@ def measure_all(
                             if v.name in timings
                         )
                         progress.advance(task)
-    return results, left_out
+    return results, left_out, notes
 
 
 def _cases(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
