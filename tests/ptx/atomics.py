@@ -28,12 +28,11 @@ ATOMIC: dict[str, Fn] = {
 class Atomics(Memory):
     """atom, red, fence and membar."""
 
-    fenced: dict[int, np.ndarray]  # row: its clock at the last fence
-    pending: dict[int, np.ndarray]  # row: what relaxed reads have seen since
-
     def observe(self, ins: Instr, at: np.ndarray, lanes: np.ndarray) -> None:
         """A read of flags at `at`: acquire at once, or at the next fence when relaxed."""
         self.polled = True
+        if not self.clocks.between:
+            return
         acquires = not {"acquire", "acq_rel"}.isdisjoint(ins.op)
         for row, address in set(zip(self.row[lanes].tolist(), at.tolist())):
             clock = self.m.races.observe(self.clocks, row, address)
@@ -42,21 +41,19 @@ class Atomics(Memory):
             if acquires:
                 self.clocks.acquire(np.array([row]), clock)
             else:
-                there = self.pending.get(row)
-                self.pending[row] = clock if there is None else np.maximum(there, clock)
+                self.clocks.show(row, clock)
 
     def publish(self, ins: Instr, at: np.ndarray, lanes: np.ndarray) -> None:
         """A write of flags at `at`: releases all so far, or what the last fence covered."""
+        if not self.clocks.between:
+            return
         releases = not {"release", "acq_rel"}.isdisjoint(ins.op)
         for row, address in set(zip(self.row[lanes].tolist(), at.tolist())):
             if releases:
                 clock = self.clocks.clock[row].copy()
                 self.clocks.bump(np.array([row]))
             else:
-                there = self.fenced.get(row)
-                if there is None:
-                    continue
-                clock = there
+                clock = self.clocks.published(row)
             self.m.races.publish(self.clocks, row, address, clock)
 
     def op_fence(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
@@ -67,11 +64,7 @@ class Atomics(Memory):
             return
         if mods and mods[0] == "mbarrier_init":
             return
-        for row in rows.tolist():
-            if row in self.pending:
-                self.clocks.acquire(np.array([row]), self.pending.pop(row))
-            self.fenced[row] = self.clocks.clock[row].copy()
-        self.clocks.bump(rows)
+        self.clocks.memory_fence(rows)
 
     op_membar = op_fence
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .atomics import Atomics
+from .formats import SBASE
+from .memory import RANK_SHIFT
 from .parser import Instr
 from .racecheck import MBARRIERS
 from .registers import Mask
@@ -163,6 +165,17 @@ class Barriers(Atomics):
                 del self.bars[key]
                 for pc, mask in b.waiting:
                     self.resume(pc, mask)
+
+    def op_mapa(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
+        """The address of the same variable in another block of the cluster."""
+        ty = mods[-1]
+        local = self.val(args[1], ty).astype(np.int64)
+        rank = self.val(args[2], "u32").astype(np.int64)
+        if (rank[self.lanes(act)] >= self.cluster).any():
+            raise self.fault(f"mapa to a rank beyond the cluster of {self.cluster}")
+        window = np.where(local >= SBASE, SBASE, 0)
+        offset = (local - window) & ((1 << RANK_SHIFT) - 1)
+        self.put(args[0], (window + ((rank + 1) << RANK_SHIFT) + offset).astype(np.uint64), act)
 
     # ---- mbarriers ----------------------------------------------------------------------------
 

@@ -5,8 +5,11 @@ or writes shared memory on its own: the wgmma unit of each warpgroup, the bulk-s
 warp and each mbarrier (whose copies write). An access is ordered when the accessing warp's clock
 has seen the epoch of every conflicting one; barriers, mbarriers and flags pass clocks on.
 
-Every clock has two halves: what is known, and what is known *and* lies behind a proxy fence. An
-access through the async proxy must find ordinary writes in the second half.
+Every clock has parts: what is known; what is known *and* lies behind a proxy fence, where an access
+through the async proxy must find ordinary writes; and, when blocks order each other through global
+memory, what lies behind a memory fence (a relaxed flag passes on that alone) and what relaxed reads
+of flags have shown (the next fence makes it known). Fences are cumulative, as on hardware: what a
+warp has fenced, another may publish after a barrier.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ import numpy as np
 
 from .formats import GBASE
 
-SEEN, FENCED = 0, 1
+SEEN, FENCED, PUBLISHED, PENDING = 0, 1, 2, 3
 MBARRIERS = 64  # pseudo-agents for mbarriers of one block; more of them share
 
 
 class Clocks:
-    """The clocks `[row, half, column]` of the warps of a wave; a row is slot * warps + warp.
+    """The clocks `[row, part, column]` of the warps of a wave; a row is slot * warps + warp.
 
     Columns: the agents of the row's own cluster, then (when blocks synchronise through global
     memory) every warp of the grid.
@@ -38,7 +41,8 @@ class Clocks:
         self.mbarriers = self.readers
         self.local = self.readers + cluster * MBARRIERS
         self.columns = self.local + (total_blocks * warps if between else 0)
-        self.clock = np.zeros((blocks * warps, 2, self.columns), np.int32)
+        self.parts = 4 if between else 2
+        self.clock = np.zeros((blocks * warps, self.parts, self.columns), np.int32)
         slot = np.repeat(np.arange(blocks), warps)
         warp = np.tile(np.arange(warps), blocks)
         self.own = slot % cluster * warps + warp
@@ -59,7 +63,7 @@ class Clocks:
 
     def fresh(self) -> np.ndarray:
         """A clock that has seen nothing: the state of a new barrier."""
-        return np.zeros((2, self.columns), np.int32)
+        return np.zeros((self.parts, self.columns), np.int32)
 
     def release(self, rows: np.ndarray, into: np.ndarray) -> None:
         """Pass on all that `rows` have done, and start their next epochs."""
@@ -73,7 +77,7 @@ class Clocks:
 
     def meet(self, slots: np.ndarray) -> None:
         """All warps of each block meet at a barrier."""
-        shape = (-1, self.warps, 2, self.columns)
+        shape = (-1, self.warps, self.parts, self.columns)
         per_block = self.clock.reshape(shape)
         per_block[slots] = per_block[slots].max(1, keepdims=True)
         rows = (slots[:, None] * self.warps + np.arange(self.warps)).reshape(-1)
@@ -84,6 +88,25 @@ class Clocks:
         """What `rows` know is now visible to the async proxy too."""
         self.clock[rows, FENCED] = np.maximum(self.clock[rows, FENCED], self.clock[rows, SEEN])
         self.bump(rows)
+
+    def memory_fence(self, rows: np.ndarray) -> None:
+        """A fence of `rows`: flags they have read are acquired, flags they write now release."""
+        if self.between:
+            clock = self.clock[rows]
+            clock[:, SEEN] = np.maximum(clock[:, SEEN], clock[:, PENDING])
+            clock[:, PUBLISHED] = np.maximum(clock[:, PUBLISHED], clock[:, SEEN])
+            self.clock[rows] = clock
+        self.bump(rows)
+
+    def show(self, row: int, clock: np.ndarray) -> None:
+        """A relaxed read of a flag at which `clock` was released."""
+        self.clock[row, PENDING] = np.maximum(self.clock[row, PENDING], clock[SEEN])
+
+    def published(self, row: int) -> np.ndarray:
+        """What a relaxed write of a flag by `row` passes on."""
+        clock = self.fresh()
+        clock[SEEN] = self.clock[row, PUBLISHED]
+        return clock
 
     def learn(self, rows: np.ndarray, column: int, epoch: int) -> None:
         """`rows` have waited for the pseudo-agent `column` up to `epoch`."""

@@ -246,8 +246,8 @@ class Tcgen05(Wgmma):
                     f"tcgen05.mma is not ordered after a tcgen05.{name} by warp {np.argmax(late)}"
                 )
                 raise self.fault(what, lane)
-        # ptxas tracks the registers of a tcgen05.ld, and Triton reads them before its wait::ld; what
-        # the wait must precede is the next use of the columns.
+        # ptxas tracks the registers of a tcgen05.ld, and Triton reads them before its wait::ld;
+        # what the wait must precede is the next use of the columns.
         for name, pending in (("st", self.storing), ("ld", self.loading)):
             for other, parts in pending.items():
                 mine = int(self.slot[other * 32]) == slot

@@ -37,7 +37,6 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
 
     def run(self, max_steps: int, order: str, rng: np.random.Generator) -> None:
         self.bars, self.mbars, self.columns = {}, {}, {}
-        self.fenced, self.pending = {}, {}
         self.leave, self.expired = None, False
         self.groups: dict[int, np.ndarray] = {0: np.ones(self.n, np.bool_)}
         self.parked: dict[int, np.ndarray] = {}
@@ -253,6 +252,11 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
         self._exit(mask)
 
     op_exit = op_ret
+
+    def op_setmaxnreg(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
+        count = int(args[0], 0)
+        if count % 8 or not 24 <= count <= 256:
+            raise self.fault(f"setmaxnreg of {count}: not a multiple of 8 in 24..256")
 
     def op_trap(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         raise self.fault("trap executed (a failed device assertion)")
