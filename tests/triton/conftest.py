@@ -1,12 +1,64 @@
-"""The kernels run in Triton's interpreter, in a process of their own unless a GPU is here."""
+"""How the kernels are run: ALORA_TRITON_MODE = interpret | ptx:sm_80 | ptx:sm_90 | ... | gpu.
+
+Without it: on the GPU if there is one; else the `ptx` cases run as compiled PTX on the CPU for
+every arch, and `test_interpreter.py` starts a process of its own for Triton's interpreter, because
+TRITON_INTERPRET is read when `@jit` decorates.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+
+PTX_MODES = ("ptx:sm_80", "ptx:sm_90", "ptx:sm_100", "ptx:sm_120")
+CHOSEN = os.environ.get("ALORA_TRITON_MODE")
+if CHOSEN == "interpret":
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+
+def modes() -> tuple[str, ...]:
+    if CHOSEN:
+        return (CHOSEN,)
+    return ("gpu",) if torch.cuda.is_available() else PTX_MODES
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test's tensors live and what runs its kernels."""
+
+    mode: str
+    device: str
+
+    @property
+    def compiled(self) -> bool:
+        return self.mode.startswith("ptx:")
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    mode = request.param
+    with contextlib.ExitStack() as stack:
+        if mode.startswith("ptx:"):
+            from ..ptx.triton_driver import on_cpu
+
+            stack.enter_context(on_cpu(mode))
+        yield Place(mode, "cuda" if mode == "gpu" else "cpu")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every test that takes `place` runs in every mode; through PTX only those marked `ptx`."""
+    if "place" not in metafunc.fixturenames:
+        return
+    covering = metafunc.definition.get_closest_marker("ptx") is not None
+    wanted = [m for m in modes() if covering or not m.startswith("ptx:")]
+    metafunc.parametrize("place", wanted, indirect=True, ids=wanted)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Runs `interpreter_cases.py` in its own process: @jit reads TRITON_INTERPRET when it decorates."""
+"""Runs the kernels' tests in Triton's interpreter, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,20 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from .conftest import CHOSEN
+
+HERE = Path(__file__).parent
 
 
-def test_interpreter_cases() -> None:
-    cases = Path(__file__).with_name("interpreter_cases.py")
+@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
+@pytest.mark.parametrize("name", ["test_linear.py", "test_numerics.py"])
+def test_in_the_interpreter(name: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(HERE / name)],
+        env={**os.environ, "ALORA_TRITON_MODE": "interpret", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
+        cwd=HERE.parents[1],
     )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    print(result.stdout[-300:])
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]

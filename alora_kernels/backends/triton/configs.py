@@ -5,6 +5,7 @@ The figures are planned from tile sizes, registers and shared memory, not tuned 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,7 @@ GEMM_IEEE = ((16, Config(16, 64, 32, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
 GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 128, 32, 4, 3)))
 
 FEW_ACTIVE = 16
-SHRINK = Config(32, 64, 128, 4, 3)
+SHRINK = Config(32, 64, 64, 4, 4)
 SHRINK_FEW = Config(16, 64, 128, 4, 4)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
@@ -91,16 +92,28 @@ def gemm_table(arch: int, dtype: torch.dtype, precision: str) -> tuple[Row, ...]
 
 
 def gemm_config(
-    arch: int, rows: int, dtype: torch.dtype, precision: str, *, two_sums: bool = False
+    arch: int,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    lora: str = "none",
+    dropout: bool = False,
 ) -> Config:
-    """Config of `gemm` with M = `rows`.
+    """Config of `gemm` with M = `rows`, narrowed where registers would spill.
 
-    `two_sums`: the epilogue needs a second accumulator of the whole tile (dropout in the dx of
-    `onepass`), so the widest tiles do not fit the registers.
+    Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
+    of sums; on Blackwell the sums of `onepass` pass through registers on their way to tensor memory.
     """
-    config = next(c for bound, c in gemm_table(arch, dtype, precision) if bound is None or rows <= bound)
-    if two_sums and config.block_n > 128:
-        return Config(config.block_m, 128, config.block_k, config.warps, config.stages)
+    table = gemm_table(arch, dtype, precision)
+    config = next(c for bound, c in table if bound is None or rows <= bound)
+    widest = config.block_n
+    if dropout:
+        widest = 128 if lora == "tail" else max(64, config.block_n // 2)
+    elif lora == "onepass" and arch == 100:
+        widest = 128
+    if config.block_n > widest:
+        return dataclasses.replace(config, block_n=widest)
     return config
 
 

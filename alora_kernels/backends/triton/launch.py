@@ -40,6 +40,11 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def _options(cfg: Config) -> dict[str, Any]:
+    # Said outright because Triton 3.9 warns while the default is about to change.
+    return {"num_warps": cfg.warps, "num_stages": cfg.stages, "enable_fp_fusion": True}
+
+
 def _drop(call: Call, wanted: bool) -> tuple[bool, Tensor | None, int]:
     on = wanted and call.dropout_p > 0.0
     return on, call.seed if on else None, dropout_threshold(call.dropout_p) if on else 0
@@ -95,7 +100,7 @@ def shrink(
         *left.stride(), *rights[0].stride(), to.stride(-2), COUNT=count, COMPACT=compact,
         SPLITS=splits, DROPOUT=on, DTYPE=TL[out.dtype], PRECISION=target.float32_precision(),
         BLOCK_M=cfg.block_m, BLOCK_R=block_r, BLOCK_K=cfg.block_k, R_TILES=tiles_r,
-        num_warps=cfg.warps, num_stages=cfg.stages,
+        **_options(cfg),
     )  # fmt: skip
     if splits > 1:
         reduce(to, out[:, first:], call, rows=not compact, active=True)
@@ -118,7 +123,7 @@ def reduce(
         part, out, bias, lora_bias, act.active_rows, act.active_count, act.row_adapter, scaling,
         splits, height, width, *out.stride(), ACTIVE=active, ROWS=rows, HAS_BIAS=bias is not None,
         HAS_LORA_BIAS=lora_bias is not None, ADD=add, BLOCK_I=block_i, BLOCK_J=block_j,
-        num_warps=4,
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -138,7 +143,7 @@ def expand_add(
         rank, low.stride(0), *right.stride(), *out.stride(), COMPACT=compact,
         HAS_BIAS=bias is not None, DROPOUT=on, DTYPE=TL[low.dtype],
         PRECISION=target.float32_precision(), BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        BLOCK_R=rank_block(rank), num_warps=cfg.warps, num_stages=cfg.stages,
+        BLOCK_R=rank_block(rank), **_options(cfg),
     )  # fmt: skip
 
 
@@ -159,7 +164,8 @@ def gemm(
         return
     arch, precision = target.arch(), target.float32_precision()
     lora = "none" if up is None else "tail" if down is None else "onepass"
-    two_sums = lora == "onepass" and dropout and call.dropout_p > 0.0
+    rank = 0 if up is None else up.shape[0]
+    dropout = dropout and call.dropout_p > 0.0 and up is not None
 
     def run(cfg: Config) -> None:
         _gemm(
@@ -167,9 +173,10 @@ def gemm(
             scaling, dropout, add, active_only,
         )  # fmt: skip
 
-    cfg = configs.gemm_config(arch, rows, left.dtype, precision, two_sums=two_sums)
+    cfg = configs.gemm_config(
+        arch, rows, left.dtype, precision, lora=lora, dropout=dropout
+    )
     if tune.enabled() and not (add or target.interpreting()):
-        rank = 0 if up is None else up.shape[0]
         key = (
             arch, lora, dropout, active_only, str(left.dtype), precision, tune.bucket(rows), width,
             depth, rank_block(rank or 1, configs.MAX_RANK), right.stride(0) == 1,
@@ -219,12 +226,12 @@ def _gemm(
         *((0, 0) if down is None else down.stride()), 0 if to_low is None else to_low.stride(-2),
         *((0, 0) if up is None else up.stride()), to.stride(-2),
         LORA=lora, STORE_LOW=store, HAS_BIAS=whole and bias is not None,
-        HAS_LORA_BIAS=whole and lora_bias is not None, DROPOUT=on and lora != "none",
+        HAS_LORA_BIAS=whole and lora_bias is not None, DROPOUT=on,
         ADD=whole and add, ACTIVE_ONLY=active_only, SPLITS=splits, LEFT_TMA=left_tma,
         RIGHT_TMA=right_tma, OUT_TMA=out_tma, DTYPE=TL[left.dtype], PRECISION=precision,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         BLOCK_R=configs.gemm_rank_block(rank, cfg, lora), GROUP=GROUP,
-        num_warps=cfg.warps, num_stages=cfg.stages,
+        **_options(cfg),
     )  # fmt: skip
     if not whole:
         reduce(to, out, call, bias=bias, lora_bias=lora_bias, scaling=scaling, add=add)
@@ -260,7 +267,7 @@ def grad(
         width, rank, each * cfg.block_m, *wide.stride(), low.stride(0), out.numel(),
         *((1, width) if transposed else (rank, 1)), DROPOUT=on, SUMS=sums is not None,
         DTYPE=TL[low.dtype], PRECISION=target.float32_precision(), BLOCK_M=cfg.block_m,
-        BLOCK_P=cfg.block_n, BLOCK_R=block_r, num_warps=cfg.warps, num_stages=cfg.stages,
+        BLOCK_P=cfg.block_n, BLOCK_R=block_r, **_options(cfg),
     )  # fmt: skip
     _grad_reduce(call, splits, part, out, part_sums, sums)
 
@@ -285,7 +292,7 @@ def grad_b(
         width, rank, each * cfg.block_m, act.max_active, *dy.stride(), xa.stride(0),
         *lora_b.stride(), out.numel(), rank, 1, SUMS=sums is not None, DTYPE=TL[xa.dtype],
         PRECISION=target.float32_precision(), BLOCK_M=cfg.block_m, BLOCK_P=cfg.block_n,
-        BLOCK_R=rank_block(rank), num_warps=cfg.warps, num_stages=cfg.stages,
+        BLOCK_R=rank_block(rank), **_options(cfg),
     )  # fmt: skip
     reduce(low, dya, call, rows=True, active=True)
     _grad_reduce(call, splits, part, out, part_sums, sums)
