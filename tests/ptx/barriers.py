@@ -299,11 +299,13 @@ class Barriers(Atomics):
         wanted = self.val(args[2], "u32" if by_parity else "u64")
         for b, mine in self._by_barrier(args[1], lanes):
             self._needs_init_seen(b, mine)
-            copies, b.copies = b.copies, []
-            for copy in copies:
-                copy()
             want = wanted[mine]
-            done = (want & 1) != (b.phase & 1) if by_parity else want < b.phase
+            done = self._passed(b, want, by_parity)
+            if b.copies and not done.all():
+                copies, b.copies = b.copies, []
+                for copy in copies:
+                    copy()
+                done = self._passed(b, want, by_parity)
             ready, late = mine[done], mine[~done]
             if len(ready):
                 result[ready] = True
@@ -320,6 +322,11 @@ class Barriers(Atomics):
                     b.waiting.append((self.pc, mask))
                     self.stop(mask)
         self.put(args[0], result, act)
+
+    @staticmethod
+    def _passed(b: MBarrier, want: np.ndarray, by_parity: bool) -> np.ndarray:
+        """Whether the phase that each thread waits for is complete."""
+        return (want & 1) != (b.phase & 1) if by_parity else want < b.phase
 
     def _note_phase(self, b: MBarrier, rows: np.ndarray, lane: int) -> None:
         """A warp that waits phase by phase may skip none."""

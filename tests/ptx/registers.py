@@ -52,7 +52,8 @@ class Registers:
         self.warps = per // 32
         self.step = 0
         self.static = -(-k.smem_static // 1024) * 1024 if k.smem_static else 0
-        self.limit = self.static + launch.smem  # shared bytes that a block owns
+        # Shared bytes that a block owns; dynamic memory begins behind the static variables.
+        self.limit = self.static + launch.smem if launch.smem else k.smem_static
         self.stride = -(-self.limit // 1024) * 1024
         self.smem = np.full(self.stride * len(blocks), 0xCD, np.uint8)
         self.slot = np.repeat(np.arange(len(blocks)), per)
