@@ -1,0 +1,6 @@
+"""Inference over one base cache: every adapter answers on what the base model read once."""
+
+from .session import Answer, ContextOverflow, Session
+from .views import CacheError, view_of
+
+__all__ = ["Answer", "CacheError", "ContextOverflow", "Session", "view_of"]

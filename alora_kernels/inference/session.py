@@ -1,0 +1,444 @@
+"""One base cache, many adapters: `Session`."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache
+
+from .adapters import AdapterTable
+from .batch import ask_together
+from .text import Encoder
+from .views import check_cache, view_of
+
+Message = Mapping[str, Any]
+# Options that a session sets itself, and what to do instead.
+_OWN_OPTIONS = {
+    "input_ids": "give text with prompt=, or extend() the session",
+    "inputs": "give text with prompt=, or extend() the session",
+    "inputs_embeds": "a session works on token ids",
+    "attention_mask": "a session's context has no padding",
+    "position_ids": "a session's context has no padding",
+    "past_key_values": "the session has its own cache",
+    "cache": "the session has its own cache",
+    "cache_implementation": "the session has its own cache",
+    "return_dict_in_generate": "the answer has the token ids",
+}
+
+
+class ContextOverflow(ValueError):
+    """The context and the answer do not fit into the model's positions."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call generated.
+
+    Attributes:
+        text: the generated tokens as text, special tokens left out.
+        token_ids: the generated tokens, the ending token included.
+        adapter: who answered; None is the base model.
+        invocation: the token ids that this call put between the context and the answer.
+        invocation_start: position of the adapter's first token; None for the base model.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    adapter: str | None
+    invocation: tuple[int, ...]
+    invocation_start: int | None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Call:
+    """One row: the state of the session that it runs on, and its own tokens."""
+
+    adapter: str | None
+    cache: Cache  # of the base model; not written
+    cached: list[int]  # the tokens in it
+    suffix: list[int]  # the held part of the context, then what the call adds
+    added: list[int]
+    start: int | None  # absolute position of the adapter's first token
+
+    @property
+    def ids(self) -> list[int]:
+        """All tokens before the answer."""
+        return [*self.cached, *self.suffix]
+
+
+class Session:
+    """A context that the base model reads once and that every adapter answers on.
+
+    session = Session(model, tokenizer)
+    session.extend([{"role": "user", "content": document}])
+    answer = session.generate(adapter="summary", max_new_tokens=64)
+
+    The last token of the context, or the last tokens when they are an adapter's invocation, are
+    held back from the cache: whoever generates runs them. The cache is never written by a call:
+    each gets a view of it.
+
+    Args:
+        model: a PeftModel with Activated LoRA adapters (accelerated here if it is not yet), or a
+            plain transformers model. It stays in the mode (train or eval) that it is in: eval.
+        tokenizer: the model's.
+        prefill_chunk: tokens of one forward while the context is read; bounds its memory.
+
+    Raises:
+        TypeError: the model cannot generate, or keeps its state in a cache that calls cannot
+            share (`CacheError` says which).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, prefill_chunk: int = 2048) -> None:
+        if prefill_chunk < 1:
+            raise ValueError(f"Session: prefill_chunk must be at least 1, got {prefill_chunk}")
+        self.adapters = AdapterTable(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.base = self.adapters.base
+        if self.base.training:
+            raise ValueError("Session: the model is in training mode; call model.eval() first")
+        self.prefill_chunk = prefill_chunk
+        self._encoder = Encoder(tokenizer, self._eos_ids())
+        self._lock = threading.RLock()
+        self._ids: list[int] = []
+        self._cache: Cache = DynamicCache(config=self.base.config)
+        check_cache(self._cache)
+
+    # ------------------------------------------------------------------ the context
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The context."""
+        return tuple(self._ids)
+
+    @property
+    def cached_length(self) -> int:
+        """How many tokens of the context are in the base cache."""
+        return self._cache.get_seq_length()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def extend(
+        self,
+        content: str | Sequence[Message] | Sequence[int],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> Session:
+        """Append text, chat messages or token ids, and let the base model read them.
+
+        Text gets the tokenizer's BOS only at the start of the context. Messages go through the
+        tokenizer's chat template, as the continuation of the messages before.
+
+        Raises:
+            ValueError: nothing to append; messages without a chat template.
+            ContextOverflow: the context would be longer than the model's positions.
+        """
+        with self._lock:
+            new = self._encoder.encode(content, self._ids, add_generation_prompt)
+            if not new:
+                raise ValueError("Session.extend: nothing to append")
+            ids = [*self._ids, *new]
+            self._check_length(len(ids), "Session.extend")
+            cache = self._prefill(ids, self._cache)
+            self._ids, self._cache = ids, cache
+        return self
+
+    # ------------------------------------------------------------------ one answer
+
+    def generate(
+        self,
+        adapter: str | None = None,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        keep: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Answer with the base model, or with an adapter from its invocation on.
+
+        Args:
+            adapter: a name, or None for the base model. Its invocation is appended as token ids,
+                unless the prompt contains it or the context ends with it.
+            prompt: text or token ids for this call only, after the context.
+            keep: make what was added and generated part of the context, read by the base model:
+                later turns see it as if everything had been prefilled from scratch.
+            **options: of transformers' `generate`: max_new_tokens, do_sample, temperature, top_p,
+                num_beams, stop_strings, stopping_criteria, streamer.
+
+        Returns:
+            An `Answer`; with `num_return_sequences` > 1 a list of them.
+
+        Raises:
+            ValueError: an unknown adapter, an empty context, an option that the session sets.
+            ContextOverflow: context, prompt and answer are longer than the model's positions.
+        """
+        call = self._plan(adapter, prompt)
+        self._check_options(call, options, "Session.generate")
+        several = max(int(options.get("num_return_sequences") or 1), 1)
+        if keep and several > 1:
+            raise ValueError("Session.generate: keep=True takes one answer, not several")
+        view = view_of(call.cache)
+        rows = max(several, int(options.get("num_beams") or 1))
+        if rows > 1:
+            view.batch_repeat_interleave(rows)
+        out = self._run(call, view, options, rows)
+        answers = [self._answer(call, row[len(call.ids) :].tolist(), options) for row in out]
+        if keep:
+            self._keep(call, answers[0], view if adapter is None and rows == 1 else None)
+        return answers if several > 1 else answers[0]
+
+    def stream(
+        self,
+        adapter: str | None = None,
+        prompt: str | Sequence[int] | None = None,
+        **options: Any,
+    ) -> Iterator[str]:
+        """`generate`, piece by piece. Closing the iterator stops the generation.
+
+        The arguments are those of `generate`; `keep=True` takes effect when the stream ends.
+        """
+        from transformers import TextIteratorStreamer
+
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stop = threading.Event()
+        given = options.pop("stopping_criteria", None) or []
+        criteria = StoppingCriteriaList([*given, _Stop(stop)])
+        failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+        keep = options.pop("keep", False)
+
+        def work() -> None:
+            try:
+                self.generate(
+                    adapter,
+                    prompt,
+                    keep=keep,
+                    streamer=streamer,
+                    stopping_criteria=criteria,
+                    **options,
+                )
+            except BaseException as error:
+                failure.put(error)
+            finally:
+                streamer.end()
+
+        thread = threading.Thread(target=work, name="alora-stream", daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            stop.set()
+            thread.join()
+        if not failure.empty():
+            raise failure.get()
+
+    # ------------------------------------------------------------------ many answers
+
+    def ask(
+        self,
+        adapters: Sequence[str | None],
+        prompt: str | Sequence[int] | Sequence[str | None] | None = None,
+        **options: Any,
+    ) -> list[Answer]:
+        """Let many adapters answer on the same context in one batch, over one copy of the cache.
+
+        Args:
+            adapters: names; None is the base model. A name may come twice.
+            prompt: for all, or a list of texts, one for each adapter.
+            **options: of `generate`, except those that make several answers of one row.
+
+        Returns:
+            One answer for each adapter, in order. A model that cannot share the prefix answers one
+            by one, and says so once.
+        """
+        if not adapters:
+            raise ValueError("Session.ask: adapters is empty")
+        prompts: Sequence[Any]
+        if isinstance(prompt, str) or prompt is None or isinstance(prompt[0], int):
+            prompts = [prompt] * len(adapters)
+        else:
+            prompts = prompt
+        if len(prompts) != len(adapters):
+            raise ValueError(
+                f"Session.ask: {len(adapters)} adapters but {len(prompts)} prompts; give one for "
+                "all, or one for each"
+            )
+        for name in ("num_beams", "num_return_sequences", "streamer", "assistant_model", "keep"):
+            if options.get(name) not in (None, 1, False):
+                raise ValueError(
+                    f"Session.ask: {name} is for one adapter at a time; use generate()"
+                )
+        with self._lock:  # all rows on the same state of the session
+            calls = [self._plan(a, p) for a, p in zip(adapters, prompts)]
+        for call in calls:
+            self._check_options(call, options, "Session.ask")
+        outs = ask_together(self, calls, options)
+        return [self._answer(call, out, options) for call, out in zip(calls, outs)]
+
+    # ------------------------------------------------------------------ storage
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the context and its cache to a folder (safetensors), whole or not at all."""
+        from .storage import save_session
+
+        with self._lock:
+            return save_session(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], model: Any, tokenizer: Any) -> Session:
+        """Read what `save` wrote, for the same base model.
+
+        Raises:
+            ValueError: the cache is another model's, or the files do not fit together.
+        """
+        from .storage import load_session
+
+        session = cls(model, tokenizer)
+        load_session(session, Path(folder))
+        return session
+
+    # ------------------------------------------------------------------ how
+
+    def _plan(self, adapter: str | None, prompt: str | Sequence[int] | None) -> Call:
+        """The row of one call: which tokens run, and from where on the adapter is on."""
+        with self._lock:
+            ids, cache = self._ids, self._cache
+        if not ids:
+            raise ValueError("Session: the context is empty; call extend() first")
+        cached = cache.get_seq_length()
+        added = self._encoder.encode_prompt(prompt)
+        suffix = [*ids[cached:], *added]
+        if adapter is None:
+            return Call(None, cache, ids[:cached], suffix, added, None)
+        tokens = self.adapters.tokens(adapter)
+        start = _last(suffix, tokens)
+        if start is None:
+            if not added and ids[-len(tokens) :] == tokens:
+                raise ValueError(
+                    f"Session: the context ends with the invocation of {adapter!r}, but the base "
+                    "model has read it already; load adapters before extend(), or leave the "
+                    "invocation out of the context"
+                )
+            start = len(suffix)
+            added = [*added, *tokens]
+            suffix = [*suffix, *tokens]
+        return Call(adapter, cache, ids[:cached], suffix, added, cached + start)
+
+    def _run(self, call: Call, view: Cache, options: dict[str, Any], rows: int) -> Tensor:
+        ids = torch.tensor([call.ids])
+        if "stop_strings" in options:
+            options = {"tokenizer": self.tokenizer, **options}
+        with torch.no_grad(), self.adapters.scope(call.adapter, [call.start] * rows):
+            return self.base.generate(
+                ids.to(self.base.device),
+                attention_mask=torch.ones_like(ids).to(self.base.device),
+                **{self.adapters.cache_argument: view},
+                **options,
+            )
+
+    def _prefill(self, ids: list[int], cache: Cache) -> Cache:
+        """A cache of all of `ids` but the tail that is held back; `cache` stays as it is."""
+        held = max(self.adapters.longest_tail(ids), 1)
+        done, end = cache.get_seq_length(), len(ids) - held
+        if end <= done:
+            return cache
+        view = view_of(cache)
+        extra: dict[str, Any] = {"logits_to_keep": 1} if self.adapters.limits_logits else {}
+        extra[self.adapters.cache_argument] = view
+        for begin in range(done, end, self.prefill_chunk):
+            chunk = ids[begin : min(begin + self.prefill_chunk, end)]
+            with torch.no_grad(), self.adapters.scope(None, [None]):
+                self.base(
+                    input_ids=torch.tensor([chunk], device=self.base.device),
+                    use_cache=True,
+                    **extra,
+                )
+        return view
+
+    def _keep(self, call: Call, answer: Answer, view: Cache | None) -> None:
+        """Append what a call added and generated; the base model reads it, if it has not yet."""
+        ids = [*call.ids, *answer.token_ids]
+        with self._lock:
+            if self._cache is not call.cache:
+                raise RuntimeError(
+                    "Session: the context changed while an answer was generated that is to be kept"
+                )
+            held = max(self.adapters.longest_tail(ids), 1)
+            # The base model's own keys and values are what a prefill would compute again.
+            if view is not None and view.get_seq_length() <= len(ids) - held:
+                self._cache = view
+            cache = self._prefill(ids, self._cache)
+            self._ids, self._cache = ids, cache
+
+    def _answer(self, call: Call, generated: list[int], options: Mapping[str, Any]) -> Answer:
+        generated = _until_end(generated, self._eos_ids(options))
+        text = self.tokenizer.decode(generated, skip_special_tokens=True)
+        return Answer(text, tuple(generated), call.adapter, tuple(call.added), call.start)
+
+    def _eos_ids(self, options: Mapping[str, Any] | None = None) -> set[int]:
+        eos = (options or {}).get("eos_token_id")
+        config = getattr(self.base, "generation_config", None)
+        if eos is None and config is not None:
+            eos = config.eos_token_id
+        if eos is None:
+            eos = self.tokenizer.eos_token_id
+        return set(eos) if isinstance(eos, list | tuple | set) else {eos}
+
+    def _max_length(self) -> int | None:
+        return getattr(
+            self.base.config.get_text_config(decoder=True), "max_position_embeddings", None
+        )
+
+    def _check_length(self, length: int, where: str) -> None:
+        limit = self._max_length()
+        if limit is not None and length > limit:
+            raise ContextOverflow(
+                f"{where}: {length} tokens, but the model has {limit} positions; "
+                "shorten the context, the prompt or max_new_tokens"
+            )
+
+    def _check_options(self, call: Call, options: Mapping[str, Any], where: str) -> None:
+        for name, instead in _OWN_OPTIONS.items():
+            if options.get(name) is not None:
+                raise ValueError(f"{where}: {name} is not an option of a session; {instead}")
+        if options.get("use_cache") is False:
+            raise ValueError(f"{where}: use_cache=False; a session is a cache")
+        length = len(call.ids)
+        new = options.get("max_new_tokens")
+        self._check_length(length + (1 if new is None else int(new)), where)
+
+
+class _Stop(StoppingCriteria):
+    """Stops a generation from outside."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+def _last(ids: list[int], tokens: list[int]) -> int | None:
+    """Index of the last occurrence of `tokens` in `ids`."""
+    for i in range(len(ids) - len(tokens), -1, -1):
+        if ids[i : i + len(tokens)] == tokens:
+            return i
+    return None
+
+
+def _until_end(generated: list[int], eos: set[int]) -> list[int]:
+    """Cut the padding that a batch puts after a row's end."""
+    for i, token in enumerate(generated):
+        if token in eos:
+            return generated[: i + 1]
+    return generated

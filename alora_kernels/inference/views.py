@@ -1,0 +1,104 @@
+"""Views of a base cache: new layer objects over the same tensors.
+
+transformers' dynamic layers never write into a stored tensor: `update` concatenates and stores the
+result. A view therefore grows on its own and the base keeps what it had, bit for bit. `crop` is not
+used: a sliding layer cannot give back what has left its window.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor
+from transformers import cache_utils
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+# Layers that only ever replace their tensors: a shallow copy is a view.
+_VIEWED = (DynamicLayer, DynamicSlidingWindowLayer)
+# Layers that write in place, but whose whole state is tensors: a deep copy is a snapshot. Looked
+# up by name because older transformers lack some.
+_SNAPSHOT = tuple(
+    getattr(cache_utils, name)
+    for name in ("StaticLayer", "LinearAttentionCacheLayerMixin", "DummyLayer")
+    if hasattr(cache_utils, name)
+)
+_REFUSED = {
+    "BaseQuantizedLayer": "its residual buffer and its quantised store change together",
+    "QuantizedLayer": "its residual buffer and its quantised store change together",
+}
+
+
+class CacheError(TypeError):
+    """This kind of cache cannot serve many calls."""
+
+
+def view_of(cache: Cache) -> Cache:
+    """A cache that reads what `cache` holds and can grow without changing it.
+
+    Dynamic layers (full and sliding) are shared, static and recurrent ones copied.
+
+    Raises:
+        CacheError: a quantised, offloaded, encoder-decoder or unknown cache; says which and why.
+    """
+    check_cache(cache)
+    view = copy.copy(cache)
+    view.layers = [_view_layer(layer) for layer in cache.layers]
+    return view
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse a cache that `view_of` cannot serve."""
+    if not isinstance(cache, Cache):
+        raise CacheError(f"expected a transformers Cache, got {type(cache).__name__}")
+    if not hasattr(cache, "layers"):
+        raise CacheError(
+            f"{type(cache).__name__} has no layers of its own (an encoder-decoder cache): "
+            "a session serves decoder-only models"
+        )
+    if getattr(cache, "offloading", False):
+        raise CacheError(
+            f"{type(cache).__name__} is offloaded: its layers move between devices while the model "
+            "runs, so calls cannot share them. Use DynamicCache(config=model.config)"
+        )
+    for i, layer in enumerate(cache.layers):
+        for kind in type(layer).__mro__:
+            if kind.__name__ in _REFUSED:
+                raise CacheError(
+                    f"layer {i} of the cache is a {type(layer).__name__}: "
+                    f"{_REFUSED[kind.__name__]}, so calls cannot share it. "
+                    "Use DynamicCache(config=model.config)"
+                )
+        if type(layer) not in _VIEWED and not isinstance(layer, _SNAPSHOT):
+            raise CacheError(
+                f"layer {i} of the cache is a {type(layer).__name__}, which is not known to leave "
+                "its tensors unwritten. Use DynamicCache(config=model.config)"
+            )
+
+
+def shared_layers(cache: Cache) -> bool:
+    """Whether every layer is a plain dynamic one, full or sliding."""
+    return all(type(layer) in _VIEWED for layer in cache.layers)
+
+
+def tensors_of(cache: Cache) -> list[Tensor]:
+    """Every tensor that a cache's layers hold, in a fixed order."""
+    found: list[Tensor] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                visit(value[key])
+
+    for layer in cache.layers:
+        visit(vars(layer))
+    return found
+
+
+def _view_layer(layer: Any) -> Any:
+    return copy.copy(layer) if type(layer) in _VIEWED else copy.deepcopy(layer)
