@@ -3,11 +3,16 @@
 See `prefix_forward` for the step, `AloraTrainer` for the Trainer, `docs/training.md` for a guide.
 """
 
+from .collator import AloraDataCollator
 from .forward import PrefixOutput, prefix_forward
 from .guard import PrefixError, check_prefix, prefix_problems
 from .store import PrefixStore
+from .trainer import AloraTrainer, AloraTrainerMixin
 
 __all__ = [
+    "AloraDataCollator",
+    "AloraTrainer",
+    "AloraTrainerMixin",
     "PrefixError",
     "PrefixOutput",
     "PrefixStore",

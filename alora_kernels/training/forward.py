@@ -11,10 +11,8 @@ no gradient of a trained parameter passes through them: loss and gradients are t
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .guard import attention_windows, check_prefix, text_config, unwrap
-from .kv import KeyValue, LastLayerDone, PrefixCollector, ReadOnlyPrefix
+from .guard import attention_windows, check_prefix, unwrap
+from .kv import KeyValue, PrefixCollector, ReadOnlyPrefix
 from .layout import IGNORE, Layout, plan_layout, take
+from .passes import ModelCall, prefix_pass, stop_in_last_layer
 from .store import PrefixStore
 
 MODES = ("no_grad", "cached", "full")
@@ -107,7 +106,7 @@ def prefix_forward(
     layout = plan_layout(input_ids, attention_mask, labels, starts, _invocation(model))
     if layout.inactive and labels is not None:
         _warn_inactive(layout)
-    call = _Call(model)
+    call = ModelCall(model)
     positions = _positions(layout, input_ids) if position_ids is None else position_ids
     if positions.shape[0] != input_ids.shape[0]:
         positions = positions.expand(input_ids.shape[0], -1)
@@ -116,7 +115,8 @@ def prefix_forward(
     if prefix != "full":
         if layout.prefix_labels:
             _warn_prefix_labels(layout)
-        rows = _lend(call, layout, input_ids, positions, store, chunk_size, store_extra)
+        kept = store if prefix == "cached" else None
+        rows = _lend(call, layout, input_ids, positions, kept, chunk_size, store_extra)
     if rows is None:  # `full`, or no row has a prefix
         logits = call.run(
             input_ids,
@@ -179,77 +179,11 @@ def causal_loss(base: nn.Module, logits: Tensor, targets: Tensor, count: Tensor 
     return total / max(count, 1)
 
 
-# ---------------------------------------------------------------------- the two passes
-
-
-class _Call:
-    """How this model is called: names of arguments, layers, wrappers."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.peft: Any = unwrap(model)
-        parameters = inspect.signature(self.peft.get_base_model().forward).parameters
-        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self.takes_positions = "position_ids" in parameters
-        self.takes_logits_to_keep = "logits_to_keep" in parameters
-        self.windows: list[int | None] = []
-
-    @property
-    def sharded(self) -> bool:
-        """Whether every pass is a collective operation (FSDP2)."""
-        from torch.distributed.fsdp import FSDPModule
-
-        return dist.is_initialized() and any(isinstance(m, FSDPModule) for m in self.peft.modules())
-
-    def run(
-        self,
-        input_ids: Tensor,
-        mask: Tensor | None,
-        positions: Tensor,
-        *,
-        offsets: list[int | None],
-        cache: ReadOnlyPrefix | None = None,
-        **inputs: Any,
-    ) -> Tensor:
-        """One pass with gradient through the outermost wrapper; returns the logits."""
-        inputs["use_cache"] = False
-        if cache is not None:
-            inputs[self.cache_name] = cache
-        if self.takes_positions:
-            inputs["position_ids"] = positions
-        with ExitStack() as stack:
-            if not torch.is_grad_enabled():
-                stack.enter_context(_attribute(self.peft, "gradient_checkpointing", True, False))
-            elif cache is not None:
-                stack.enter_context(
-                    _attribute(self.peft, "_can_checkpoint_with_cache", False, True)
-                )
-            output = self.model(
-                input_ids=input_ids, attention_mask=mask, alora_offsets=offsets, **inputs
-            )
-        return output.logits if hasattr(output, "logits") else output[0]
-
-    def collect(self, input_ids: Tensor, positions: Tensor, cache: Any) -> None:
-        """One pass of the base model without gradient; keys and values land in `cache`."""
-        inputs: dict[str, Any] = {"use_cache": cache is not None}
-        if cache is not None:
-            inputs[self.cache_name] = cache
-        if self.takes_positions:
-            inputs["position_ids"] = positions
-        if self.takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1
-        # DDP's own forward would broadcast buffers, and ranks need not run equally many passes;
-        # FSDP2 gathers its shards in the hooks of the wrapped module, so that one is entered.
-        self.peft(
-            input_ids=input_ids,
-            attention_mask=None,
-            alora_offsets=[None] * input_ids.shape[0],
-            **inputs,
-        )
+# ---------------------------------------------------------------------- the prefix
 
 
 def _lend(
-    call: _Call,
+    call: ModelCall,
     layout: Layout,
     input_ids: Tensor,
     positions: Tensor,
@@ -278,13 +212,13 @@ def _lend(
     passes = -(-longest // chunk_size)
     total = _most_passes(passes, device) if call.sharded else passes
     if total:
-        with torch.no_grad(), _prefix_pass(call.peft, device):
+        with torch.no_grad(), prefix_pass(call.peft, device):
             if missing:
                 index, _ = layout.prefix_index(missing, device)
                 tokens, places = take(input_ids, index), take(positions, index)
                 lengths = [layout.rows[b].prefix for b in missing]
                 collector = PrefixCollector(call.windows, lengths)
-                with _stop_in_last_layer(call.peft, collector):
+                with stop_in_last_layer(call.peft, collector):
                     for begin in range(0, longest, chunk_size):
                         span = slice(begin, begin + chunk_size)
                         call.collect(tokens[:, span], places[:, span], collector)
@@ -307,95 +241,6 @@ def _most_passes(passes: int, device: torch.device) -> int:
     count = torch.tensor([passes], device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)
     return int(count)
-
-
-@contextmanager
-def _prefix_pass(peft: Any, device: torch.device) -> Iterator[None]:
-    """The base model alone: no adapter, no checkpointing, no random number drawn."""
-    devices = [device] if device.type not in ("cpu", "meta", "mps") else []
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices, device_type=device.type))
-        stack.enter_context(_attribute(peft, "_disable_adapters", False, True))
-        stack.enter_context(_attribute(peft, "gradient_checkpointing", True, False))
-        disabled = peft._adapters_disabled
-        peft._adapters_disabled = True  # PEFT then installs no hooks
-        stack.callback(setattr, peft, "_adapters_disabled", disabled)
-        yield
-
-
-@contextmanager
-def _attribute(model: nn.Module, name: str, old: bool, new: bool) -> Iterator[None]:
-    """Set `name` to `new` on every module where it is `old`; undo on leaving."""
-    changed = [m for m in model.modules() if getattr(m, name, None) is old]
-    inherited = [name not in m.__dict__ for m in changed]
-    for module in changed:
-        setattr(module, name, new)
-    try:
-        yield
-    finally:
-        for module, was_inherited in zip(changed, inherited):
-            if was_inherited:
-                delattr(module, name)
-            else:
-                setattr(module, name, old)
-
-
-@contextmanager
-def _stop_in_last_layer(peft: Any, collector: PrefixCollector) -> Iterator[None]:
-    """End the last decoder layer once its keys and values are stored.
-
-    Its attention, output projection and MLP feed only logits that nobody reads. The collector
-    raises from inside the layer and the layer's own `forward` catches it, so every hook around
-    the layer (FSDP2's, accelerate's) runs as usual.
-    """
-    layers = _decoder_layers(peft)
-    if layers is None:
-        yield
-        return
-    last = layers[-1]
-    index = len(layers) - 1
-    plain = False
-
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        nonlocal plain
-        plain = isinstance(output, Tensor)  # the layer's contract: hidden states in, and out
-
-    forward = last.forward
-
-    def stop(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not plain or hidden is None:
-            return forward(*args, **kwargs)
-        collector.stop_in = index
-        try:
-            return forward(*args, **kwargs)
-        except LastLayerDone:
-            return hidden
-        finally:
-            collector.stop_in = None
-
-    had_own = "forward" in last.__dict__
-    handle = layers[-2].register_forward_hook(see)
-    last.forward = stop  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        handle.remove()
-        if had_own:
-            last.forward = forward  # type: ignore[method-assign]
-        else:
-            del last.forward
-
-
-def _decoder_layers(peft: Any) -> nn.ModuleList | None:
-    """The list of decoder layers, when it can be told; None with fewer than two."""
-    count = int(text_config(peft).num_hidden_layers)
-    lists = [
-        m
-        for m in peft.get_base_model().modules()
-        if isinstance(m, nn.ModuleList) and len(m) == count and count > 1
-    ]
-    return lists[0] if len(lists) == 1 else None
 
 
 # ---------------------------------------------------------------------- small parts

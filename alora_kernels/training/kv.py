@@ -66,7 +66,7 @@ class _CollectLayer(_Layer):
     ) -> tuple[Tensor, Tensor]:
         before = self.seen
         self.seen += key_states.shape[-2]
-        if self.keys is None:
+        if self.keys is None or self.values is None:
             self.keys, self.values = key_states, value_states
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
@@ -91,6 +91,7 @@ class _CollectLayer(_Layer):
 
     def row(self, b: int, length: int) -> KeyValue:
         """Row `b`'s last `min(length, window − 1)` keys and values, `[H, n, D]`."""
+        assert self.keys is not None and self.values is not None
         start = 0 if self.window is None else max(length - self.window + 1, 0)
         span = slice(start - self.first, length - self.first)
         return self.keys[b, :, span], self.values[b, :, span]
@@ -106,13 +107,14 @@ class PrefixCollector(Cache):
 
     def __init__(self, windows: Sequence[int | None], lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
-        super().__init__(layers=[_CollectLayer(w, min(self.lengths)) for w in windows])
+        self.collected = [_CollectLayer(w, min(self.lengths)) for w in windows]
+        super().__init__(layers=list(self.collected))
         self.stop_in: int | None = None  # set while the layer runs that may stop early
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        states = self.layers[layer_idx].update(key_states, value_states)
+        states = self.collected[layer_idx].update(key_states, value_states)
         if self.stop_in == layer_idx:
             raise LastLayerDone
         return states
@@ -120,7 +122,8 @@ class PrefixCollector(Cache):
     def rows(self) -> list[list[KeyValue]]:
         """For each row its layers' keys and values (views)."""
         return [
-            [layer.row(b, length) for layer in self.layers] for b, length in enumerate(self.lengths)
+            [layer.row(b, length) for layer in self.collected]
+            for b, length in enumerate(self.lengths)
         ]
 
 
@@ -175,20 +178,19 @@ class ReadOnlyPrefix(Cache):
     def __init__(
         self, windows: Sequence[int | None], length: int, rows: Sequence[Sequence[KeyValue]]
     ) -> None:
-        super().__init__(
-            layers=[
-                _ReadOnlyLayer(w, length, [row[i] for row in rows]) for i, w in enumerate(windows)
-            ]
-        )
+        self.lent = [
+            _ReadOnlyLayer(w, length, [row[i] for row in rows]) for i, w in enumerate(windows)
+        ]
+        super().__init__(layers=list(self.lent))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.lent[layer_idx].update(key_states, value_states)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every stored tensor."""
-        for layer in self.layers:
+        for layer in self.lent:
             for keys, values in layer.rows:
                 yield keys
                 yield values

@@ -82,10 +82,7 @@ class PrefixStore:
 
     def get(self, key: str, device: torch.device) -> list[KeyValue] | None:
         """The entry's layers, `[H, n, D]` keys and values, on `device`; None when absent."""
-        if self.directory is None:
-            layers = self._memory.get(key)
-        else:
-            layers = self._read(key)
+        layers = self._memory.get(key) if self.directory is None else self._read(key)
         if layers is None:
             self.misses += 1
             return None
@@ -204,6 +201,6 @@ def _keep(tensor: Tensor) -> Tensor:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     crc = 0
     for name in sorted(tensors):
-        data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
         crc = zlib.crc32(data, zlib.crc32(name.encode(), crc))
     return f"{crc:08x}"

@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_warnings():
+    """Warnings that come once come once in each test."""
+    from alora_kernels.training import forward
+
+    forward._warned.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def seed(request):
+    """A fresh seed, printed so that a failure can be repeated."""
+    value = int(torch.randint(1 << 30, ()))
+    print(f"seed={value}")
+    return value
