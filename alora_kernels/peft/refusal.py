@@ -1,0 +1,89 @@
+"""Adapters that cannot be served right, refused with the reason."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+# Initialisations that rewrite the base weight: the base model's cache is then no longer valid.
+REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+OLD_KEYS = ("invocation_string", "alora_invocation_string")
+
+
+def invocation_of(config: Any) -> list[int] | None:
+    """The adapter's invocation tokens; None for a plain LoRA."""
+    tokens = getattr(config, "alora_invocation_tokens", None)
+    return None if tokens is None else list(tokens)
+
+
+def check_config(name: str, config: Any, encoder_decoder: bool = False) -> None:
+    """Refuse an adapter whose result would be silently wrong.
+
+    Args:
+        name: the adapter's name.
+        config: a `LoraConfig`.
+        encoder_decoder: whether the base model has an encoder.
+
+    Raises:
+        ValueError: says which adapter, why, and what to do.
+    """
+    for key in OLD_KEYS:
+        if getattr(config, key, None):
+            raise ValueError(_old_format(f"adapter {name!r}", key))
+    tokens = invocation_of(config)
+    if tokens is None:
+        return
+    if not tokens:
+        raise ValueError(
+            f"adapter {name!r}: alora_invocation_tokens is empty, which PEFT runs as a plain LoRA "
+            "on every token; give the token ids of the invocation, or None for a plain LoRA"
+        )
+    if any(isinstance(t, bool) or not isinstance(t, int) for t in tokens):
+        raise ValueError(
+            f"adapter {name!r}: alora_invocation_tokens must be a flat list of token ids, "
+            f"got {tokens!r}"
+        )
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(REWRITING):
+        raise ValueError(
+            f"adapter {name!r}: init_lora_weights={start!r} changes the base weights, so tokens "
+            "before the invocation no longer run the base model and its KV cache cannot be "
+            "shared; use True, 'gaussian' or 'eva'"
+        )
+    if encoder_decoder:
+        raise ValueError(
+            f"adapter {name!r}: an activated LoRA needs one sequence of tokens that attend to the "
+            "past alone; in an encoder-decoder model the tokens of the encoder see the invocation "
+            "before it is active"
+        )
+
+
+def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read `adapter_config.json` in `folder` and refuse what PEFT would load silently wrong.
+
+    Returns the configuration. IBM's older aLoRA format names its invocation in
+    `invocation_string`, a key that PEFT drops: the adapter would run on every token.
+
+    Raises:
+        ValueError: the older format, or empty invocation tokens.
+        FileNotFoundError: no configuration there.
+    """
+    path = os.path.join(folder, "adapter_config.json")
+    with open(path, encoding="utf-8") as file:
+        config: Mapping[str, Any] = json.load(file)
+    for key in OLD_KEYS:
+        if config.get(key) and not config.get("alora_invocation_tokens"):
+            raise ValueError(_old_format(path, key))
+    if config.get("alora_invocation_tokens") == []:
+        raise ValueError(f"{path}: alora_invocation_tokens is empty; it needs token ids")
+    return dict(config)
+
+
+def _old_format(where: str, key: str) -> str:
+    return (
+        f"{where}: {key!r} marks an adapter in the older aLoRA format, which PEFT runs on every "
+        "token. It was trained to begin one token later, so it cannot run unchanged: retrain it, "
+        "or set alora_invocation_tokens to the token ids of that string and measure its quality"
+    )

@@ -1,0 +1,74 @@
+"""Where adapters begin: in rows of token ids, and in rows that pack several sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def restarts(
+    position_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    input_ids: Tensor,
+) -> Tensor | None:
+    """bool `[B, T]`, true where a packed sequence begins inside a row; None for plain rows.
+
+    A sequence begins where the position ids do not rise. Positions of padding say nothing: both
+    tokens must be real. `cu_seqlens` (what padding-free collators hand to attention) says the same.
+    """
+    batch, seq_len = input_ids.shape
+    if seq_len < 2:
+        return None
+    begin = None
+    if position_ids is not None and position_ids.dim() == 2 and position_ids.shape[1] == seq_len:
+        falls = position_ids[:, 1:] <= position_ids[:, :-1]
+        if attention_mask is not None and attention_mask.shape == input_ids.shape:
+            real = attention_mask != 0
+            falls = falls & real[:, 1:] & real[:, :-1]
+        falls = falls.to(input_ids.device).expand(batch, -1)
+        begin = torch.cat([falls.new_zeros(batch, 1), falls], 1)
+    elif cu_seqlens is not None:
+        flat = input_ids.new_zeros(batch * seq_len + 1, dtype=torch.bool)
+        edges = cu_seqlens.to(input_ids.device, torch.int64)
+        begin = flat.index_fill(0, edges, True)[:-1].view(batch, seq_len)
+        begin = begin & (torch.arange(seq_len, device=begin.device) > 0)
+    if begin is None:
+        return None
+    if begin.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(begin.any()):
+        return None
+    return begin
+
+
+def packed_mask(input_ids: Tensor, tokens: Sequence[int], begin: Tensor) -> Tensor:
+    """bool `[B, T]`: from the last invocation of each packed sequence to its end.
+
+    Args:
+        input_ids: `[B, T]`.
+        tokens: the invocation, I ≥ 1 token ids.
+        begin: bool `[B, T]`, from `restarts`.
+    """
+    batch, seq_len = input_ids.shape
+    length = len(tokens)
+    if length > seq_len:
+        return torch.zeros_like(begin)
+    position = torch.arange(seq_len, device=input_ids.device).expand(batch, -1)
+    first = torch.where(begin, position, 0).cummax(1).values  # where my sequence begins
+    wanted = torch.as_tensor(tokens, dtype=input_ids.dtype, device=input_ids.device)
+    match = (input_ids.unfold(1, length, 1) == wanted).all(-1)  # [B, T − I + 1]
+    windows = match.shape[1]
+    match = match & (first[:, :windows] == first[:, length - 1 :])  # none across a border
+    match = torch.cat([match, match.new_zeros(batch, seq_len - windows)], 1)
+    last = torch.where(match, position, -1).cummax(1).values  # my last match so far
+    # The next match and the next border strictly after me; T when there is none.
+    later = torch.stack([torch.where(flag, position, seq_len) for flag in (match, begin)])
+    later = torch.cat([later[..., 1:], later.new_full((2, batch, 1), seq_len)], -1)
+    following, border = later.flip(-1).cummin(-1).values.flip(-1)
+    return (last >= first) & (following >= border)
+
+
+def merge_starts(kept: Sequence[int | None], found: Sequence[int | None]) -> list[int | None]:
+    """A row that runs the adapter already goes on; the others begin where it was found."""
+    return [f if k is None else k for k, f in zip(kept, found)]
