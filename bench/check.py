@@ -12,7 +12,10 @@ from variants import BaseLinear, Outputs, Step, Variant
 
 from alora_kernels import alora_linear_reference
 
-FACTOR = 2.0  # the error may be at most this many times PyTorch's own in the same dtype
+# The error may be at most so many times PyTorch's own in the same dtype. The worst element of a
+# small tensor scatters by a factor of four between two right orders of summation (seen in 1 of 500
+# tries), so it only has to catch what the root mean square hides: one wrong row or column.
+FACTORS = {"rms": 2.0, "largest": 8.0}
 
 
 class WrongResult(Exception):
@@ -23,8 +26,8 @@ class Checker:
     """Compares variants of one case with the reference in float64.
 
     The bound is at most twice the error of the reference itself, run by PyTorch in the case's
-    dtype: for the root mean square over a tensor and for its worst element. The truth is computed
-    once for each arithmetic of the adapter and reused for every variant.
+    dtype (root mean square over a tensor), and eight times for its worst element. The truth is
+    computed once for each arithmetic of the adapter and reused for every variant.
     """
 
     def __init__(self, case: Case, tensors: Tensors) -> None:
@@ -121,15 +124,15 @@ def compare(where: str, name: str, got: Tensor, truth: Tensor, own: Tensor) -> N
             f"{where}: {what} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
         )
     for measure, norm in (("rms", _rms), ("largest", _largest)):
-        error, allowed = norm(got, truth), FACTOR * norm(own, truth)
+        error, own_error = norm(got, truth), norm(own, truth)
         # One rounding to the result's dtype is granted to all: where PyTorch happens to be exact
-        # (a single active row, a zero), twice nothing would ask for the impossible.
-        scale = _rms(truth, None) if measure == "rms" else _largest(truth, None)
-        allowed = max(allowed, torch.finfo(got.dtype).eps * scale)
+        # (a single active row, a zero), a multiple of nothing would ask for the impossible.
+        rounding = torch.finfo(got.dtype).eps * norm(truth, None) / 2
+        allowed = FACTORS[measure] * max(own_error, rounding)
         if not error <= allowed:  # NaN is wrong, too
             raise WrongResult(
                 f"{where}: {what} is wrong: {measure} error {error:.3g}, allowed {allowed:.3g} "
-                f"({FACTOR:g} times PyTorch's own). It was not timed"
+                f"({FACTORS[measure]:g} times PyTorch's own). It was not timed"
             )
 
 
