@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 Segment = tuple[int, int]
 
@@ -357,8 +358,18 @@ def _unflatten(children: Any, _: None) -> Activation:
     return Activation(row_adapter, active_rows, active_count, max_active=bound)
 
 
-torch.utils._pytree.register_pytree_node(
-    Activation, _flatten, _unflatten, serialized_type_name="alora_kernels.Activation"
+def _flatten_with_keys(activation: Activation) -> tuple[list[tuple[Any, Tensor]], None]:
+    children, context = _flatten(activation)
+    names = ("row_adapter", "active_rows", "active_count")
+    return [(GetAttrKey(name), child) for name, child in zip(names, children)], context
+
+
+register_pytree_node(
+    Activation,
+    _flatten,
+    _unflatten,
+    serialized_type_name="alora_kernels.Activation",
+    flatten_with_keys_fn=_flatten_with_keys,
 )
 
 
@@ -383,14 +394,15 @@ def activate(activation: Activation | None) -> Iterator[Activation | None]:
     with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
         model(input_ids)
     """
-    token = _ambient.set(activation)
+    token = None if torch.compiler.is_compiling() else _ambient.set(activation)
     before = _mirror.activation
     _mirror.activation = activation
     try:
         yield activation
     finally:
         _mirror.activation = before
-        _ambient.reset(token)
+        if token is not None:
+            _ambient.reset(token)
 
 
 def current_activation() -> Activation | None:

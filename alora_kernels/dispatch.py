@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .backends import STRATEGIES, Backend, Call, Problem, Projection
 from .backends.cpu import CpuBackend
+from .backends.cuda import CudaBackend
 from .backends.fallback import ReferenceBackend
 from .backends.triton import TritonBackend
 from .cost import seconds
@@ -24,7 +25,7 @@ logger = logging.getLogger("alora_kernels")
 
 # In the order of preference where the cost model sees no difference.
 BACKENDS: dict[str, Backend] = {
-    b.name: b for b in (TritonBackend(), CpuBackend(), ReferenceBackend())
+    b.name: b for b in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
 
 

@@ -1,0 +1,18 @@
+"""Fresh random inputs for every test, with the seed in a failure's output."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Seeds torch afresh; set ALORA_TEST_SEED to repeat a failure."""
+    seed = int(os.environ.get("ALORA_TEST_SEED", np.random.SeedSequence().generate_state(1)[0]))
+    print(f"ALORA_TEST_SEED={seed}")
+    torch.manual_seed(seed)
+    return seed
