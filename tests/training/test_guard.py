@@ -1,0 +1,202 @@
+"""The shortcut is refused, with the reason, wherever it would be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import base_config, make_batch, make_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from alora_kernels.training import PrefixError, PrefixStore, prefix_forward, prefix_problems
+
+BATCH = make_batch([(9, 6)])
+
+
+def refused(model, match, **inputs):
+    with pytest.raises(PrefixError, match=match):
+        prefix_forward(model, *BATCH, **inputs)
+    assert len(prefix_problems(model, inputs)) == 1
+    assert model.training  # nothing ran, nothing changed
+
+
+def test_a_good_model_has_no_problem():
+    for kind in ("llama", "gemma3", "mistral", "qwen3"):
+        assert prefix_problems(make_model(kind)) == []
+
+
+def test_trainable_embeddings():
+    model = make_model()
+    model.get_input_embeddings().weight.requires_grad_(True)
+    refused(model, r"1 trainable parameters outside of the adapter.*embed_tokens")
+
+
+def test_modules_to_save():
+    refused(make_model(modules_to_save=["lm_head"]), "outside of the adapter.*lm_head")
+
+
+def test_plain_lora():
+    model = make_model(tokens=None)
+    with pytest.raises(PrefixError, match="plain LoRA"):
+        prefix_forward(model, *BATCH)
+
+
+def test_a_second_active_adapter():
+    model = make_model()
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(PrefixError, match=r"'other' is a plain LoRA[\s\S]*2 adapters are active"):
+        prefix_forward(model, *BATCH)
+
+
+def test_prompt_tuning():
+    base = AutoModelForCausalLM.from_config(base_config("llama"))
+    model = get_peft_model(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(PrefixError, match="PROMPT_TUNING"):
+        prefix_forward(model.train(), *BATCH)
+
+
+def test_not_a_peft_model():
+    base = AutoModelForCausalLM.from_config(base_config("llama"))
+    with pytest.raises(PrefixError, match="not a PeftModel"):
+        prefix_forward(base, *BATCH)
+
+
+def test_bidirectional_attention():
+    model = make_model("gemma3")
+    model.get_base_model().config.use_bidirectional_attention = True
+    refused(model, "bidirectional")
+
+
+def test_base_dropout_only_in_training():
+    model = make_model(config=base_config("llama", attention_dropout=0.1))
+    refused(model, "attention_dropout=0.1")
+    assert prefix_problems(model.eval()) == []
+
+
+def test_dropout_module():
+    model = make_model()
+    model.get_base_model().model.layers[0].extra = torch.nn.Dropout(0.1).train()
+    refused(model, "drops activations.*extra")
+
+
+def test_adapter_dropout_is_fine():
+    assert prefix_problems(make_model(dropout=0.3)) == []
+
+
+def test_router_loss():
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, sliding_window=None,
+        output_router_logits=True,
+    )  # fmt: skip
+    targets = ["q_proj", "v_proj"]
+    refused(make_model(config=config, targets=targets), "router's auxiliary loss")
+    config.output_router_logits = False
+    assert prefix_problems(make_model(config=config, targets=targets)) == []
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_length(kind):
+    model = make_model()
+    model.get_base_model().config.rope_parameters = {"rope_type": kind, "factor": 2.0}
+    refused(model, f"'{kind}' depends on the total length")
+
+
+def test_recurrent_layers():
+    model = make_model()
+    model.get_base_model().config.layer_types = [
+        "full_attention",
+        "linear_attention",
+        "full_attention",
+    ]
+    refused(model, "layer 1 keeps a LinearAttentionLayer")
+
+
+def test_chunked_attention():
+    model = make_model()
+    config = model.get_base_model().config
+    config.layer_types = ["chunked_attention"] * 3
+    config.attention_chunk_size = 8
+    refused(model, "chunked attention")
+
+
+def test_untested_attention():
+    model = make_model()
+    model.get_base_model().config._attn_implementation = "flex_attention"
+    refused(model, "'flex_attention' is not tested")
+
+
+def test_neftune():
+    model = make_model()
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    refused(model, "NEFTune")
+
+
+def test_prefix_loss_asked_for():
+    with pytest.raises(PrefixError, match="prefix_loss"):
+        prefix_forward(make_model(), *BATCH, prefix_loss=True)
+    assert prefix_forward(make_model(), *BATCH, "full", prefix_loss=True).loss > 0
+
+
+def test_other_inputs():
+    refused(make_model(), "'token_type_ids'", token_type_ids=torch.zeros(1, 18))
+
+
+def test_checkpointing_without_the_private_switch(monkeypatch):
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    monkeypatch.delattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache")
+    refused(model, "drops the cache under gradient checkpointing")
+    with torch.no_grad():
+        assert prefix_problems(model) == []
+
+
+def test_several_reasons_are_listed_together():
+    model = make_model(config=base_config("llama", attention_dropout=0.1))
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(PrefixError, match=r"trainable[\s\S]*attention_dropout"):
+        prefix_forward(model, *BATCH)
+
+
+def test_full_is_never_refused():
+    model = make_model(config=base_config("llama", attention_dropout=0.1))
+    assert prefix_forward(model, *BATCH, "full").loss > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"prefix": "none"}, "prefix must be one of"),
+        ({"prefix": "cached"}, "needs store"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"starts": [3, 4]}, r"one entry per row, \[1\], got \[2\]"),
+        ({"starts": [17]}, r"start at column 17, but its real tokens are \[0, 15\)"),
+    ],
+)
+def test_bad_arguments(change, match):
+    with pytest.raises(ValueError, match=match):
+        prefix_forward(make_model(), *BATCH, **change)
+
+
+def test_bad_masks_and_labels():
+    model = make_model()
+    ids, mask, labels = make_batch([(9, 6)])
+    holes = mask.clone()
+    holes[0, 4] = 0
+    with pytest.raises(ValueError, match="row 0 has holes"):
+        prefix_forward(model, ids, holes, labels)
+    with pytest.raises(ValueError, match="labels on padding"):
+        prefix_forward(model, ids, mask, ids)
+    with pytest.raises(ValueError, match="4-D mask"):
+        prefix_forward(model, ids, torch.ones(1, 1, 18, 18), labels)
+    with pytest.raises(ValueError, match=r"must be \[B, T\]"):
+        prefix_forward(model, ids[0])
+
+
+def test_store_is_not_used_by_no_grad():
+    store = PrefixStore()
+    prefix_forward(make_model(), *BATCH, "no_grad", store=store)
+    assert len(store) == 0
