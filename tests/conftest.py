@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -16,3 +17,13 @@ def seed() -> int:
     print(f"ALORA_TEST_SEED={seed}")
     torch.manual_seed(seed)
     return seed
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips what would begin after ALORA_TEST_BUDGET seconds: a tier that grows shrinks itself."""
+    budget = float(os.environ.get("ALORA_TEST_BUDGET", "inf"))
+    if time.monotonic() - _began > budget:
+        pytest.skip(f"the tier's budget of {budget:.0f} s is spent")
+
+
+_began = time.monotonic()
