@@ -18,7 +18,7 @@ def cast_frozen(tensor: Tensor, dtype: torch.dtype, *, cache: bool = True) -> Te
     """
     if tensor.dtype == dtype:
         return tensor
-    if not cache or tensor.is_inference() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not cache or tensor.is_inference():
         return tensor.detach().to(dtype)
     by_dtype = _copies.get(tensor)
     if by_dtype is None:

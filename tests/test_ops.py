@@ -155,6 +155,25 @@ def test_compile_recompiles_once_at_most(ambient) -> None:
     assert graphs <= 2
 
 
+def test_compile_under_autocast() -> None:
+    torch._dynamo.reset()
+    layer = AloraLinear(24, 20, r=4, lora_alpha=8)
+    torch.nn.init.normal_(layer.lora_B)
+    activation = Activation.from_starts([2, None], 5)
+    x = torch.randn(2, 5, 24, requires_grad=True)
+
+    def f(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x, activation)
+
+    y, want = torch.compile(f, fullgraph=True, backend="aot_eager")(x), f(x)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, want)
+    inputs = [x, layer.lora_A, layer.lora_B]
+    grads = torch.autograd.grad(y.float().square().sum(), inputs)
+    for got, expected in zip(grads, torch.autograd.grad(want.float().square().sum(), inputs)):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.slow
 def test_compile_by_inductor_with_the_search_inside() -> None:
     """The whole forward, invocation search included, in one graph through torch's own compiler."""
