@@ -38,6 +38,7 @@ VENDOR_EFFICIENCY = 0.75  # of the data-sheet rate, for a large GEMM of the vend
 OUR_EFFICIENCY = 0.85  # of the vendor's GEMM, until measured
 LAUNCH = 2.5e-6  # seconds between the starts of two short kernels on one stream
 NARROW_TILE = 16  # tensor cores multiply at least 16 columns: a smaller R costs as much
+L2_SHARE = 0.55  # time of a byte read again from L2, relative to one from device memory
 
 
 def rates_of(arch: int) -> Rates:
@@ -93,7 +94,7 @@ def _base(
         bytes_moved += size * rank * (left + right)
         if rows <= 16:
             # lora_a is read from L2 by every column tile while the weight streams by.
-            bytes_moved += 0.25 * size * rank * left * (-(-right // 64))
+            bytes_moved += L2_SHARE * size * rank * left * (-(-right // 64))
     return _launch(rates, bytes_moved, flops / speed)
 
 
