@@ -6,12 +6,11 @@ import dataclasses
 
 import numpy as np
 
-from .memory import gather
+from .memory import IN_FLIGHT
 from .parser import Instr
 from .registers import Mask
 from .warp import WarpWide
 
-IN_FLIGHT = 2  # a byte's state in `sinit` until its copy has been waited for
 
 
 @dataclasses.dataclass
@@ -115,10 +114,3 @@ class AsyncCopies(WarpWide):
                 self.arrive(b, len(mine), int(mine[0]))
 
             b.copies.append(finish)
-
-    def refuse_unwritten(self, at: int, lane: int) -> None:
-        state = gather(self.sinit, np.array([at]), 1)[0, 0] if at < len(self.sinit) else 0
-        if state == IN_FLIGHT:
-            what = "read of shared memory whose asynchronous copy has not been waited for"
-            raise self.fault(what, lane, int(at) % self.stride)
-        super().refuse_unwritten(at, lane)

@@ -94,10 +94,8 @@ class Atomics(Memory):
             at = first + j * w
             if shared:
                 at = self.shared_index(at, lanes, w)
-                memory, known = self.smem, self.sinit
-                ok = gather(known, at, w).all(1)
-                if not ok.all():
-                    self.refuse_unwritten(at[np.argmin(ok)], lanes[np.argmin(ok)])
+                self.check_written(at, lanes, w)
+                memory = self.smem
             else:
                 index = self.global_index(at, lanes, w, True)
                 self.global_race(index, lanes, w, True, True)

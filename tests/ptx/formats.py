@@ -74,7 +74,8 @@ class PtxError(RuntimeError):
     ) -> None:
         self.what, self.kernel, self.block, self.thread = what, kernel, block, thread
         self.line, self.source, self.address, self.text = line, source, address, text
-        where = [kernel] if kernel else []
+        short = kernel if len(kernel) <= 80 else f"{kernel[:77]}..."
+        where = [short] if kernel else []
         where += [f"block {block}"] if block is not None else []
         where += [f"thread {thread}"] if thread is not None else []
         where += [f"line {line}"] if line is not None else []

@@ -36,7 +36,7 @@ class Machine:
         self.reports: list[Counters] = []  # one a launch
         self.races = GlobalRaces(0, 1, 1)
         self.variables: dict[Module, dict[str, int]] = {}
-        self.grain, self.between = 4, False
+        self.grain, self.between, self.shared_init = 4, False, True
 
     # ---- memory -------------------------------------------------------------------------------
 
@@ -122,13 +122,15 @@ class Machine:
         order: str = "lockstep",
         seed: int = 0,
         resident: int | None = None,
+        shared_init: bool = True,
     ) -> None:
         """Run the grid. `args` follow the kernel's parameters: numbers, addresses or bytes.
 
         `resident` blocks run side by side (by default as many as make some thousands of threads),
         the rest after them; `reverse` begins with the last block. `order` schedules warps:
         `lockstep` (all in step, fast), `round_robin`, `reverse` (the last warp first) or `random`
-        with `seed`. Raises PtxError at the first fault.
+        with `seed`. `shared_init=False` lets threads read shared memory that nobody wrote, as some
+        correct kernels do for rows that they never store. Raises PtxError at the first fault.
         """
         kernel = mod.kernels[name]
         if kernel.local:
@@ -143,6 +145,7 @@ class Machine:
         group = int(np.prod(cluster3))
         side = resident or max(1, WAVE_THREADS // per)
         side = max(group, side // group * group)
+        self.shared_init = shared_init
         self.grain = grain_of(kernel.code, ("shared",), 16)
         if any(i.op[0] in ("mbarrier", "tensormap") for i in kernel.code):
             self.grain = min(self.grain, 8)

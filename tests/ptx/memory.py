@@ -14,6 +14,7 @@ from .registers import Ids, Launch, Mask, Registers
 
 RANK_SHIFT = 24  # a shared::cluster address carries rank + 1 above the offset
 ORDERED = {"acquire", "release", "relaxed", "acq_rel", "volatile", "seq_cst", "mmio"}
+IN_FLIGHT = 2  # a shared byte's state from the issue of a copy until it has been waited for
 FULL = {1: 0x01, 2: 0x0101, 4: 0x01010101, 8: 0x0101010101010101}
 UINT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -128,16 +129,27 @@ class Memory(Registers):
 
     def shared_read(self, at: np.ndarray, lanes: np.ndarray, size: int) -> np.ndarray:
         """Checked bytes `[len(at), size]`."""
-        ok = complete(gather(self.sinit, at, size))
-        if not ok.all():
-            i = int(np.argmin(ok))
-            self.refuse_unwritten(at[i], lanes[i])
+        self.check_written(at, lanes, size)
         g, rows, lane = self.granules(at, size, self.row[lanes], lanes % 32)
         self.raise_race(self.races.read(g, rows, lane), g, at, lanes)
         return gather(self.smem, at, size)
 
-    def refuse_unwritten(self, at: int, lane: int) -> None:
-        raise self.fault("read of uninitialised shared memory", lane, int(at) % self.stride)
+    def check_written(self, at: np.ndarray, lanes: np.ndarray, size: int) -> None:
+        """Shared bytes that are read must have been written, and not wait for a copy."""
+        state = gather(self.sinit, at, size)
+        ok = complete(state)
+        if ok.all():
+            return
+        flying = (state == IN_FLIGHT).any(1)
+        if flying.any():
+            i = int(np.argmax(flying))
+            what = "read of shared memory whose asynchronous copy has not been waited for"
+            raise self.fault(what, lanes[i], int(at[i]) % self.stride)
+        if self.m.shared_init:
+            i = int(np.argmin(ok))
+            raise self.fault(
+                "read of uninitialised shared memory", lanes[i], int(at[i]) % self.stride
+            )
 
     def shared_write(self, at: np.ndarray, lanes: np.ndarray, data: np.ndarray) -> None:
         """Checked store of `data` `[len(at), size]`."""

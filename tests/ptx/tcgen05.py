@@ -189,9 +189,7 @@ class Tcgen05(Wgmma):
             raise self.fault("tcgen05 descriptor reaches past shared memory", lane, int(at.max()))
         flat = at.reshape(-1) + slot * self.stride
         lanes = np.full(len(flat), lane)
-        ok = (self.sinit.reshape(-1, 16)[flat // 16] == 1).all(1)
-        if not ok.all():
-            self.refuse_unwritten(int(flat[np.argmin(ok)]), lane)
+        self.check_written(flat, lanes, 16)
         g, rows = self.granules(flat, 16, np.full(len(flat), self.row[lane]))
         agent, when = np.full(len(g), self._agent_of(slot)), np.full(len(g), epoch)
         self.raise_race(self.races.read(g, rows, None, agent, when), g, flat, lanes)

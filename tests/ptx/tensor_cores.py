@@ -7,7 +7,6 @@ import re
 import numpy as np
 
 from .formats import bf16_to_f32
-from .memory import complete, gather
 from .parser import Instr
 from .registers import Mask
 from .warp import WarpWide
@@ -111,5 +110,3 @@ class TensorCores(WarpWide):
             self.shared_write(at, lanes, np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint8))
             self.m.counters.matrix(ins, at, np.repeat(warps, 8))
 
-
-__all__ = ["TensorCores", "complete", "elements", "gather", "shape_of"]

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .async_copies import IN_FLIGHT, AsyncCopies
+from .async_copies import AsyncCopies
 from .formats import GBASE, SBASE
-from .memory import complete, gather
+from .memory import IN_FLIGHT, gather
 from .parser import Instr, split_args
 from .registers import Mask
 
@@ -268,9 +268,7 @@ class TensorCopies(AsyncCopies):
     ) -> None:
         """Out of shared memory: reads it until its group has been waited for."""
         lanes = np.full(len(at), lane)
-        ok = complete(gather(self.sinit, at, unit)) if len(at) else np.ones(0, bool)
-        if not ok.all():
-            self.refuse_unwritten(int(at[np.argmin(ok)]), lane)
+        self.check_written(at, lanes, unit)
         self.async_epoch += 1
         row = int(self.row[lane])
         column = self.clocks.bulk + int(self.clocks.own[row])

@@ -20,7 +20,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
+from triton.backends.driver import DriverBase, decompose_descriptor
 from triton.runtime import driver
 
 from .machine import Machine
@@ -73,7 +73,11 @@ class _Launcher:
             if ty == "constexpr":
                 continue
             if ty.startswith("tensordesc"):
-                base, meta = _upload(machine, storages, arg.base), next(descriptors)
+                base, meta = _upload(machine, storages, arg.base), next(descriptors, None)
+                if meta is None:  # no tensor maps on this arch: Triton passes the fields
+                    _, *fields = decompose_descriptor(arg)
+                    values += [base, *fields]
+                    continue
                 size = meta["elem_size"]
                 strides = [s * size for s in reversed(arg.strides)][1:]
                 box = meta["block_size"][::-1]

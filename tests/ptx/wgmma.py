@@ -202,12 +202,8 @@ class Wgmma(TensorCores):
             raise self.fault("wgmma descriptor reaches past shared memory", first[i], int(at.max()))
         shape = at.shape
         flat = (at + self.base[first][:, None, None]).reshape(-1)
-        ok = self.sinit.reshape(-1, 16).take(flat // 16, axis=0).view(np.uint64)
-        ok = (ok == 0x0101010101010101).all(1)
         lanes = np.repeat(first, shape[1] * shape[2])
-        if not ok.all():
-            i = int(np.argmin(ok))
-            self.refuse_unwritten(int(flat[i]), int(lanes[i]))
+        self.check_written(flat, lanes, 16)
         agents = np.array([self._agent(g) for g in groups.tolist()])
         g, who = self.granules(flat, 16, np.repeat(np.arange(len(groups)), shape[1] * shape[2]))
         epoch = self.committed[groups][who] + 1
