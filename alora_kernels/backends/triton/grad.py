@@ -56,8 +56,8 @@ def masked_lora_grad_kernel(
     tl.store(at, acc.to(part.dtype.element_ty), mask=inside)
     if SUMS:  # noqa: SIM102 (the outer test is the compiler's)
         if tl.program_id(1) == 0:
-            at = sums + split.to(tl.int64) * P + p
-            tl.store(at, (total * scaling).to(sums.dtype.element_ty), mask=p < P)
+            to = sums + split.to(tl.int64) * P + p
+            tl.store(to, (total * scaling).to(sums.dtype.element_ty), mask=p < P)
 
 
 @triton.jit(do_not_specialize=["split_rows", "part_rows"])
@@ -95,5 +95,5 @@ def masked_lora_grad_b_kernel(
     at = part + split.to(tl.int64) * stride_ps + p[:, None] * stride_pp + r[None, :] * stride_pr
     tl.store(at, acc.to(part.dtype.element_ty), mask=inside)
     if SUMS:
-        at = sums + split.to(tl.int64) * P + p
-        tl.store(at, (total * scaling).to(sums.dtype.element_ty), mask=p < P)
+        to = sums + split.to(tl.int64) * P + p
+        tl.store(to, (total * scaling).to(sums.dtype.element_ty), mask=p < P)
