@@ -463,6 +463,8 @@ class Acceleration:
         if isinstance(ids, Tensor) and ids.dim() == 1:
             ids = ids.unsqueeze(0)
         embeds = kwargs.get("inputs_embeds")
+        if isinstance(ids, Tensor) and ids.shape[1] == 0 and embeds is not None:
+            ids = None
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         past = int(records.cache_length(cache))
         rows = ids if isinstance(ids, Tensor) else embeds

@@ -142,14 +142,15 @@ class AcceleratedLayer:
             names = self._active_adapter
             names = (names,) if isinstance(names, str) else names
         adapters = self._modules["lora_A"]._modules
-        if len(names) != 1 or names[0] not in adapters:
+        alone = len(names) == 1
+        if not alone or names[0] not in adapters:
             names = [name for name in names if name in adapters]
         modules = self._modules
         base = modules["base_layer"]
         if not names:
             return base(x)  # type: ignore[misc]
         group = self.alora_group
-        if group is not None and group.enabled and len(names) == 1:
+        if group is not None and group.enabled and alone:
             first = self._first_of_group(x, names[0], state, group)
             if first is not None:
                 return first

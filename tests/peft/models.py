@@ -103,3 +103,29 @@ def put(ids: torch.Tensor, row: int, place: int, tokens: list[int]) -> torch.Ten
     """Write `tokens` into a row, in place."""
     ids[row, place : place + len(tokens)] = torch.tensor(tokens)
     return ids
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """The cache under the name that this transformers gives it."""
+    import inspect
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = inspect.signature(base.forward).parameters
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+def cache_of(output: Any) -> Any:
+    return output["cache"] if "cache" in output else output["past_key_values"]
+
+
+def oracle(
+    model: Any, prompts: torch.Tensor, tokens: int, starts: list[int | None]
+) -> torch.Tensor:
+    """Greedy continuation by PEFT's own model, recomputed from scratch for every token."""
+    ids = prompts
+    for _ in range(tokens):
+        offsets = [None if s is None else ids.shape[1] - s for s in starts]
+        with torch.no_grad():
+            logits = model(input_ids=ids, alora_offsets=offsets, use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids
