@@ -12,7 +12,6 @@ from .registers import Mask
 from .warp import WarpWide
 
 
-
 @dataclasses.dataclass
 class Copy:
     """An issued cp.async: one row a thread, in that thread's commit group."""

@@ -48,6 +48,7 @@ class Counters:
 
     def __init__(self, kernel: Kernel, total: collections.Counter[str]) -> None:
         self.kernel, self.total = kernel, total
+        self.grid, self.threads, self.text = (1, 1, 1), 0, ""
         self.hits = np.zeros(len(kernel.code), np.int64)  # full-wave executions
         self.warps = np.zeros(len(kernel.code), np.int64)  # warps that executed it otherwise
         self.wave_warps = 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,12 @@ WAVE_THREADS = 8192  # threads that run side by side when the caller does not sa
 
 
 class Machine:
-    """Global memory of `arena` bytes (touched lazily) and everything counted while kernels run."""
+    """Global memory of `arena` bytes (touched lazily) and everything counted while kernels run.
+
+    `count` sums over all launches, `last` holds the latest; `on_launch` sees every finished one.
+    """
+
+    on_launch: Callable[[Machine], None] | None = None
 
     def __init__(self, arena: int = 1 << 28) -> None:
         self.mem = np.zeros(arena, np.uint8)
@@ -33,6 +38,7 @@ class Machine:
         self.allocs: dict[int, tuple[np.dtype, tuple[int, ...]]] = {}
         self.freed: list[tuple[int, int]] = []
         self.count: collections.Counter[str] = collections.Counter()
+        self.last: collections.Counter[str] = collections.Counter()
         self.reports: list[Counters] = []  # one a launch
         self.races = GlobalRaces(0, 1, 1)
         self.variables: dict[Module, dict[str, int]] = {}
@@ -155,7 +161,9 @@ class Machine:
         self.races = GlobalRaces(self.top, self._global_grain(kernel), max(1, per // 32))
         variables = self._variables(mod)
         launch = Launch(grid3, block3, cluster3, params, offsets, smem, variables)
+        before = self.count.copy()
         counters = self.counters = Counters(kernel, self.count)
+        counters.grid, counters.threads, counters.text = grid3, per, mod.header
         self.reports.append(counters)
         waves = [blocks[i : i + side] for i in range(0, len(blocks), side)]
         rng = np.random.default_rng(seed)
@@ -163,6 +171,9 @@ class Machine:
             run = Wave(self, kernel, launch, wave[::-1] if reverse and group == 1 else wave)
             counters.wave_warps = run.n // 32
             run.run(max_steps, order, rng)
+        self.last = self.count - before
+        if Machine.on_launch is not None:
+            Machine.on_launch(self)
 
     def _global_grain(self, kernel: Kernel) -> int:
         copies = any(i.op[0] == "cp" for i in kernel.code)

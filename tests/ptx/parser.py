@@ -99,7 +99,7 @@ class Module:
     """Everything in a PTX file: `kernels` by name, module variables, the target arch."""
 
     def __init__(self, text: str) -> None:
-        self.text = text
+        self.header = text[:2000]
         # Comments go, line numbers stay.
         text = _COMMENT.sub(
             lambda m: m[0] if m[0][0] == '"' else "\n" * m[0].count("\n") or " ", text

@@ -109,4 +109,3 @@ class TensorCores(WarpWide):
             at, lanes = self._rows(args[0], i, warps)
             self.shared_write(at, lanes, np.ascontiguousarray(tiles).reshape(-1, 8).view(np.uint8))
             self.m.counters.matrix(ins, at, np.repeat(warps, 8))
-
