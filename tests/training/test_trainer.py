@@ -171,9 +171,10 @@ def test_resuming_equals_an_uninterrupted_run(prefix, tmp_path):
 
 def test_cached_from_an_empty_store_equals_a_full_one(tmp_path):
     """With adapter dropout, hits and misses give the same run."""
-    first = train(tmp_path, prefix="cached", dropout=0.3)
-    again = train(tmp_path, prefix="cached", dropout=0.3, prefix_store=first.prefix_store)
-    assert first.prefix_store.misses == 12
+    empty, full = (PrefixStore(directory=tmp_path / "prefixes") for _ in range(2))
+    first = train(tmp_path, prefix="cached", dropout=0.3, prefix_store=empty)
+    again = train(tmp_path, prefix="cached", dropout=0.3, prefix_store=full)
+    assert (empty.misses, full.misses) == (12, 0)
     for name, value in adapter(first).items():
         assert torch.equal(value, adapter(again)[name]), name
 
@@ -183,13 +184,8 @@ def test_bf16_autocast(tmp_path):
     runner = train(tmp_path, model=model, prefix="cached", bf16=True)
     full = train(tmp_path, model=make_model(seed=1, dtype=torch.float32), prefix="full", bf16=True)
     assert losses(runner) == pytest.approx(losses(full), rel=2e-2)
-    kinds = {k.dtype for row in runner.prefix_store._memory.values() for k, _ in row}
+    kinds = {v.dtype for row in runner.prefix_store._memory.values() for _, v in row}
     assert kinds == {torch.bfloat16}
-
-
-def test_loss_falls(tmp_path):
-    runner = train(tmp_path, num_train_epochs=12, prefix="cached")
-    assert losses(runner)[-1] < 0.5 * losses(runner)[0]
 
 
 @pytest.mark.parametrize(
