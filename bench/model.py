@@ -1,12 +1,12 @@
-"""A roofline *estimate* of the forward pass per GPU, from data-sheet rates. Nothing here is measured.
+"""A roofline *estimate* of the forward pass per GPU from data-sheet rates: nothing is measured.
 
     python bench/model.py [--gpu H100] [--rows 16 256 8192] [--k 4096] [--n 4096] [--r 32] [--csv F]
 
 Time = max(tensor FLOPs / peak, DRAM bytes / bandwidth), summed over launches that depend on each
 other. DRAM bytes come from replaying the GEMM's tile order through an LRU cache of the GPU's L2
 size, without execution; tests/ptx/test_counters.py holds the replay's loads against executed
-kernels. Launch costs, clocks under load, and any inefficiency of a kernel are left out: the ratio of
-two strategies means more than either time.
+kernels. Launch costs, clocks under load, and any inefficiency of a kernel are left out: the ratio
+of two strategies means more than either time.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = table([GPUS[g] for g in a.gpu], shapes)
     print("ESTIMATE: roofline from data-sheet rates, bf16, forward; nothing was measured.")
     print(
-        f"{'GPU':<6}{'M':>6}{'f':>6}  {'strategy':<9}{'GFLOP':>10}{'DRAM MB':>10}{'µs':>10}{'× base':>8}"
+        f"{'GPU':<6}{'M':>6}{'f':>6}  {'strategy':<9}{'GFLOP':>10}{'DRAM MB':>10}"
+        f"{'µs':>10}{'× base':>8}"
     )
     for r in rows:
         print(

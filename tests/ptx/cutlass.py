@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -39,10 +40,11 @@ class Built:
 
 @functools.cache
 def build(name: str, arch: str, flags: tuple[str, ...] = ()) -> Built:
-    """Compile kernels/<name>.cu once for each state of the source: PTX and host in one run."""
-    assert SOURCE is not None and NVCC is not None, WHY_NOT
-    import hashlib
+    """Compile kernels/<name>.cu for a virtual arch such as compute_80: PTX and host in one run.
 
+    Cached by the text of the source, the flags and where CUTLASS lies.
+    """
+    assert SOURCE is not None and NVCC is not None, WHY_NOT
     source = KERNELS / f"{name}.cu"
     text = repr((source.read_text(), arch, flags, str(SOURCE)))
     folder = cache() / f"{name}.{arch}.{hashlib.sha256(text.encode()).hexdigest()[:20]}"
@@ -50,8 +52,10 @@ def build(name: str, arch: str, flags: tuple[str, ...] = ()) -> Built:
         work = folder.with_suffix(f".{os.getpid()}")
         work.mkdir()
         include = [f"-I{SOURCE / p}" for p in ("include", "tools/util/include")]
+        # code=compute_*: PTX alone, without the assembler's minute.
+        target = ["-gencode", f"arch={arch},code={arch}"]
         done = subprocess.run(
-            [NVCC, "-std=c++17", "-O2", f"-arch={arch}", "-lineinfo", *flags, *include, "--keep",
+            [NVCC, "-std=c++17", "-O2", "-w", "-lineinfo", *target, *flags, *include, "--keep",
              "--keep-dir", str(work), "-o", str(work / "host"), str(source)],
             capture_output=True, text=True,
         )  # fmt: skip
@@ -61,7 +65,8 @@ def build(name: str, arch: str, flags: tuple[str, ...] = ()) -> Built:
             if path.suffix != ".ptx" and path.name != "host":
                 path.unlink()
         work.rename(folder)
-    return Built(Module((folder / f"{name}.ptx").read_text()), folder / "host")
+    (ptx,) = folder.glob("*.ptx")
+    return Built(Module(ptx.read_text()), folder / "host")
 
 
 def gemm(

@@ -1,7 +1,7 @@
 """What every launched kernel moved and computed, as a table and a csv.
 
-`pytest tests/ptx --ptx-report` prints the table; `--ptx-report=FILE.csv` or the environment variable
-ALORA_PTX_REPORT=FILE.csv writes the csv (the variable also where this conftest is not loaded first).
+`pytest tests/ptx --ptx-report` prints the table; `--ptx-report=FILE.csv` or the environment
+variable ALORA_PTX_REPORT=FILE.csv writes the csv (the variable also for `pytest tests`).
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_sm80_multistage(shape: tuple[int, int, int], rng: np.random.Generator) -> None:
     # Rows beyond M are never copied: they are multiplied as they lie, and not stored.
-    check(build("cutlass_sm80", "sm_80"), shape, rng, shared_init=False)
+    check(build("cutlass_sm80", "compute_80"), shape, rng, shared_init=False)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -40,4 +40,4 @@ def test_sm90_ping_pong(
     shape: tuple[int, int, int], cluster: int, rng: np.random.Generator
 ) -> None:
     flags = (f"-DCLUSTER={cluster}", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1")
-    check(build("cutlass_sm90", "sm_90a", flags), shape, rng, processors=2 * cluster)
+    check(build("cutlass_sm90", "compute_90a", flags), shape, rng, processors=2 * cluster)

@@ -21,7 +21,9 @@ extern "C" CUresult cuTensorMapEncodeTiled(
   unsigned char raw[128] = {};
   memcpy(raw, &address, 8);
   raw[8] = rank - 1;
-  raw[9] = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ? 10 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 ? 6 : 7;
+  // CUtensorMapDataType to the codes of PTX.
+  const unsigned char codes[] = {0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 8, 11, 12};
+  raw[9] = codes[type];
   raw[10] = swizzle;
   for (unsigned i = 0; i < rank; ++i) {
     unsigned dim = dims[i];
