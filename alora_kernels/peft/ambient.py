@@ -119,10 +119,16 @@ class Pending:
 
     def __init__(self, group: Group, x: Tensor, outputs: dict[int, Tensor]) -> None:
         self.group, self.x, self.outputs = group, x, outputs
-        self.version = None if x.is_inference() else x._version
+        self.version = _version(x)
 
     def fits(self, x: Tensor) -> bool:
-        return x is self.x and (self.version is None or x._version == self.version)
+        """Whether x is the tensor that the group read, not written since."""
+        return x is self.x and _version(x) == self.version
+
+
+def _version(x: Tensor) -> int:
+    # A compiler follows writes by itself; inference tensors count none.
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -> Activation:

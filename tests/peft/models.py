@@ -86,11 +86,13 @@ def adapted(base: Any, **changes: Any) -> Any:
     return model.eval()
 
 
-def twins(kind: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+def twins(
+    kind: str = "llama", dtype: torch.dtype = torch.float32, layers: int = 2, **changes: Any
+) -> Any:
     """The same adapted model twice: to accelerate, and as PEFT runs it."""
     from alora_kernels.peft import accelerate
 
-    stock = adapted(base_model(kind).to(dtype), **changes)
+    stock = adapted(base_model(kind, num_hidden_layers=layers).to(dtype), **changes)
     return accelerate(copy.deepcopy(stock), strict=True), stock
 
 

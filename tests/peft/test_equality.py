@@ -77,10 +77,7 @@ def inputs(dtype, batch=3, length=11, width=24, out=17):
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
 @pytest.mark.parametrize("changes", [{}, {"use_rslora": True}, {"lora_bias": True}], ids=str)
 def test_fp32(kind, changes):
-    if kind == "conv1d":
-        linear = Conv1D(17, 24)
-    else:
-        linear = nn.Linear(24, 17, bias=kind == "linear")
+    linear = Conv1D(17, 24) if kind == "conv1d" else nn.Linear(24, 17, bias=kind == "linear")
     if changes.get("lora_bias") and kind == "no bias":
         changes = {}
     model, stock = layer_pair(linear, torch.float32, **changes)
@@ -122,7 +119,7 @@ def test_autocast_is_as_exact_as_peft():
 
 def test_compute_precision_is_a_choice():
     _, stock = layer_pair(nn.Linear(64, 48), torch.bfloat16)
-    ids, offsets, x, dy = inputs(torch.bfloat16, 3, 40, 64, 48)
+    ids, _, x, dy = inputs(torch.bfloat16, 3, 40, 64, 48)
     default = run(accelerate(copy.deepcopy(stock)), x, ids, dy)
     rounded = run(accelerate(copy.deepcopy(stock), adapter_precision="compute"), x, ids, dy)
     assert not torch.equal(default[3], rounded[3])
