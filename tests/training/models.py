@@ -116,10 +116,14 @@ def gradients(model: Any) -> dict[str, Tensor]:
 
 
 def alone(
-    model: Any, ids: Tensor, mask: Tensor, labels: Tensor
+    model: Any, ids: Tensor, mask: Tensor, labels: Tensor, count: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients of a plain model call on each row alone, unpadded."""
-    count = (labels != -100).sum()
+    """Loss and gradients of a plain model call on each row alone, unpadded.
+
+    `count` is what the loss is divided by. It is no factor that could be applied afterwards: the
+    models' RMSNorm rounds to float32 in float64 models too, so gradients are not exactly linear.
+    """
+    count = int((labels != -100).sum()) if count is None else count
     losses = []
     for b in range(len(ids)):
         real = mask[b].bool()
