@@ -39,17 +39,18 @@ _COMMON = {
 }
 
 
-def base_model(kind: str, seed: int, attention: str = "sdpa") -> Any:
+def base_model(kind: str, seed: int, attention: str = "sdpa", **changes: Any) -> Any:
     torch.manual_seed(seed)
+    common = {**_COMMON, **changes}
     if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**_COMMON, attn_implementation=attention))
+        model = LlamaForCausalLM(LlamaConfig(**common, attn_implementation=attention))
     elif kind == "mistral":
-        config = MistralConfig(**_COMMON, sliding_window=WINDOW, attn_implementation=attention)
+        config = MistralConfig(**common, sliding_window=WINDOW, attn_implementation=attention)
         model = MistralForCausalLM(config)
     elif kind == "gemma3":
         types = ["sliding_attention", "full_attention", "sliding_attention"]
         config = Gemma3TextConfig(
-            **_COMMON,
+            **common,
             sliding_window=WINDOW,
             layer_types=types,
             query_pre_attn_scalar=8,
@@ -61,9 +62,11 @@ def base_model(kind: str, seed: int, attention: str = "sdpa") -> Any:
     return model.eval()
 
 
-def peft_model(kind: str, seed: int, attention: str = "sdpa", plain: bool = False) -> PeftModel:
+def peft_model(
+    kind: str, seed: int, attention: str = "sdpa", plain: bool = False, **changes: Any
+) -> PeftModel:
     """With the adapters of INVOCATIONS, and a plain LoRA named "plain" if asked."""
-    model = base_model(kind, seed, attention)
+    model = base_model(kind, seed, attention, **changes)
     wrapped: Any = None
     names: dict[str, list[int] | None] = dict(INVOCATIONS)
     if plain:
