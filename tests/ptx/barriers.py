@@ -42,7 +42,7 @@ class MBarrier:
     phase: int = 0
     waiting: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
     copies: list[Callable[[], None]] = dataclasses.field(default_factory=list)
-    last: dict[int, int] = dataclasses.field(default_factory=dict)  # row: phase it waited for
+    last: dict[int, int] = dataclasses.field(default_factory=dict)  # thread: phase it waited for
 
 
 class Barriers(Atomics):
@@ -310,7 +310,7 @@ class Barriers(Atomics):
             if len(ready):
                 result[ready] = True
                 rows = np.unique(self.row[ready])
-                self._note_phase(b, rows, int(ready[0]))
+                self._note_phase(b, ready)
                 if "relaxed" not in mods:
                     self.clocks.acquire(rows, b.seen)
             if len(late):
@@ -328,15 +328,17 @@ class Barriers(Atomics):
         """Whether the phase that each thread waits for is complete."""
         return (want & 1) != (b.phase & 1) if by_parity else want < b.phase
 
-    def _note_phase(self, b: MBarrier, rows: np.ndarray, lane: int) -> None:
-        """A warp that waits phase by phase may skip none."""
+    def _note_phase(self, b: MBarrier, lanes: np.ndarray) -> None:
+        """No thread waits for one phase twice.
+
+        That it skips phases may be meant: of two consumers that take turns each skips the other's.
+        """
         phase = b.phase - 1
-        for row in rows.tolist():
-            last = b.last.get(row)
-            if last is not None and phase > last + 1:
-                what = f"mbarrier phase skipped: waited for phase {last}, now for phase {phase}"
+        for lane in lanes.tolist():
+            if b.last.get(lane) == phase and phase >= 0:
+                what = f"mbarrier phase waited for twice: phase {phase}"
                 raise self.fault(what, lane, b.at % self.stride)
-            b.last[row] = phase
+            b.last[lane] = phase
 
     def waits(self) -> str:
         """Who waits for what, for the report of a deadlock."""

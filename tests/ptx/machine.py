@@ -11,11 +11,11 @@ import numpy as np
 
 from .counters import Counters
 from .formats import GBASE, NP, WIDTH, PtxError
+from .maps import TensorMap
 from .memory import ORDERED, grain_of
 from .parser import Kernel, Module
 from .racecheck import GlobalRaces
 from .registers import Ids, Launch
-from .tensormaps import TensorMap
 from .wave import Wave
 
 GUARD = 1 << 16  # bytes behind every allocation that belong to nobody

@@ -201,6 +201,13 @@ CUDA = [
     ),
     Mutant(
         "bulk_pipeline",
+        "parity never flips",
+        "&full[s % 2], s / 2 & 1",
+        "&full[s % 2], 0",
+        f"waited for twice|{NOT_WAITED}",
+    ),
+    Mutant(
+        "bulk_pipeline",
         "too few bytes expected",
         "&full[s % 2], 2048",
         "&full[s % 2], 1024",
@@ -215,7 +222,7 @@ CUDA = [
         "too few arrivals expected",
         "&empty[i], 128",
         "&empty[i], 64",
-        "over-arrived|race|skipped",
+        "over-arrived|race",
     ),
     _without("bulk_pipeline", "no proxy fence", _PROXY_FENCE, "no proxy fence"),
     _without(

@@ -13,7 +13,7 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/util/packed_stride.hpp"
 
-// Tensor maps in the interpreter's own format (tests/ptx/tensormaps.py).
+// Tensor maps in the interpreter's own format (tests/ptx/maps.py).
 extern "C" CUresult cuTensorMapEncodeTiled(
     CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
     const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
