@@ -80,7 +80,7 @@ def test_answers_equal_those_from_scratch(kind: str, attention: str, seed: int) 
 
 def test_the_adapters_matter(seed: int) -> None:
     """The tests above could not fail if every adapter answered like the base model."""
-    session, reference = session_of("gemma3", seed)
+    reference = peft_model("gemma3", seed)
     ids = context(20, seed)
     base = scratch_logits(reference, None, [*ids, *INVOCATIONS["red"]], None)
     red = scratch_logits(reference, "red", [*ids, *INVOCATIONS["red"]], len(ids))

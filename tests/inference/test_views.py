@@ -55,8 +55,14 @@ def test_other_caches_are_refused_by_name() -> None:
     with pytest.raises(CacheError, match="expected a transformers Cache, got tuple"):
         view_of(((), ()))  # type: ignore[arg-type]
     quantised = DynamicCache(config=model.config)
-    quantised.layers[1] = QuantizedLayer.__new__(QuantizedLayer)
-    with pytest.raises(CacheError, match="layer 1 of the cache is a QuantizedLayer"):
+
+    class Four(QuantizedLayer):
+        def __init__(self) -> None: ...
+        def _quantize(self, tensor, axis): ...
+        def _dequantize(self, q_tensor): ...
+
+    quantised.layers[1] = Four()
+    with pytest.raises(CacheError, match="layer 1 of the cache is a Four: its residual buffer"):
         view_of(quantised)
 
     class Odd(type(quantised.layers[0])):  # type: ignore[misc]

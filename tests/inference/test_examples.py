@@ -1,0 +1,195 @@
+"""The training example end to end on a tiny model, and the data that it ships."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from .tiny import CHAT_TEMPLATE, base_model, tokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+DATA = EXAMPLES / "data"
+OWN = ("alora_finetuning", "display", "kv_reuse", "loading", "rows", "scoring")
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(DATA))
+    yield
+    for name in OWN:
+        sys.modules.pop(name, None)
+
+
+def load(name: str) -> list[Any]:
+    return [json.loads(line)["messages"] for line in (DATA / name).read_text().splitlines()]
+
+
+def test_no_conversation_place_or_question_is_in_both_files() -> None:
+    make = importlib.import_module("make_appointments")
+    train, heldout = load("appointments_train.jsonl"), load("appointments_heldout.jsonl")
+    assert (len(train), len(heldout)) == (288, 120)
+    for first, second in (
+        (make.TRAIN_PLACES, make.HELDOUT_PLACES),
+        (make.TRAIN_NAMES, make.HELDOUT_NAMES),
+        (make.TRAIN_QUESTIONS, make.HELDOUT_QUESTIONS),
+    ):
+        assert not set(first) & set(second)
+
+    words = [*make.TRAIN_PLACES, *make.HELDOUT_PLACES, *make.TRAIN_NAMES, *make.HELDOUT_NAMES]
+    slot = re.compile("|".join([*map(re.escape, words), *make.DAYS, r"\d+:\d\d"]), re.IGNORECASE)
+
+    def shapes(rows: list[Any]) -> set[str]:
+        return {slot.sub("_", " / ".join(m["content"] for m in row[:-2])) for row in rows}
+
+    assert len(shapes(train)) > 30 and len(shapes(heldout)) > 20
+    assert not {s for s in shapes(train) & shapes(heldout) if len(s) > 12}
+    for row in train + heldout:
+        day, time, place = row[-1]["content"].split(" | ")
+        said = " ".join(m["content"] for m in row[:-1]).lower()
+        assert day.lower() in said and time in said and place.lower() in said
+        assert [m["role"] for m in row[::2]] == ["user"] * (len(row) // 2)
+
+
+def test_the_files_are_what_the_generator_writes(tmp_path: Path) -> None:
+    make = importlib.import_module("make_appointments")
+    train = make.conversations(DATA / "conversations_train.txt")
+    rows = make.rows(train, make.TRAIN_PLACES, make.TRAIN_NAMES, make.TRAIN_QUESTIONS, 8, 1)
+    assert [row["messages"] for row in rows] == load("appointments_train.jsonl")
+
+
+def test_the_interval_is_wilsons() -> None:
+    score = importlib.import_module("scoring").Score(8, 10)
+    assert score.interval == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert importlib.import_module("scoring").Score(0, 10).interval[0] == 0.0
+
+
+def test_rows_are_checked() -> None:
+    rows = importlib.import_module("rows")
+    tok = tokenizer(CHAT_TEMPLATE)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    (example,) = rows.encode(tok, [chat], "<a>", [2])
+    assert tok.decode(example.prompt_ids) == "^<u>hi§\n<a>"
+    assert tok.decode(example.answer_ids) == "yo§"
+    (own,) = rows.encode(tok, [chat], "[sum]", [2])
+    assert tok.decode(own.prompt_ids).endswith("§\n[sum]")
+    with pytest.raises(rows.RowError, match="the answer has no end token"):
+        rows.encode(tok, [chat], "<a>", [77])
+    twice = tokenizer("^" + CHAT_TEMPLATE)
+    with pytest.raises(rows.RowError, match="more than one BOS"):
+        rows.encode(twice, [chat], "<a>", [2])
+    with pytest.raises(rows.RowError, match="is not a local file"):
+        rows.load_rows("nobody/nothing-of-this-name")
+
+    class Merging:
+        """Joins "<a" with the line break before it when it stands in a text."""
+
+        eos_token, bos_token_id = "§", 1
+        apply_chat_template = staticmethod(tok.apply_chat_template)
+        decode = staticmethod(tok.decode)
+
+        def __call__(self, text: str, **kwargs: Any) -> Any:
+            ids = tok(text, **kwargs)["input_ids"]
+            joined = tok("\n<", add_special_tokens=False)["input_ids"]
+            for i in range(len(ids) - 1):
+                if ids[i : i + 2] == joined:
+                    return {"input_ids": [*ids[:i], 95, *ids[i + 2 :]]}
+            return {"input_ids": ids}
+
+    with pytest.raises(rows.RowError, match="merged it with its neighbours") as caught:
+        rows.encode(Merging(), [chat], "<a>", [2])
+    assert "the invocation alone: '<' 'a' '>'" in str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    base_model("gemma3", 6).save_pretrained(tmp_path / "base")
+    tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
+    with (tmp_path / "rows.jsonl").open("w") as file:
+        for i in range(12):
+            chat = [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"it is {i}"},
+            ]
+            file.write(json.dumps({"messages": chat}) + "\n")
+    return tmp_path
+
+
+def run(folder: Path, *flags: str) -> int:
+    script = importlib.import_module("alora_finetuning")
+    return int(
+        script.main(
+            [
+                *("--base_model", str(folder / "base"), "--data_path", str(folder / "rows.jsonl")),
+                *("--heldout_path", str(folder / "rows.jsonl"), "--val_set_size", "4"),
+                *("--output_dir", str(folder / "out"), "--invocation_string", "<a>"),
+                *("--device", "cpu", *flags),
+            ]
+        )
+    )
+
+
+def test_the_script_trains_and_stock_peft_loads_its_adapter(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    script = importlib.import_module("alora_finetuning")
+    seen: dict[str, Any] = {}
+    fit = script.fit
+
+    def spy(display: Any, name: str, model: Any, *rest: Any) -> Any:
+        result = fit(display, name, model, *rest)
+        ids = torch.tensor([[1, 30, 31, *tokenizer()("<a>")["input_ids"], 40, 41]])
+        with torch.no_grad():
+            seen[name] = ids, model.eval()(input_ids=ids).logits
+        seen[f"{name} log"] = result[1]
+        return result
+
+    monkeypatch.setattr(script, "fit", spy)
+    flags = ("--num_epochs", "2", "--eval_step", "2", "--save_step", "3", "--learning_rate", "0.01")
+    assert run(folder, *flags) == 0
+    stock = PeftModel.from_pretrained(base_model("gemma3", 6), folder / "out").eval()
+    ids, wanted = seen["aLoRA"]
+    with torch.no_grad():
+        got = stock(input_ids=ids).logits
+        off = stock.get_base_model()
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+    assert off is not None
+    log = seen["aLoRA log"]
+    losses = [float(entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    assert len(losses) == 2 and losses[-1] < losses[0]
+    assert (folder / "out" / "loss.png").stat().st_size > 5000
+    assert (folder / "out" / "aLoRA-checkpoints" / "checkpoint-3").is_dir()
+    printed = capsys.readouterr().out
+    assert "plain LoRA" in printed and "base, zero-shot" in printed and "0/12" in printed
+    with torch.no_grad(), stock.disable_adapter():
+        assert not torch.equal(stock(input_ids=ids).logits, got)
+
+
+def test_the_hub_is_asked_before_training(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(folder, "--push_to_hub") == 2
+    assert "--push_to_hub needs --hub_model_id" in capsys.readouterr().out
+
+    def nobody(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", nobody)
+    assert run(folder, "--push_to_hub", "--hub_model_id", "me/x") == 2
+    assert "no valid login for the hub" in capsys.readouterr().out
+    assert not (folder / "out").exists()
+
+
+def test_bad_flags_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(folder, "--val_set_size", "12") == 2
+    assert "leaves nothing of 12 rows" in capsys.readouterr().out

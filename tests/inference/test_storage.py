@@ -1,0 +1,67 @@
+"""A session on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alora_kernels.inference import Session
+from alora_kernels.inference.views import tensors_of
+
+from .tiny import WINDOW, context, peft_model, tokenizer
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.mark.parametrize("length", [1, WINDOW - 1, WINDOW, 2 * WINDOW])
+def test_a_loaded_session_answers_and_grows_as_the_saved_one(tmp_path: Path, length: int) -> None:
+    model = peft_model("gemma3", 8)
+    session = Session(model, tokenizer()).extend(context(length, 8))
+    session.save(tmp_path / "a")
+    other = Session.load(tmp_path / "a", peft_model("gemma3", 8), tokenizer())
+    assert other.token_ids == session.token_ids
+    for a, b in zip(tensors_of(session._cache), tensors_of(other._cache)):
+        assert torch.equal(a, b)
+    for s in (session, other):
+        s.extend(context(5, 9)[1:])
+    assert other.generate("red", **GREEDY) == session.generate("red", **GREEDY)
+    assert other.ask(["blue", None], **GREEDY) == session.ask(["blue", None], **GREEDY)
+
+
+def test_another_base_model_is_refused(tmp_path: Path) -> None:
+    Session(peft_model("gemma3", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    with pytest.raises(ValueError, match="saved for another base model: weights is"):
+        Session.load(tmp_path / "a", peft_model("gemma3", 10), tokenizer())
+    with pytest.raises(ValueError, match="model_type is 'llama', saved 'gemma3_text'"):
+        Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+    session.save(tmp_path / "a")
+    with pytest.raises(FileExistsError, match="not empty"):
+        session.save(tmp_path / "a")
+    header = tmp_path / "a" / "session.json"
+    data = json.loads(header.read_text())
+    header.write_text(json.dumps({**data, "cached_length": 5}))
+    with pytest.raises(ValueError, match=r"layer 0 in .* does not hold 5 tokens"):
+        Session.load(tmp_path / "a", session.model, session.tokenizer)
+    header.write_text(json.dumps({**data, "format": "other"}))
+    with pytest.raises(ValueError, match="has format 'other'"):
+        Session.load(tmp_path / "a", session.model, session.tokenizer)
+
+
+def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        session.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
