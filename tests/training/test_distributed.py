@@ -83,10 +83,14 @@ def worker(rank, port, wrapper, kind, seed, checkpointing, queue):
         raise
 
 
-def spawn(*arguments):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def spawn(*arguments):
+    port = free_port()
     context = mp.get_context("spawn")
     queue = context.Queue()
     processes = [
