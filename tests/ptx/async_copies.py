@@ -21,6 +21,10 @@ class Copy:
     data: np.ndarray
     group: np.ndarray
 
+    def part(self, which: np.ndarray) -> Copy:
+        """The rows of some threads."""
+        return Copy(self.lanes[which], self.at[which], self.data[which], self.group[which])
+
 
 class AsyncCopies(WarpWide):
     """Ampere's asynchronous copies."""
@@ -88,16 +92,21 @@ class AsyncCopies(WarpWide):
         for copy in self.copies:
             done = copy.group < limit[copy.lanes]
             if done.all():
-                self.shared_write(copy.at, copy.lanes, copy.data)
+                self._land(copy)
             elif done.any():
-                self.shared_write(copy.at[done], copy.lanes[done], copy.data[done])
-                rest = ~done
-                left.append(
-                    Copy(copy.lanes[rest], copy.at[rest], copy.data[rest], copy.group[rest])
-                )
+                self._land(copy.part(done))
+                left.append(copy.part(~done))
             else:
                 left.append(copy)
         self.copies = left
+
+    def _land(self, copy: Copy) -> None:
+        """Make the bytes visible, as written now; that nothing else touches them was checked."""
+        size = copy.data.shape[1]
+        g, rows, lane = self.granules(copy.at, size, self.row[copy.lanes], copy.lanes % 32)
+        self.races.record(g, rows, lane)
+        self.put_shared(copy.at, copy.lanes, copy.data)
+        self.progress += 1
 
     def _arrive_after(self, where: str, lanes: np.ndarray, noinc: bool) -> None:
         """The mbarrier gets an arrival of each thread once its earlier copies are complete."""

@@ -160,6 +160,11 @@ class Memory(Registers):
         self.progress += int(changes.any())
         g, rows, lane, changed = self.granules(at, size, self.row[lanes], lanes % 32, changes)
         self.raise_race(self.races.write(g, rows, lane, changed), g, at, lanes)
+        self.put_shared(at, lanes, data)
+
+    def put_shared(self, at: np.ndarray, lanes: np.ndarray, data: np.ndarray) -> None:
+        """Store `data`; two threads of one instruction must agree on what they store."""
+        size = data.shape[1]
         self.smem.reshape(-1, size)[at // size] = data
         self.sinit.reshape(-1, size)[at // size] = 1
         lost = (gather(self.smem, at, size) != data).any(1)

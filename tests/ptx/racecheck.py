@@ -190,13 +190,21 @@ class SharedRaces:
                 i = int(np.argmax(inside))
                 found = (i, "shared-memory race within a warp: write of what another lane "
                             "accessed, without a warp barrier")  # fmt: skip
+        self.record(at, rows, lanes, agent, epoch)
+        return found
+
+    def record(
+        self, at: np.ndarray, rows: np.ndarray, lanes: np.ndarray | None, agent: int = -1,
+        epoch: int = 0,
+    ) -> None:  # fmt: skip
+        """Note who wrote last, without a check."""
+        c = self.c
         if agent < 0:
             self.writer[at], self.written[at] = c.own[rows], c.epoch(rows)
         else:
             self.writer[at], self.written[at] = agent, epoch
         self.lane[at] = -1 if lanes is None else lanes
         self.sync[at] = c.sync[rows]
-        return found
 
     def name(self, column: int) -> str:
         """An agent in words."""
