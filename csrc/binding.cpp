@@ -1,5 +1,6 @@
 // The module alora_kernels._cuda: kernels by name, launched with a block of parameter bytes.
 // It knows addresses, sizes and streams as integers, and nothing of torch.
+#include <cuda.h>
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
@@ -63,9 +64,11 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// `params` is the kernel's parameter struct. The GIL is kept: nothing here waits for the device.
+// `params` is the kernel's parameter struct. A `dependent` kernel may begin while the one before
+// it ends, and waits for it by griddepcontrol. The GIL is kept: nothing here waits for the device.
 void launch(std::string_view name, unsigned grid_x, unsigned grid_y, unsigned grid_z,
-            unsigned block, int shared, std::string_view params, int device, uintptr_t stream) {
+            unsigned block, int shared, std::string_view params, int device, uintptr_t stream,
+            bool dependent) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) {
     throw std::invalid_argument("alora_kernels: no kernel is called " + std::string(name));
@@ -94,7 +97,55 @@ void launch(std::string_view name, unsigned grid_x, unsigned grid_y, unsigned gr
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  if (dependent) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
   check(cudaLaunchKernelExC(&config, kernel.function, arguments), "launch of " + std::string(name));
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, found at run time: this library does not link against the driver.
+EncodeTiled find_encode_tiled() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                              12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t status =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+  check(status, "cuTensorMapEncodeTiled");
+  if (found != cudaDriverEntryPointSuccess || function == nullptr) {
+    throw std::runtime_error("alora_kernels: the driver lacks cuTensorMapEncodeTiled");
+  }
+  return reinterpret_cast<EncodeTiled>(function);
+}
+
+// The 128 bytes of a map of a matrix of 16-bit elements with `rows` rows of `columns`, `stride`
+// bytes apart. What lies outside the matrix reads as zero and is not written.
+py::bytes tensor_map(uint64_t address, bool is_bf16, uint64_t columns, uint64_t rows,
+                     uint64_t stride, uint32_t box_columns, uint32_t box_rows) {
+  static const EncodeTiled encode = find_encode_tiled();
+  alignas(64) CUtensorMap map;
+  const cuuint64_t dims[] = {columns, rows}, strides[] = {stride};
+  const cuuint32_t box[] = {box_columns, box_rows}, steps[] = {1, 1};
+  const CUresult status =
+      encode(&map, is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+             reinterpret_cast<void*>(address), dims, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error("alora_kernels: no tensor map of [" + std::to_string(rows) + ", " +
+                             std::to_string(columns) + "] with rows " + std::to_string(stride) +
+                             " bytes apart: CUresult " + std::to_string(status));
+  }
+  return py::bytes(reinterpret_cast<const char*>(&map), sizeof(map));
 }
 
 py::tuple kernel_names() {
@@ -121,11 +172,15 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Launches the CUDA kernels of alora_kernels by name.";
   module.def("launch", &launch, py::arg("name"), py::arg("grid_x"), py::arg("grid_y"),
              py::arg("grid_z"), py::arg("block"), py::arg("shared"), py::arg("params"),
-             py::arg("device"), py::arg("stream"));
+             py::arg("device"), py::arg("stream"), py::arg("dependent") = false);
+  module.def("tensor_map", &tensor_map, py::arg("address"), py::arg("is_bf16"), py::arg("columns"),
+             py::arg("rows"), py::arg("stride"), py::arg("box_columns"), py::arg("box_rows"));
   module.def("kernel_names", &kernel_names, "Names of all kernels, sorted.");
   module.def("versions", &versions, "(driver, runtime) as 1000 · major + 10 · minor.");
   py::dict sizes;
   sizes["GemmParams"] = sizeof(GemmParams);
+  sizes["GemmSm90Params"] = sizeof(GemmSm90Params);
+  sizes["DecodeParams"] = sizeof(DecodeParams);
   sizes["ShrinkParams"] = sizeof(ShrinkParams);
   sizes["ExpandParams"] = sizeof(ExpandParams);
   sizes["GradParams"] = sizeof(GradParams);

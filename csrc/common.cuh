@@ -28,6 +28,14 @@ __device__ __forceinline__ fp16 from_float<fp16>(float v) {
   return __float2half_rn(v);
 }
 
+// A kernel launched as this one's programmatic dependent may begin; it still waits for this grid's
+// end before it reads what was written here.
+__device__ __forceinline__ void allow_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Two elements, `first` at the lower address.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);

@@ -48,6 +48,10 @@ struct Gemm {
   float acc[kMI][kNI][4] = {};
   float low_acc[kOnePass ? kMI : 1][2][4] = {};
   float4 held[2];  // a chunk of a float32 `down` on its way
+  static constexpr int kLeftChunks = (kBlockM * 4 + kThreads - 1) / kThreads;
+  static constexpr int kRightChunks = kBlockN * 4 / kThreads;
+  const T *left_next[kLeftChunks], *right_next[kRightChunks];
+  bool left_valid[kLeftChunks], right_valid[kRightChunks];
 
   __device__ Gemm(const GemmParams& params, uint32_t shared, uint32_t* active_words)
       : p(params),
@@ -85,15 +89,14 @@ struct Gemm {
     return any != 0;
   }
 
-  // Rows m0.. of `base` [., depth], 32 columns from k0, to a left tile.
-  template <typename Row>
-  __device__ void load_rows(uint32_t tile, const T* base, int64_t stride, int k0, int depth,
-                            Row valid_row) {
-#pragma unroll
+  // Active rows of `low`, 32 columns from r0.
+  __device__ void load_low(uint32_t tile, int r0) {
+    const int columns = (p.r + 15) / 16 * 16;
+#pragma unroll 1
     for (int i = tid; i < kBlockM * 4; i += kThreads) {
-      const int row = i / 4, k = k0 + i % 4 * 8;
-      const bool valid = valid_row(row) && k < depth;
-      const T* src = base + (valid ? (m0 + row) * stride + k : 0);
+      const int row = i / 4, r = r0 + i % 4 * 8;
+      const bool valid = is_active(row) && r < columns;
+      const T* src = static_cast<const T*>(p.low) + (valid ? (m0 + row) * p.low_m + r : 0);
       copy_async(tile + swizzle64(row, i % 4), src, valid);
     }
   }
@@ -117,37 +120,74 @@ struct Gemm {
     }
   }
 
-  __device__ void load_main(int slot, int k0) {
+  // Where this thread's chunks of the two main operands begin; load_main moves on from there.
+  __device__ void start_main() {
     const T *left = static_cast<const T*>(p.left), *right = static_cast<const T*>(p.right);
-    if constexpr (kLayout == Layout::kStrided) {
-#pragma unroll 1
-      for (int i = tid; i < kBlockM * 4; i += kThreads) {
-        const int m = m0 + i / 4, k = k0 + i % 4 * 8, valid = m < p.m ? p.k - k : 0;
-        store_shared(left_tile(slot) + swizzle64(i / 4, i % 4),
-                     gather(left + m * p.left_m + k * p.left_k, p.left_k, valid));
-      }
-#pragma unroll 1
-      for (int i = tid; i < kBlockN * 4; i += kThreads) {
-        const int n = n0 + i / 4, k = k0 + i % 4 * 8, valid = n < p.n ? p.k - k : 0;
-        store_shared(right_tile(slot) + swizzle64(i / 4, i % 4),
-                     gather(right + n * p.right_n + k * p.right_k, p.right_k, valid));
-      }
-    } else {
-      load_rows(left_tile(slot), left, p.left_m, k0, p.k, [&](int row) { return m0 + row < p.m; });
 #pragma unroll
-      for (int i = tid; i < kBlockN * 4; i += kThreads) {
-        if constexpr (kLayout == Layout::kNK) {
-          const int row = i / 4, k = k0 + i % 4 * 8;
-          const bool valid = n0 + row < p.n && k < p.k;
-          const T* src = right + (valid ? (n0 + row) * p.right_n + k : 0);
-          copy_async(right_tile(slot) + swizzle64(row, i % 4), src, valid);
+    for (int i = 0; i < kLeftChunks; ++i) {
+      const int row = tid / 4 + i * (kThreads / 4);
+      left_valid[i] = row < kBlockM && m0 + row < p.m;
+      left_next[i] = left + (m0 + row) * p.left_m + tid % 4 * 8;
+    }
+#pragma unroll
+    for (int i = 0; i < kRightChunks; ++i) {
+      if constexpr (kLayout == Layout::kKN) {
+        const int row = tid / 16 + i * (kThreads / 16), n = n0 + tid % 16 * 8;
+        right_valid[i] = n < p.n;
+        right_next[i] = right + row * p.right_k + n;
+      } else {
+        const int row = tid / 4 + i * (kThreads / 4);
+        right_valid[i] = n0 + row < p.n;
+        right_next[i] = right + (n0 + row) * p.right_n + tid % 4 * 8;
+      }
+    }
+  }
+
+  // The next 32 steps of K, from k0 on. A copy of an invalid chunk writes zeros and reads nothing.
+  __device__ void load_main(int slot, int k0) {
+    if constexpr (kLayout == Layout::kStrided) {
+      load_strided(slot, k0);
+    } else {
+      const bool inside = k0 + tid % 4 * 8 < p.k;
+#pragma unroll
+      for (int i = 0; i < kLeftChunks; ++i) {
+        const int row = tid / 4 + i * (kThreads / 4);
+        if (kBlockM % (kThreads / 4) == 0 || row < kBlockM) {
+          copy_async(left_tile(slot) + swizzle64(row, tid % 4), left_next[i],
+                     left_valid[i] && inside);
+        }
+        left_next[i] += kBlockK;
+      }
+#pragma unroll
+      for (int i = 0; i < kRightChunks; ++i) {
+        if constexpr (kLayout == Layout::kKN) {
+          const int row = tid / 16 + i * (kThreads / 16);
+          copy_async(right_tile(slot) + swizzle<256>(row, tid % 16), right_next[i],
+                     right_valid[i] && k0 + row < p.k);
+          right_next[i] += kBlockK * p.right_k;
         } else {
-          const int row = i / 16, n = n0 + i % 16 * 8;
-          const bool valid = k0 + row < p.k && n < p.n;
-          const T* src = right + (valid ? (k0 + row) * p.right_k + n : 0);
-          copy_async(right_tile(slot) + swizzle<256>(row, i % 16), src, valid);
+          const int row = tid / 4 + i * (kThreads / 4);
+          copy_async(right_tile(slot) + swizzle64(row, tid % 4), right_next[i],
+                     right_valid[i] && inside);
+          right_next[i] += kBlockK;
         }
       }
+    }
+  }
+
+  __device__ void load_strided(int slot, int k0) {
+    const T *left = static_cast<const T*>(p.left), *right = static_cast<const T*>(p.right);
+#pragma unroll 1
+    for (int i = tid; i < kBlockM * 4; i += kThreads) {
+      const int m = m0 + i / 4, k = k0 + i % 4 * 8, valid = m < p.m ? p.k - k : 0;
+      store_shared(left_tile(slot) + swizzle64(i / 4, i % 4),
+                   gather(left + m * p.left_m + k * p.left_k, p.left_k, valid));
+    }
+#pragma unroll 1
+    for (int i = tid; i < kBlockN * 4; i += kThreads) {
+      const int n = n0 + i / 4, k = k0 + i % 4 * 8, valid = n < p.n ? p.k - k : 0;
+      store_shared(right_tile(slot) + swizzle64(i / 4, i % 4),
+                   gather(right + n * p.right_n + k * p.right_k, p.right_k, valid));
     }
   }
 
@@ -331,8 +371,7 @@ struct Gemm {
     const auto load = [&](int step) {
       const int slot = step % kStages;
       if (step < low_steps) {
-        load_rows(left_tile(slot), static_cast<const T*>(p.low), p.low_m, step * kBlockK,
-                  (p.r + 15) / 16 * 16, [&](int row) { return is_active(row); });
+        load_low(left_tile(slot), step * kBlockK);
         load_up(right_tile(slot), step * kBlockK);
       } else if (step < steps) {
         load_main(slot, (step - low_steps) * kBlockK);
@@ -347,21 +386,44 @@ struct Gemm {
         if (low && step < steps) store_down(step % kStages);
       }
     };
+    start_main();
 #pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) {
       load(step);
       settle(step);
     }
+    int step = 0;
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (; step < low_steps; ++step) {
       wait_copies<kStages - 2>();
       __syncthreads();
       load(step + kStages - 1);
-      if (step == low_steps && low && has(kDropout)) drop_low_product();
-      multiply_stage(step % kStages, low && step >= low_steps);
-      settle(step + kStages - 1);
+      multiply_stage(step % kStages, false);
     }
-    if (steps == low_steps && low && has(kDropout)) drop_low_product();  // K is empty
+    if (low_steps > 0 && has(kDropout)) drop_low_product();
+    // The rest is the main loop: nothing but copies of K steps, fragments and products.
+    int slot = step % kStages, next = (step + kStages - 1) % kStages;
+    int k0 = (step + kStages - 1 - low_steps) * kBlockK;
+#pragma unroll 1
+    for (; step < steps; ++step) {
+      wait_copies<kStages - 2>();
+      __syncthreads();
+      const bool more = k0 < p.k;
+      if (more) {
+        load_main(next, k0);
+        if constexpr (kOnePass) {
+          if (low) fetch_down(next, k0);
+        }
+      }
+      commit_copies();
+      multiply_stage(slot, low);
+      if constexpr (kOnePass) {
+        if (low && more) store_down(next);
+      }
+      k0 += kBlockK;
+      slot = slot + 1 == kStages ? 0 : slot + 1;
+      next = next + 1 == kStages ? 0 : next + 1;
+    }
     wait_copies<0>();
     if constexpr (kOnePass) {
       if (low) {

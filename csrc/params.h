@@ -15,6 +15,8 @@ enum Flags : uint32_t {
   kVectorAdapter = 16,  // rows of the adapter operand allow 16-byte loads along the reduction
   kVectorOut = 32,      // rows of out allow 16-byte stores
   kFloatOut = 64,       // out is float32
+  kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
+  kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
 };
 
 struct GemmParams {
@@ -34,6 +36,47 @@ struct GemmParams {
   float scale;  // of x · downᵀ; onepass only
   float lora_bias_scale;
   uint32_t threshold;  // a Philox word below it drops
+  uint32_t flags;
+};
+
+// A tensor map as the driver encodes it.
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];
+};
+
+// The gemm of sm_90a: strides lie in the maps. Boxes are 64 columns (128 bytes, swizzled) wide.
+struct GemmSm90Params {
+  TensorMap left;   // [M, K], box 128 × 64
+  TensorMap right;  // [N, K], box kBlockN × 64; or [K, N], box 64 × 64
+  TensorMap low;    // [M, R16], box 128 × 64; inactive rows hold zeros
+  TensorMap up;     // [N, R] or [R, N] like right; unless kConvertUp
+  TensorMap out;    // [M, N], box 64 × 64
+  const void* bias;
+  const void* up_values;  // [R, N] by strides, adapter dtype; with kConvertUp
+  const void* lora_bias;
+  const void* out_values;  // [M, N], read with kAdd
+  const int32_t* row_adapter;
+  const int64_t* seed;
+  int64_t up_r, up_n, out_m;
+  int32_t m, n, k, r;
+  float lora_bias_scale;
+  uint32_t threshold, flags, unused;
+};
+
+struct DecodeParams {
+  const void* left;    // [M ≤ 16, K]
+  const void* weight;  // [N, K], K contiguous
+  const void* bias;
+  const void* up;    // [R, N] by strides, adapter dtype
+  const void* down;  // [R, K] by strides, adapter dtype
+  const void* lora_bias;
+  void* out;         // [M, N]
+  float* part;       // [S, tiles, 16, 64]
+  int32_t* arrived;  // [tiles], zero; zero again afterwards
+  const int32_t* row_adapter;
+  int64_t left_m, weight_n, up_r, up_n, down_r, down_k, out_m;
+  int32_t m, n, k, r, k_slice;
+  float scale, lora_bias_scale;
   uint32_t flags;
 };
 

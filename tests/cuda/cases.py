@@ -64,8 +64,11 @@ def _laid_out(case: Case, values: Tensor, weight: bool = False) -> Tensor:
     return values
 
 
-def run(case: Case, seed: int) -> PtxSender:
-    """Fails unless every result is at most twice as far from the truth as PyTorch's own."""
+def run(case: Case, seed: int, backward: bool = True) -> PtxSender:
+    """Fails unless every result is at most twice as far from the truth as PyTorch's own.
+
+    Without `backward` only the outputs are made, as for inference.
+    """
     dtype, m, k, n, r = case.dtype, case.m, case.k, case.n, case.r
     adapter = torch.float32 if case.adapter == "fp32" else dtype
     mask = mask_of(case)
@@ -124,10 +127,14 @@ def run(case: Case, seed: int) -> PtxSender:
         return [*outs, *grads]
 
     sender = PtxSender(case.arch, case.reverse)
-    backend = CudaBackend(sender, case.machine)
+    backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))
     given = [torch.zeros(m, n, dtype=dtype) for _ in projections] if case.add else None
     todo = [p._replace(weight=None, bias=None) if case.add else p for p in projections]
-    ys, xa = backend.forward(call, case.strategy, x, todo, given, True)
+    ys, xa = backend.forward(call, case.strategy, x, todo, given, backward)
+    if not backward:
+        for y, true, own in zip(ys, expected(torch.float64), expected(dtype)):
+            assert_as_close_as_torch("y", y, true, own, dtype)
+        return sender
     got = backend.backward(call, case.strategy, x, todo, xa, dys, needs)
     flat: list[Any] = [*ys, got.x]
     names = [f"y{i}" for i in range(case.count)] + ["dx"]

@@ -31,27 +31,34 @@ def _sources() -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
-@functools.cache
-def module(source: str, arch: str) -> Module:
-    """The PTX of `csrc/<source>` for `arch`, compiled once for each state of the sources."""
+def compiled(source: str, arch: str, form: str) -> Path:
+    """`csrc/<source>` for `arch` as "ptx" or "cubin", made once for each state of the sources."""
     assert NVCC is not None
-    folder = Path(tempfile.gettempdir()) / f"alora_kernels_ptx_{_sources()}"
+    folder = Path(tempfile.gettempdir()) / f"alora_kernels_{_sources()}"
     folder.mkdir(exist_ok=True)
-    out = folder / f"{source}.{arch}.ptx"
+    out = folder / f"{source}.{arch}.{form}"
     if not out.exists():
         part = out.with_suffix(f".{np.random.SeedSequence().entropy:x}")
-        flags = ["-std=c++17", "-O3", "-ptx", f"-arch={arch}", "-o", str(part)]
+        flags = ["-std=c++17", "-O3", f"-{form}", f"-arch={arch}", "-o", str(part)]
         subprocess.run([NVCC, *flags, str(CSRC / source)], check=True)
         part.rename(out)
-    return Module(out.read_text())
+    return out
+
+
+@functools.cache
+def module(source: str, arch: str) -> Module:
+    """The PTX of `csrc/<source>` for `arch`."""
+    return Module(compiled(source, arch, "ptx").read_text())
 
 
 def source_of(kernel: str) -> str:
     """The file of csrc that defines `kernel`."""
     words = kernel.removeprefix("masked_lora_").removesuffix("_kernel").split("_")
     if words[0] == "gemm":
-        return f"gemm_{words[2]}.cu"
-    return {"shrink": "shrink.cu", "expand": "expand_add.cu"}.get(words[0], "grad.cu")
+        return "gemm_sm90.cu" if "sm90" in words[2] else f"gemm_{words[2]}.cu"
+    return {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu"}.get(
+        words[0], "grad.cu"
+    )
 
 
 class PtxSender:
@@ -78,7 +85,14 @@ class PtxSender:
                 places[key] = machine.put(flat.numpy()), flat
             return places[key][0] + tensor.data_ptr() - key
 
-        values = [0 if v is None else address(v) if isinstance(v, Tensor) else v for v in fields]
+        values: list[Any] = [
+            b""
+            if spec is None
+            else machine.tensor_map(address(t), spec.dims, [spec.stride], spec.box, 2, 3).tobytes()
+            for spec, t in zip(plan.maps, fields)
+        ]
+        for v in fields[len(plan.maps) :]:
+            values.append(0 if v is None else address(v) if isinstance(v, Tensor) else v)
         blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
         loaded = module(source_of(plan.kernel), self.arch)
         kernel = loaded.kernels[plan.kernel]

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from alora_kernels.backends.cuda import launch
+
 from .cases import Case, run
 from .covering import Row, pairwise, product
 
@@ -35,21 +37,68 @@ FACTORS: dict[str, list[Any]] = {
 }
 
 
+# Hopper's gemm: more than 64 rows, aligned operands; dx reads the weight the other way.
+SM90_FACTORS: dict[str, list[Any]] = {
+    "dtype": [torch.bfloat16, torch.float16],
+    "adapter": ["same", "fp32"],
+    "m": [65, 130],
+    "k": [8, 264],  # the ring goes round
+    "n": [16, 136, 264],
+    "r": [1, 8, 24, 72, 256],
+    "active": ["none", "one", "some", "half_tile", "all"],
+    "layout": ["plain", "weight_t"],
+    "dropout": [0.0, 0.3],
+    "prefix_grad": [True, False],
+    "bias": ["none", "base", "both"],
+    "reverse": [False, True],
+    "count": [1, 2],
+    "machine": [1, 3, 1000],
+}
+
+DECODE_FACTORS: dict[str, list[Any]] = {
+    "dtype": [torch.bfloat16, torch.float16],
+    "adapter": ["same", "fp32"],
+    "m": [1, 9, 16],
+    "k": [8, 520, 2056],
+    "n": [1, 64, 136],
+    "r": [1, 16, 24, 64],
+    "active": ["none", "one", "some", "all"],
+    "bias": ["none", "base", "both"],
+    "reverse": [False, True],
+    "machine": [1, 3, 1000],
+}
+
+
 def allowed(row: Row) -> bool:
-    onepass = row["strategy"] == "onepass"
+    onepass = row.get("strategy") == "onepass"
     return not (onepass and (row["dropout"] > 0 or row["r"] > 64))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "row" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--exhaustive", False)
-        rows = (product if every else pairwise)(FACTORS, allowed)
-        ids = ["-".join(str(v).removeprefix("torch.") for v in row.values()) for row in rows]
-        metafunc.parametrize("row", rows, ids=ids)
+    every = metafunc.config.getoption("--exhaustive")
+    for name, factors in (
+        ("row", FACTORS), ("sm90_row", SM90_FACTORS), ("decode_row", DECODE_FACTORS)
+    ):  # fmt: skip
+        if name in metafunc.fixturenames:
+            rows = (product if every else pairwise)(factors, allowed)
+            ids = ["-".join(str(v).removeprefix("torch.") for v in row.values()) for row in rows]
+            metafunc.parametrize(name, rows, ids=ids)
 
 
 def test_matches_reference(row: Row, seed: int) -> None:
     run(Case(**row), seed)
+
+
+def test_hopper_matches_reference(sm90_row: Row, seed: int) -> None:
+    sender = run(Case("tail", arch="sm_90a", **sm90_row), seed)
+    gemms = {k for k in sender.kernels if "gemm" in k}
+    assert gemms and all("sm90" in k for k in gemms)
+
+
+def test_decode_matches_reference(decode_row: Row, seed: int) -> None:
+    sender = run(Case("onepass", **decode_row), seed, backward=False)
+    assert [k for k in sender.kernels if "decode" not in k] == []
+    assert all((t == 0).all() for t in launch._arrived.values())
 
 
 @pytest.mark.parametrize("strategy", ["delta", "tail", "onepass"])

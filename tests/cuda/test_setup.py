@@ -82,7 +82,7 @@ def test_installs_pure_python_with_one_line(
     ],
 )
 def test_refuses_and_says_what_to_do(env: dict[str, str], toolkit: object, reason: str) -> None:
-    with pytest.raises(setup.BuildError, match="TORCH_CUDA_ARCH_LIST|ALORA_BUILD_CUDA") as caught:
+    with pytest.raises(setup.BuildError, match=r"ARCH_LIST|BUILD_CUDA") as caught:
         setup.decide(env, toolkit)
     assert reason in str(caught.value)
 

@@ -69,18 +69,23 @@ def _version(number: int) -> str:
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _machine(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, arch)"""
+    properties = torch.cuda.get_device_properties(device)
+    arch = 10 * properties.major + properties.minor
+    if arch == 90 and "sm_90a" not in build_report().get("archs", []):
+        arch = 80  # Hopper's own kernels were not built
+    return properties.multi_processor_count, arch
 
 
 class CudaBackend:
-    """`send` and `multiprocessors` are for tests, which execute the plans without a GPU."""
+    """`send` and `machine` are for tests, which execute the plans without a GPU."""
 
     name = "cuda"
 
-    def __init__(self, send: Send = send_to_gpu, multiprocessors: int | None = None) -> None:
+    def __init__(self, send: Send = send_to_gpu, machine: tuple[int, int] | None = None) -> None:
         self._send = send
-        self._fixed_multiprocessors = multiprocessors
+        self._fixed_machine = machine
 
     def why_not_here(self) -> str | None:
         return None if self._send is not send_to_gpu else _why_not_here()
@@ -113,8 +118,7 @@ class CudaBackend:
         return None
 
     def _launcher(self, call: Call, x: Tensor) -> Launcher:
-        fixed = self._fixed_multiprocessors
-        return Launcher(self._send, call, _multiprocessors(x.device) if fixed is None else fixed)
+        return Launcher(self._send, call, *(self._fixed_machine or _machine(x.device)))
 
     def forward(
         self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
@@ -123,7 +127,7 @@ class CudaBackend:
         launch = self._launcher(call, x)
         begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
         onepass = strategy == "onepass" and base_outs is None
-        xa = x.new_empty(x.shape[0], total) if save or not onepass else None
+        xa = _low(launch, x, total) if save or not onepass else None
         if not onepass:
             assert xa is not None
             scales = [s / (1.0 - call.dropout_p) for s in call.scalings]
@@ -135,6 +139,13 @@ class CudaBackend:
             if base_outs is None and strategy != "delta":
                 assert p.weight is not None
                 y = x.new_empty(x.shape[0], p.weight.shape[0])
+                if (
+                    onepass
+                    and not save
+                    and launch.decode(x, p.weight, y, p.bias, up, p.lora_a, p.lora_bias, scaling)
+                ):
+                    outs.append(y)
+                    continue
                 launch.gemm(
                     x, p.weight.t(), y, bias=p.bias, low=low, up=up,
                     down=p.lora_a if onepass else None, scale=scaling, lora_bias=p.lora_bias,
@@ -157,7 +168,7 @@ class CudaBackend:
         onepass = strategy == "onepass" and needs.x and projections[0].weight is not None
         dya = None
         if needs.x or any(needs.lora_a):
-            dya = x.new_empty(x.shape[0], total)
+            dya = _low(launch, x, total)
         if dya is not None and not onepass:
             for i, (p, dy) in enumerate(zip(projections, dys)):
                 scale = call.scalings[i] / (1.0 - call.dropout_p)
@@ -208,6 +219,12 @@ class CudaBackend:
             if not fused:
                 launch.expand_add(low, p.lora_a, dx, None, 1.0, dropout=True)
         return dx
+
+
+def _low(launch: Launcher, x: Tensor, columns: int) -> Tensor:
+    """Memory for xa or dya. Tensor maps read whole tiles of it, so inactive rows must be zero."""
+    make = x.new_zeros if launch.arch == 90 else x.new_empty
+    return make(x.shape[0], columns)
 
 
 def _shrink_group(

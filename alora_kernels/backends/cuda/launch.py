@@ -1,7 +1,8 @@
 """From tensors to launches: each function states the shapes, plans, and sends one kernel.
 
 `send` takes a plan and the fields of its parameter struct in order, tensors standing for their
-addresses. Nothing here synchronises with the device.
+addresses or, where the plan has a tensor map, for the mapped matrix. Nothing here synchronises
+with the device.
 """
 
 from __future__ import annotations
@@ -23,24 +24,61 @@ Send = Callable[[Plan, Sequence[Any]], None]
 Column = tuple[Tensor, int, float]  # right, its first row, scale
 
 
+def address_or_number(v: Any) -> int | float:
+    """A field as struct packs it. Numbers come first: most fields are."""
+    kind = type(v)
+    if kind is int or kind is float:
+        return v
+    return 0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v
+
+
 def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     """Launch on the current stream of the device that the tensors lie on."""
     from ... import _cuda  # type: ignore[attr-defined]
 
-    values = [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in fields]
     device = next(v for v in fields if isinstance(v, Tensor)).device.index
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    maps = len(plan.maps)
+    values: list[Any] = [
+        b"" if spec is None else _cuda.tensor_map(
+            tensor.data_ptr(), tensor.dtype == torch.bfloat16, *spec.dims, spec.stride, *spec.box
+        )
+        for spec, tensor in zip(plan.maps, fields)
+    ]  # fmt: skip
+    values += [address_or_number(v) for v in fields[maps:]]
     data = LAYOUTS[plan.params].pack(*values)
-    _cuda.launch(plan.kernel, *plan.grid, plan.block, plan.shared, data, device, stream)
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    _cuda.launch(
+        plan.kernel, *plan.grid, plan.block, plan.shared, data, device, stream, plan.dependent
+    )
+
+
+_arrived: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def arrival_counters(device: torch.device, count: int) -> Tensor:
+    """At least `count` zeros that the last block to arrive sets back to zero.
+
+    One tensor for each stream, so that kernels of two streams never share a counter. A graph that
+    is being captured gets its own, zeroed at each replay.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    found = _arrived.get((device, stream))
+    if found is None or found.numel() < count:
+        found = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)
+        _arrived[device, stream] = found
+    return found
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """Kernels of one call. `multiprocessors` is what the plans fill."""
+    """Kernels of one call. `multiprocessors` is what the plans fill, `arch` as 80, 90, ..."""
 
     send: Send
     call: Call
     multiprocessors: int
+    arch: int
 
     def _drop(self, wanted: bool) -> tuple[bool, Tensor | None, int]:
         on = wanted and self.call.dropout_p > 0.0
@@ -61,16 +99,17 @@ class Launcher:
         layout = operand(right)
         if any(c[0].data_ptr() % 16 for c in columns):
             layout = layout._replace(aligned=False)
+        even = all(c[0].shape[0] % 2 == 0 for c in columns)
         for begin in range(0, len(columns), MAX_COLUMN_BLOCKS):
             some = columns[begin : begin + MAX_COLUMN_BLOCKS]
-            target = out[:, 16 * begin :]
+            target = out[:, 16 * begin :] if begin else out
             plan = planning.shrink(
-                left.dtype, act.max_active, k, operand(left), layout, len(some), adapter_float,
-                on, self.multiprocessors,
+                left.dtype, act.max_active, k, operand(left), layout, len(some), even,
+                adapter_float, on, self.multiprocessors,
             )  # fmt: skip
             table: list[Any] = []
             for tensor, row, scale in some:
-                table += [tensor[row:], min(16, tensor.shape[0] - row), scale]
+                table += [tensor[row:] if row else tensor, min(16, tensor.shape[0] - row), scale]
             table += [0, 0, 0.0] * (MAX_COLUMN_BLOCKS - len(some))
             self.send(plan, (
                 left, target, act.active_rows, act.active_count, seed, *left.stride(),
@@ -93,6 +132,11 @@ class Launcher:
             return
         on, seed, threshold = self._drop(dropout)
         adapter = up if up is not None else lora_bias
+        if self.arch == 90 and down is None and self._gemm_sm90(
+            left, right, out, bias, low, up, lora_bias, lora_bias_scale, on, seed, threshold, add,
+            active_only,
+        ):  # fmt: skip
+            return
         plan = planning.gemm(
             left.dtype, m, n, k, operand(left), operand(right), operand(out),
             None if down is None else operand(down),
@@ -108,6 +152,58 @@ class Launcher:
             0 if low_out is None else low_out.stride(0), m, n, k,
             0 if up is None else up.shape[0], scale, lora_bias_scale, threshold, plan.flags,
         ))  # fmt: skip
+
+    def decode(
+        self, x: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None, up: Tensor,
+        down: Tensor, lora_bias: Tensor | None, scaling: float,
+    ) -> bool:  # fmt: skip
+        """`onepass` for at most sixteen rows x `[M, K]`, if decode takes the problem.
+
+        weight `[N, K]`, out `[M, N]`, up `[R, N]`, down `[R, K]`.
+        """
+        (m, k), n, rank = x.shape, weight.shape[0], down.shape[0]
+        plan = planning.decode(
+            x.dtype, m, n, k, rank, operand(x), operand(weight), operand(down),
+            down.dtype != x.dtype, self.multiprocessors,
+        )  # fmt: skip
+        if plan is None:
+            return False
+        if m == 0 or n == 0:
+            return True
+        part = arrived = None
+        if plan.workspace:
+            part = torch.empty(plan.workspace, dtype=torch.float32, device=x.device)
+            arrived = arrival_counters(x.device, plan.grid[0])
+        self.send(plan, (
+            x, weight, bias, up, down, lora_bias, out, part, arrived,
+            self.call.activation.row_adapter, x.stride(0), weight.stride(0), *up.stride(),
+            *down.stride(), out.stride(0), m, n, k, rank, plan.split, scaling, scaling, plan.flags,
+        ))  # fmt: skip
+        return True
+
+    def _gemm_sm90(
+        self, left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None, low: Tensor | None,
+        up: Tensor | None, lora_bias: Tensor | None, lora_bias_scale: float, dropout: bool,
+        seed: Tensor | None, threshold: int, add: bool, active_only: bool,
+    ) -> bool:  # fmt: skip
+        """The same by Hopper's kernel, if it takes the problem."""
+        (m, k), n = left.shape, right.shape[1]
+        rank = 0 if up is None else up.shape[0]
+        adapter = up if up is not None else lora_bias
+        plan = planning.gemm_sm90(
+            left.dtype, m, n, k, rank, operand(left), operand(right),
+            None if low is None else operand(low), None if up is None else operand(up),
+            operand(out), adapter is not None and adapter.dtype != left.dtype, dropout, add,
+            active_only, self.multiprocessors,
+        )  # fmt: skip
+        if plan is None:
+            return False
+        self.send(plan, (
+            left, right, low, up, out, bias, up, lora_bias, out,
+            self.call.activation.row_adapter, seed, *((0, 0) if up is None else up.stride()),
+            out.stride(0), m, n, k, rank, lora_bias_scale, threshold, plan.flags, 0,
+        ))  # fmt: skip
+        return True
 
     def expand_add(
         self, low: Tensor, up: Tensor, out: Tensor, lora_bias: Tensor | None,
@@ -137,7 +233,7 @@ class Launcher:
             self.multiprocessors,
         )  # fmt: skip
         part = torch.empty(part_plan.workspace, dtype=torch.float32, device=wide.device)
-        r16, rows = part_plan.workspace[2], part_plan.split_rows
+        r16, rows = part_plan.workspace[2], part_plan.split
         if act.max_active > 0:
             self.send(part_plan, (
                 wide, low, part, act.active_rows, act.active_count, seed, *wide.stride(),

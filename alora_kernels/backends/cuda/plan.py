@@ -16,9 +16,11 @@ from .layouts import (
     ACTIVE_ONLY,
     ADAPTER_FLOAT,
     ADD,
+    CONVERT_UP,
     DROPOUT,
     FLOAT_OUT,
     MAX_COLUMN_BLOCKS,
+    PAIRS_ADAPTER,
     VECTOR_ADAPTER,
     VECTOR_OUT,
 )
@@ -28,11 +30,22 @@ MAX_RANK = 256
 MAX_ONEPASS_RANK = 64
 GEMM_COLUMNS, GEMM_STEP, GEMM_STAGES = 128, 32, 4
 GEMM_ROWS = (128, 32)  # row tiles, the larger first
+SM90_ROWS, SM90_STEP = 128, 64
+SM90_STAGES = {256: 4, 128: 6}  # columns of the tile: stages of the ring
+DECODE_ROWS, DECODE_COLUMNS, DECODE_STEP = 16, 64, 512  # a step of all eight warps
 GRAD_P, GRAD_R, GRAD_SHARED = 128, 64, 4 * (32 * 128 + 32 * 64) * 2
 GRAD_ROWS = 128  # least rows of one split
 EXPAND_ROWS, EXPAND_COLUMNS = 64, 128
 SHRINK_COLUMN_BLOCKS = 4  # of one block of threads
 THREADS = 256
+
+
+class TensorMap(NamedTuple):
+    """A matrix for bulk tensor copies: innermost dimension first, swizzled by 128 bytes."""
+
+    dims: tuple[int, int]
+    stride: int  # bytes from row to row
+    box: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -45,8 +58,10 @@ class Plan:
     shared: int  # bytes of dynamic shared memory
     flags: int
     block: int = THREADS
-    split_rows: int = 0  # grad and reduce: rows that one part adds up
+    dependent: bool = False  # may begin while the kernel before it ends
+    split: int = 0  # grad and reduce: rows that one part adds up; decode: steps of K of a slice
     workspace: tuple[int, ...] = ()  # shape of a float32 workspace
+    maps: tuple[TensorMap | None, ...] = ()  # the first fields of the parameter struct
 
 
 class Operand(NamedTuple):
@@ -99,17 +114,100 @@ def gemm(
 
 
 @functools.lru_cache(maxsize=4096)
+def gemm_sm90(
+    dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, right: Operand,
+    low: Operand | None, up: Operand | None, out: Operand, adapter_float: bool, dropout: bool,
+    add: bool, active_only: bool, multiprocessors: int,
+) -> Plan | None:  # fmt: skip
+    """`tail` by Hopper's kernel; None where its tensor maps or its tiles do not fit the problem."""
+    across = Operand(right.stride1, right.stride0, right.aligned)
+    along_n = not across.vector()
+    if not (left.vector() and out.vector() and (right.vector() if along_n else True)) or k == 0:
+        return None
+    if m <= 64:
+        return None  # half of a tile of 128 rows would be idle
+    rows = -(-m // SM90_ROWS)
+    columns = 256 if rows * -(-n // 256) >= multiprocessors else 128
+    tiles = rows * -(-n // columns)
+    convert = up is not None and (
+        adapter_float
+        or not (up if along_n else Operand(up.stride1, up.stride0, up.aligned)).vector()
+    )
+
+    def right_map(depth: int, o: Operand) -> TensorMap:
+        if along_n:
+            return TensorMap((n, depth), 2 * o.stride0, (64, SM90_STEP))
+        return TensorMap((depth, n), 2 * o.stride1, (SM90_STEP, columns))
+
+    maps = (
+        TensorMap((k, m), 2 * left.stride0, (SM90_STEP, SM90_ROWS)),
+        right_map(k, right),
+        None
+        if low is None
+        else TensorMap((-(-rank // 16) * 16, m), 2 * low.stride0, (SM90_STEP, SM90_ROWS)),
+        None if up is None or convert else right_map(rank, up),
+        TensorMap((n, m), 2 * out.stride0, (64, 64)),
+    )
+    flags = ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | ADD * add
+    flags |= ACTIVE_ONLY * active_only | CONVERT_UP * convert
+    stages = SM90_STAGES[columns]
+    return Plan(
+        f"masked_lora_gemm_{NAMES[dtype]}_sm90{'kn' if along_n else 'nk'}_{columns}_tail_kernel",
+        "GemmSm90Params",
+        (min(tiles, multiprocessors), 1, 1),
+        stages * (SM90_ROWS + columns) * 128 + 4 * 64 * 128 + stages * 16,
+        flags,
+        block=384,
+        dependent=True,
+        maps=maps,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def decode(
+    dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, weight: Operand,
+    down: Operand, adapter_float: bool, multiprocessors: int,
+) -> Plan | None:  # fmt: skip
+    """left `[M, K]`, weight `[N, K]`, down `[R, K]`; None where decode does not fit the problem."""
+    if m > DECODE_ROWS or rank > MAX_ONEPASS_RANK or k % 8 or k == 0:
+        return None
+    if not (left.vector() and weight.vector()):
+        return None
+    tiles = -(-n // DECODE_COLUMNS)
+    steps = -(-k // DECODE_STEP)
+    slices = max(1, min(steps, -(-2 * multiprocessors // tiles)))
+    k_slice = -(-steps // slices) * DECODE_STEP
+    slices = -(-k // k_slice)
+    flags = ADAPTER_FLOAT * adapter_float
+    flags |= VECTOR_ADAPTER * down.vector(4 if adapter_float else 2)
+    return Plan(
+        f"masked_lora_decode_{NAMES[dtype]}_kernel",
+        "DecodeParams",
+        (tiles, slices, 1),
+        0,
+        flags,
+        split=k_slice,
+        workspace=(slices, tiles, DECODE_ROWS, DECODE_COLUMNS) if slices > 1 else (),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
 def shrink(
     dtype: torch.dtype, active: int, k: int, left: Operand, right: Operand, blocks: int,
-    adapter_float: bool, dropout: bool, multiprocessors: int,
+    even: bool, adapter_float: bool, dropout: bool, multiprocessors: int,
 ) -> Plan:  # fmt: skip
-    """left `[M, K]`, right `[R, K]`, `blocks` blocks of sixteen columns, `active` rows at most."""
+    """left `[M, K]`, right `[R, K]`, `blocks` blocks of sixteen columns, `active` rows at most.
+
+    `even`: every R is even, so that columns can be read in pairs.
+    """
     assert blocks <= MAX_COLUMN_BLOCKS
     path = "vector" if left.vector() and k % 8 == 0 else "strided"
     rows = 32 if path == "vector" and active >= 32 * 2 * multiprocessors else 16
     flags = ADAPTER_FLOAT * adapter_float | DROPOUT * dropout
     if k % 8 == 0 and right.vector(4 if adapter_float else 2):
         flags |= VECTOR_ADAPTER
+    elif k % 8 == 0 and even and right.aligned and right.stride0 == 1 and right.stride1 % 2 == 0:
+        flags |= PAIRS_ADAPTER
     return Plan(
         f"masked_lora_shrink_{NAMES[dtype]}_{path}_{rows}_kernel",
         "ShrinkParams",
@@ -153,7 +251,7 @@ def grad(
         (-(-p // GRAD_P), -(-rank // GRAD_R), splits),
         GRAD_SHARED,
         DROPOUT * dropout,
-        split_rows=split_rows,
+        split=split_rows,
         workspace=(splits, p, r16),
     )
     total = Plan(
@@ -162,6 +260,6 @@ def grad(
         (min(-(-p * rank // THREADS), 8 * multiprocessors), 1, 1),
         0,
         FLOAT_OUT * float_out,
-        split_rows=split_rows,
+        split=split_rows,
     )
     return part, total

@@ -1,0 +1,312 @@
+// gemm for Hopper: out = left · right + bias + active ⊙ (keep ⊙ (low · up) + lora_bias), `tail`
+// alone. Formula, operands and the order of steps are those of gemm.cuh.
+//
+// Schedule: 384 threads, persistent: block b takes tiles b, b + grid, ... of 128 × kBlockN, in
+// groups of eight row tiles. A producer warpgroup keeps a ring of stages of 64 steps full: one
+// thread issues the tensor-map copies of left and right. Two consumer warpgroups each own 64 rows:
+// wait for a stage, four wgmma, wait, hand the stage back. The R steps of an active tile are the
+// first stages of its ring; where `up` has another dtype or unaligned rows, the whole producer
+// warpgroup converts it into the stage instead of copying. The out tile leaves through two small
+// buffers of each warpgroup by tensor-map stores, while the producer fills the ring for the next
+// tile.
+//
+// Shared memory: kStages × (left [128][64] 16 KiB, right [kBlockN][64] or [64][kBlockN]), then
+// 2 × 2 × out [64][64] 8 KiB, then the mbarriers; rows of 128 bytes, swizzled by 128 bytes.
+#pragma once
+
+#include "tma.cuh"
+#include "wgmma.cuh"
+
+namespace alora {
+
+template <typename T, bool kRightAlongN, int kBlockN>
+struct GemmSm90 {
+  static constexpr int kBlockM = 128, kBlockK = 64, kStages = kBlockN == 256 ? 4 : 6;
+  static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
+  static constexpr uint32_t kLeftBytes = kBlockM * 128, kRightBytes = kBlockN * 128;
+  static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes, kOutBytes = 64 * 128;
+  static constexpr uint32_t kOutAt = kStages * kStageBytes;
+  static constexpr uint32_t kBarriersAt = kOutAt + kConsumers * 2 * kOutBytes;
+  static constexpr uint32_t kSharedBytes = kBarriersAt + kStages * 16;
+  static_assert(kSharedBytes <= 227 * 1024, "must fit a Hopper multiprocessor");
+  static_assert(kBlockN % 64 == 0, "out leaves in pieces of 64 columns");
+
+  const GemmSm90Params& p;
+  const uint32_t shared;
+  const int tiles_m, tiles_n;
+
+  __device__ GemmSm90(const GemmSm90Params& params, uint32_t base)
+      : p(params),
+        shared(base),
+        tiles_m((params.m + kBlockM - 1) / kBlockM),
+        tiles_n((params.n + kBlockN - 1) / kBlockN) {}
+
+  __device__ bool has(uint32_t flag) const { return p.flags & flag; }
+  __device__ uint32_t full(int stage) const { return shared + kBarriersAt + stage * 16; }
+  __device__ uint32_t empty(int stage) const { return full(stage) + 8; }
+  __device__ uint32_t left_tile(int stage) const { return shared + stage * kStageBytes; }
+  __device__ uint32_t right_tile(int stage) const { return left_tile(stage) + kLeftBytes; }
+
+  struct Tile {
+    int m0, n0, low_steps, main_steps;
+  };
+
+  // Every warp works out the tile for itself; all agree.
+  __device__ Tile tile_at(int index) const {
+    constexpr int kGroup = 8;
+    const int per_group = kGroup * tiles_n, group = index / per_group;
+    const int size = min(tiles_m - group * kGroup, kGroup), rest = index % per_group;
+    Tile t;
+    t.m0 = (group * kGroup + rest % size) * kBlockM;
+    t.n0 = rest / size * kBlockN;
+    bool active = false;
+#pragma unroll
+    for (int i = 0; i < kBlockM / 32; ++i) {
+      const int m = t.m0 + 32 * i + threadIdx.x % 32;
+      active |= m < p.m && p.row_adapter[min(m, p.m - 1)] >= 0;
+    }
+    const bool any = __any_sync(~0u, active);
+    t.low_steps = any ? (p.r + kBlockK - 1) / kBlockK : 0;
+    t.main_steps = has(kActiveOnly) && !any ? 0 : (p.k + kBlockK - 1) / kBlockK;
+    return t;
+  }
+
+  struct Ring {  // position in the ring: the stage, and how often it went round
+    int stage = 0;
+    uint32_t round = 0;
+    __device__ void step() {
+      if (++stage == kStages) stage = 0, round ^= 1;
+    }
+  };
+
+  __device__ void copy_right(const TensorMap& map, int stage, int k0, int n0) {
+    if constexpr (kRightAlongN) {
+#pragma unroll
+      for (int piece = 0; piece < kBlockN / 64; ++piece) {
+        copy_tile_in(right_tile(stage) + piece * 8192, map, n0 + piece * 64, k0, full(stage));
+      }
+    } else {
+      copy_tile_in(right_tile(stage), map, k0, n0, full(stage));
+    }
+  }
+
+  // One chunk of eight neighbours of `up` for each thread and turn, rounded to T.
+  __device__ void convert_up(int stage, int r0, int n0) {
+    const bool is_float = has(kAdapterFloat);
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < kBlockN * 8; i += 128) {
+      if constexpr (kRightAlongN) {
+        const int r = i / (kBlockN / 8), chunk = i % (kBlockN / 8), n = n0 + chunk * 8;
+        const int valid = r0 + r < p.r ? p.n - n : 0;
+        store_shared(right_tile(stage) + chunk / 8 * 8192 + swizzle<128>(r, chunk % 8),
+                     gather_adapter<T>(p.up_values, (r0 + r) * p.up_r + n * p.up_n, p.up_n, valid,
+                                       is_float));
+      } else {
+        const int n = n0 + i / 8, r = r0 + i % 8 * 8, valid = n < p.n ? p.r - r : 0;
+        store_shared(
+            right_tile(stage) + swizzle<128>(i / 8, i % 8),
+            gather_adapter<T>(p.up_values, r * p.up_r + n * p.up_n, p.up_r, valid, is_float));
+      }
+    }
+  }
+
+  __device__ void produce() {
+    const bool leads = threadIdx.x == 0;
+    Ring ring;
+    for (int index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+      const Tile t = tile_at(index);
+      if (t.low_steps > 0 && has(kConvertUp)) {
+        for (int step = 0; step < t.low_steps; ++step, ring.step()) {
+          // The leader alone waits: the others do not see every phase.
+          if (leads) barrier_wait(empty(ring.stage), ring.round ^ 1);
+          sync_some<128>(1);
+          convert_up(ring.stage, step * kBlockK, t.n0);
+          fence_async_proxy();
+          sync_some<128>(1);
+          if (leads) {
+            barrier_arrive_expecting(full(ring.stage), kLeftBytes);
+            copy_tile_in(left_tile(ring.stage), p.low, step * kBlockK, t.m0, full(ring.stage));
+          }
+        }
+      } else {
+        for (int step = 0; step < t.low_steps; ++step, ring.step()) {
+          if (!leads) continue;
+          barrier_wait(empty(ring.stage), ring.round ^ 1);
+          barrier_arrive_expecting(full(ring.stage), kStageBytes);
+          copy_tile_in(left_tile(ring.stage), p.low, step * kBlockK, t.m0, full(ring.stage));
+          copy_right(p.up, ring.stage, step * kBlockK, t.n0);
+        }
+      }
+      for (int step = 0; step < t.main_steps; ++step, ring.step()) {
+        if (!leads) continue;
+        barrier_wait(empty(ring.stage), ring.round ^ 1);
+        barrier_arrive_expecting(full(ring.stage), kStageBytes);
+        copy_tile_in(left_tile(ring.stage), p.left, step * kBlockK, t.m0, full(ring.stage));
+        copy_right(p.right, ring.stage, step * kBlockK, t.n0);
+      }
+    }
+  }
+
+  // A tile of 128-byte rows, swizzled by 128 bytes. `leading` is the distance of its blocks of 64
+  // columns when rows are steps of the reduction; eight rows take 1024 bytes.
+  static __device__ uint64_t descriptor(uint32_t address, uint32_t leading) {
+    return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
+           static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
+           static_cast<uint64_t>(1) << 62;
+  }
+
+  __device__ void multiply_step(float (&acc)[kBlockN / 2], int stage, int group, int step) {
+    const uint64_t a = descriptor(left_tile(stage) + group * 8192 + step * 32, 16);
+    const uint64_t b = kRightAlongN ? descriptor(right_tile(stage) + step * 2048, 8192)
+                                    : descriptor(right_tile(stage) + step * 32, 16);
+    Wgmma<T, kBlockN>::template multiply<kRightAlongN>(acc, a, b);
+  }
+
+  __device__ void release(int stage) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
+  }
+
+  __device__ void consume() {
+    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
+    const uint32_t out = shared + kOutAt + group * 2 * kOutBytes;
+    Ring ring;
+    for (int index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+      const Tile t = tile_at(index);
+      float acc[kBlockN / 2];
+#pragma unroll
+      for (int i = 0; i < kBlockN / 2; ++i) acc[i] = 0.f;
+#pragma unroll 1
+      for (int step = 0; step < t.low_steps; ++step, ring.step()) {
+        barrier_wait(full(ring.stage), ring.round);
+        const int sixteens = min(4, (p.r - step * kBlockK + 15) / 16);
+        wgmma_fence();
+#pragma unroll 1
+        for (int i = 0; i < sixteens; ++i) {
+          multiply_step(acc, ring.stage, group, i);
+          wgmma_commit();
+          wgmma_wait<0>();
+        }
+        release(ring.stage);
+      }
+      const int m0 = t.m0 + group * 64 + row;
+      if (t.low_steps > 0 && has(kDropout)) drop_low_product(acc, m0, t.n0);
+#pragma unroll 1
+      for (int step = 0; step < t.main_steps; ++step, ring.step()) {
+        barrier_wait(full(ring.stage), ring.round);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kBlockK / 16; ++i) multiply_step(acc, ring.stage, group, i);
+        wgmma_commit();
+        wgmma_wait<0>();
+        release(ring.stage);
+      }
+      finish(acc, t, group, row, out);
+    }
+  }
+
+  // As in gemm.cuh: bits of sixteen pairs are gathered in a rolled loop, four words of them.
+  __device__ void drop_low_product(float (&acc)[kBlockN / 2], int m, int n0) {
+    const int64_t seed = *p.seed;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int word = 0; word < kBlockN / 64; ++word) {
+      uint32_t keep = 0;
+#pragma unroll 1
+      for (int i = 0; i < 16; ++i) {
+        const int column = n0 + (word * 8 + i / 2) * 8 + lane % 4 * 2;
+        const uint4 w = philox(seed, column / 4, m + i % 2 * 8);
+        const uint32_t first = lane & 1 ? w.z : w.x, second = lane & 1 ? w.w : w.y;
+        keep |= (first >= p.threshold ? 1u : 0u) << 2 * i;
+        keep |= (second >= p.threshold ? 2u : 0u) << 2 * i;
+      }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) acc[word * 32 + i] = keep >> i & 1 ? acc[word * 32 + i] : 0.f;
+    }
+  }
+
+  __device__ void finish(float (&acc)[kBlockN / 2], const Tile& t, int group, int row,
+                         uint32_t out) {
+    const int lane = threadIdx.x % 32;
+    const bool leads = threadIdx.x % 128 == 0;
+    bool on[2], inside[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = t.m0 + group * 64 + row + half * 8;
+      inside[half] = m < p.m;
+      on[half] = inside[half] && p.row_adapter[min(m, p.m - 1)] >= 0;
+    }
+#pragma unroll
+    for (int piece = 0; piece < kBlockN / 64; ++piece) {
+      const uint32_t buffer = out + piece % 2 * kOutBytes;
+      if (leads) wait_tiles_read<1>();  // the store that used this buffer has read it
+      sync_some<128>(2 + group);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const int column = piece * 64 + j * 8 + lane % 4 * 2, n = t.n0 + column;
+        float bias[2] = {}, extra[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (n + i >= p.n) continue;
+          if (p.bias != nullptr) bias[i] = to_float(static_cast<const T*>(p.bias)[n + i]);
+          if (p.lora_bias != nullptr) {
+            extra[i] =
+                p.lora_bias_scale * to_float(adapter_at<T>(p.lora_bias, n + i, has(kAdapterFloat)));
+          }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float v[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            v[i] = acc[(piece * 8 + j) * 4 + half * 2 + i] + bias[i];
+            v[i] = on[half] ? v[i] + extra[i] : v[i];
+            if (has(kActiveOnly)) v[i] = on[half] ? v[i] : 0.f;
+            if (has(kAdd) && inside[half] && n + i < p.n) {
+              const int64_t m = t.m0 + group * 64 + row + half * 8;
+              v[i] += to_float(static_cast<const T*>(p.out_values)[m * p.out_m + n + i]);
+            }
+          }
+          store_shared(buffer + swizzle<128>(row + half * 8, j) + lane % 4 * 4,
+                       pack<T>(v[0], v[1]));
+        }
+      }
+      fence_async_proxy();
+      sync_some<128>(2 + group);
+      if (leads) {
+        copy_tile_out(p.out, t.n0 + piece * 64, t.m0 + group * 64, buffer);
+        commit_tiles_out();
+      }
+    }
+  }
+
+  __device__ void run() {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        barrier_init(full(stage), 1);
+        barrier_init(empty(stage), 4 * kConsumers);
+      }
+      fence_barrier_init();
+    }
+    __syncthreads();
+    // Everything above may overlap the end of the kernel before, which wrote `low`.
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    if (threadIdx.x < 128) {
+      give_registers<40>();
+      produce();
+    } else {
+      take_registers<232>();
+      consume();
+      if (threadIdx.x % 128 == 0) wait_tiles_read<0>();  // shared memory must outlive the stores
+    }
+  }
+};
+
+template <typename T, bool kRightAlongN, int kBlockN>
+__device__ __forceinline__ void gemm_sm90(const GemmSm90Params& p) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  GemmSm90<T, kRightAlongN, kBlockN>(p, shared_address(shared)).run();
+}
+
+}  // namespace alora

@@ -1,0 +1,197 @@
+"""Plans are pure functions of the problem: no GPU, no extension, no tensors."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from alora_kernels.backends import Problem
+from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda import plan as planning
+from alora_kernels.backends.cuda.backend import why_no_kernel
+from alora_kernels.backends.cuda.layouts import LAYOUTS
+from alora_kernels.backends.cuda.plan import Operand
+
+from .ptx_sender import CSRC
+
+BF16 = torch.bfloat16
+
+
+def rows_of(length: int, aligned: bool = True) -> Operand:
+    return Operand(length, 1, aligned)
+
+
+def columns_of(length: int, aligned: bool = True) -> Operand:
+    return Operand(1, length, aligned)
+
+
+def gemm(m: int, n: int, k: int, multiprocessors: int = 108, **changes: object) -> planning.Plan:
+    args = {
+        "left": rows_of(k), "right": columns_of(k), "out": rows_of(n), "down": None,
+        "adapter_float": False, "dropout": False, "add": False, "active_only": False,
+    }  # fmt: skip
+    args.update(changes)
+    return planning.gemm(BF16, m, n, k, multiprocessors=multiprocessors, **args)
+
+
+def test_gemm_takes_the_layout_it_can() -> None:
+    assert "_nk_" in gemm(512, 512, 512).kernel
+    assert "_kn_" in gemm(512, 512, 512, right=rows_of(512)).kernel
+    for slow in (
+        {"left": Operand(1024, 2, True)},
+        {"left": rows_of(512, aligned=False)},
+        {"right": columns_of(513)},
+        {"right": Operand(2, 1024, True)},
+    ):
+        assert "_strided_" in gemm(512, 512, 512, **slow).kernel
+    assert "_strided_" in gemm(512, 512, 508).kernel
+    assert "_strided_" in gemm(512, 508, 512, right=rows_of(508)).kernel
+
+
+@pytest.mark.parametrize("m, rows", [(1, 32), (32, 32), (64, 32), (512, 128), (8192, 128)])
+def test_few_rows_take_small_tiles(m: int, rows: int) -> None:
+    plan = gemm(m, 4096, 4096)
+    assert f"_{rows}_tail" in plan.kernel
+    assert plan.grid == (-(-m // rows) * 32, 1, 1)
+
+
+def test_gemm_fits_every_machine() -> None:
+    for m in (16, 8192):
+        for down in (None, rows_of(4096)):
+            assert gemm(m, 4096, 4096, down=down).shared <= 99 * 1024
+
+
+def hopper(m: int, n: int, k: int, **changes: object) -> planning.Plan | None:
+    args = {
+        "left": rows_of(k), "right": columns_of(k), "low": rows_of(32), "up": columns_of(32),
+        "out": rows_of(n), "adapter_float": False, "dropout": False, "add": False,
+        "active_only": False, "multiprocessors": 132,
+    }  # fmt: skip
+    args.update(changes)
+    return planning.gemm_sm90(BF16, m, n, k, 32, **args)
+
+
+def test_hopper_tiles_and_maps() -> None:
+    plan = hopper(8192, 4096, 4096)
+    assert plan is not None and "_sm90nk_256_" in plan.kernel and plan.grid == (132, 1, 1)
+    left, right, low, up, out = plan.maps
+    assert left == ((4096, 8192), 8192, (64, 128)) and right == ((4096, 4096), 8192, (64, 256))
+    assert low == ((32, 8192), 64, (64, 128)) and up == ((32, 4096), 64, (64, 256))
+    assert out == ((4096, 8192), 8192, (64, 64))
+    assert plan.shared <= 227 * 1024 and plan.dependent
+    small = hopper(256, 4096, 4096)
+    assert small is not None and "_sm90nk_128_" in small.kernel and small.grid == (64, 1, 1)
+    assert small.shared <= 227 * 1024
+    turned = hopper(8192, 4096, 4096, right=rows_of(4096), up=rows_of(4096))
+    assert turned is not None and "_sm90kn_" in turned.kernel
+    assert turned.maps[1] == ((4096, 4096), 8192, (64, 64))
+
+
+def test_hopper_converts_what_no_map_can_hold() -> None:
+    for change in ({"adapter_float": True}, {"up": columns_of(33)}, {"up": columns_of(32, False)}):
+        plan = hopper(512, 512, 512, **change)
+        assert plan is not None and plan.flags & planning.CONVERT_UP and plan.maps[3] is None
+
+
+def test_hopper_refuses_what_its_maps_cannot_hold() -> None:
+    for change in (
+        {"left": rows_of(513)},
+        {"out": rows_of(512, False)},
+        {"right": Operand(2, 2, True)},
+    ):
+        assert hopper(512, 512, 512, **change) is None
+    assert hopper(64, 512, 512) is None and hopper(512, 512, 0) is None
+
+
+@pytest.mark.parametrize("active", [0, 1, 127, 129, 8192])
+@pytest.mark.parametrize("p, rank", [(1, 1), (4096, 32), (14336, 256)])
+def test_grad_splits_cover_the_active_rows(active: int, p: int, rank: int) -> None:
+    part, total = planning.grad(BF16, active, p, rank, rows_of(p), False, True, 108)
+    splits = part.grid[2]
+    assert splits * part.split >= active and (splits - 1) * part.split < max(active, 1)
+    assert part.split == total.split and part.workspace[0] == splits
+    assert part.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize("k", [8, 512, 520, 4096, 14336])
+@pytest.mark.parametrize("n", [1, 64, 4096])
+def test_decode_slices_cover_k(n: int, k: int) -> None:
+    plan = planning.decode(BF16, 4, n, k, 16, rows_of(k), rows_of(k), rows_of(k), False, 108)
+    assert plan is not None
+    tiles, slices, _ = plan.grid
+    assert tiles == -(-n // 64) and slices * plan.split >= k > (slices - 1) * plan.split
+    assert plan.workspace == ((slices, tiles, 16, 64) if slices > 1 else ())
+
+
+def test_decode_leaves_the_rest_to_gemm() -> None:
+    def plan(m: int = 4, k: int = 512, rank: int = 16, aligned: bool = True) -> object:
+        x = rows_of(k, aligned)
+        return planning.decode(BF16, m, 64, k, rank, x, rows_of(k), rows_of(k), False, 108)
+
+    assert plan() is not None
+    assert plan(m=17) is plan(k=12) is plan(rank=65) is plan(aligned=False) is None
+
+
+PROBLEM = Problem(64, 64, (64,), (16,), 64, BF16, BF16, "cuda", 80)
+
+
+@pytest.mark.parametrize(
+    "changes, strategy, reason",
+    [
+        ({"dtype": torch.float32}, "delta", "torch.float32 has no CUDA kernel"),
+        ({"adapter_dtype": torch.float16}, "delta", "adapters in torch.float16 over"),
+        ({"adapter_precision": "fp32"}, "delta", "adapter_precision='fp32' has no CUDA kernel"),
+        ({"ranks": (16, 257)}, "delta", "rank 257 is above 256"),
+        ({"ranks": (65,)}, "onepass", "rank 65 is above 64"),
+        ({"base_given": True}, "tail", "only 'delta' adds to it"),
+        ({"strict_inactive": True}, "onepass", "strict_inactive needs 'delta'"),
+        ({"dropout": True}, "onepass", "use 'tail' or 'delta'"),
+    ],
+)
+def test_refusals_name_their_reason(changes: dict, strategy: str, reason: str) -> None:
+    backend = CudaBackend(send=lambda plan, fields: None, machine=(108, 80))
+    assert backend.why_not(PROBLEM, strategy) is None
+    told = backend.why_not(PROBLEM._replace(**changes), strategy)
+    assert told is not None and reason in told
+
+
+@pytest.mark.parametrize(
+    "here, archs, runs",
+    [
+        ((8, 0), ["sm_80"], True),
+        ((8, 9), ["sm_80"], True),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((10, 3), ["sm_100"], True),
+        ((12, 0), ["sm_90a", "compute_80"], True),
+        ((12, 0), ["sm_90a", "compute_90a"], False),
+        ((7, 5), ["sm_80", "compute_80"], False),
+        ((8, 0), [], False),
+    ],
+)
+def test_which_gpu_runs_what_was_built(here: tuple[int, int], archs: list[str], runs: bool) -> None:
+    told = why_no_kernel(*here, archs)
+    assert (told is None) == runs
+    assert runs or f"sm_{here[0]}{here[1]}" in str(told)
+
+
+@functools.cache
+def _sizes(folder: Path) -> dict[str, int]:
+    names = ", ".join(f'{{"{n}", sizeof(alora::{n})}}' for n in LAYOUTS)
+    source = folder / "sizes.cpp"
+    source.write_text(
+        '#include <cstdio>\n#include "params.h"\nstruct { const char* name; size_t size; } all[] = '
+        f'{{{names}}};\nint main() {{ for (auto& a : all) printf("%s %zu\\n", a.name, a.size); }}\n'
+    )
+    program = folder / "sizes"
+    subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
+    out = subprocess.run([program], check=True, capture_output=True, text=True).stdout
+    return {line.split()[0]: int(line.split()[1]) for line in out.splitlines()}
+
+
+def test_layouts_are_the_structs_of_params_h(tmp_path: Path) -> None:
+    assert _sizes(tmp_path) == {name: layout.size for name, layout in LAYOUTS.items()}
