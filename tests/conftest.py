@@ -10,6 +10,14 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exhaustive",
+        action="store_true",
+        help="every combination of a kernel test's factors instead of every pair",
+    )
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Seeds torch afresh; set ALORA_TEST_SEED to repeat a failure."""
