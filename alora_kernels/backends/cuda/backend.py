@@ -28,7 +28,7 @@ def build_report() -> dict[str, Any]:
 @functools.cache
 def _why_not_here() -> str | None:
     try:
-        from ... import _cuda  # type: ignore[attr-defined]
+        from ... import _cuda
     except ImportError as error:
         if BUILD_FILE.exists():
             return f"the extension alora_kernels._cuda does not load: {error}"

@@ -34,7 +34,7 @@ def address_or_number(v: Any) -> int | float:
 
 def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     """Launch on the current stream of the device that the tensors lie on."""
-    from ... import _cuda  # type: ignore[attr-defined]
+    from ... import _cuda
 
     device = next(v for v in fields if isinstance(v, Tensor)).device.index
     maps = len(plan.maps)
