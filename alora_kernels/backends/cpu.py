@@ -64,6 +64,16 @@ class CpuBackend:
         else:
             ys = list(base_outs)
         parts = _parts(call.activation)
+        if not save and len(parts) == 1 and parts[0].rows is WHOLE and _alike(call, x, projections):
+            single = x.reshape(-1) if x.shape[0] == 1 else None  # a vector needs no transposes
+            for p, y, scaling in zip(projections, ys, call.scalings):
+                if single is not None:
+                    y.view(-1).addmv_(p.lora_b, p.lora_a.mv(single), alpha=scaling)
+                else:
+                    y.addmm_(torch.mm(x, p.lora_a.t()), p.lora_b.t(), alpha=scaling)
+                if p.lora_bias is not None:
+                    y.add_(p.lora_bias, alpha=scaling)
+            return ys, None
         begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
         known = call.activation.num_active
@@ -123,6 +133,11 @@ class CpuBackend:
         )
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums of several parts are kept."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class _Sum:
     """Adds partial gradients in the order they come; several of them in float32 or better."""
 
@@ -131,9 +146,15 @@ class _Sum:
     def add(self, part: Tensor) -> None:
         if self.total is None:
             self.total = part
-            return
-        wide = torch.promote_types(part.dtype, torch.float32)
-        self.total = self.total.to(wide).add_(part)
+        else:
+            self.total = self.total.to(_wide(part.dtype)).add_(part)
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """total += left · right, without a temporary where the dtype needs none."""
+        if self.total is not None and left.dtype == _wide(left.dtype):
+            self.total.addmm_(left, right)
+        else:
+            self.add(left @ right)
 
     def result(self, parameter: Tensor) -> Tensor:
         """The sum in the parameter's dtype; zeros when nothing was added."""
@@ -168,10 +189,9 @@ def _outputs_side(
             _scaled_product(rows_dy, b, factor, dya[part.begin : part.end])
         if needs.lora_b[i]:
             assert xa is not None
-            sums[1].add(rows_dy.t() @ _block(xa, part, begin, _rank(p)))  # [N, R]
+            sums[1].add_product(rows_dy.t(), _block(xa, part, begin, _rank(p)))  # [N, R]
         if wants_bias:
-            wide = torch.promote_types(dtype, torch.float32)
-            sums[2].add(rows_dy.sum(0, dtype=wide).mul_(scaling))
+            sums[2].add(rows_dy.sum(0, dtype=_wide(dtype)).mul_(scaling))
 
 
 def _inputs_side(
@@ -195,7 +215,7 @@ def _inputs_side(
                     continue
                 low = whole[part.begin : part.end]  # [n, R]
                 if needs.lora_a[i]:
-                    sums[i][0].add(low.t() @ rows_x)  # [R, K]
+                    sums[i][0].add_product(low.t(), rows_x)  # [R, K]
                 if dx is not None and a is not None and drop is not None:
                     _add_rows(dx, part.rows, (low @ a).masked_fill_(drop, 0))
     if dx is not None and call.dropout_p == 0.0:
@@ -229,6 +249,14 @@ def _base_dx(
             else:
                 _add_product(dx, part.rows, _take(dy, part.rows), weight)
     return dx
+
+
+def _alike(call: Call, x: Tensor, projections: Sequence[Projection]) -> bool:
+    """Whether decoding may take the short way: wide tensors of one dtype, no dropout."""
+    dtype = x.dtype
+    if call.dropout_p != 0.0 or (dtype is not torch.float32 and dtype is not torch.float64):
+        return False
+    return all(p.lora_a.dtype is dtype for p in projections)
 
 
 def _rank(p: Projection) -> int:
