@@ -33,7 +33,11 @@ class Case:
     wants: str = "xab"  # gradients of x, lora_a, lora_b
 
     def __str__(self) -> str:
-        shown = [self.strategy, str(self.dtype).removeprefix("torch."), "x".join(map(str, self.size))]
+        shown = [
+            self.strategy,
+            str(self.dtype).removeprefix("torch."),
+            "x".join(map(str, self.size)),
+        ]
         default = Case()
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -43,7 +47,7 @@ class Case:
 
 
 class Problem:
-    """Random tensors of a case; `run()` calls the package, `exact()` and `torchs()` the reference."""
+    """Random tensors of a case; `run()` calls the package, `expected()` the reference."""
 
     def __init__(self, case: Case, device: str, seed: int) -> None:
         self.case = case
@@ -66,7 +70,9 @@ class Problem:
         self.bases = [random(m, n) for _ in range(case.count)]
         self.layers = []
         for i in range(case.count):
-            weight = random(k, n, scale=k**-0.5).t() if case.strided else random(n, k, scale=k**-0.5)
+            weight = (
+                random(k, n, scale=k**-0.5).t() if case.strided else random(n, k, scale=k**-0.5)
+            )
             self.layers.append((
                 weight, random(n) if i != 1 else None,
                 random(r, k, scale=k**-0.5, to=adapter), random(n, r, scale=r**-0.5, to=adapter),

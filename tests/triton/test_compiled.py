@@ -26,10 +26,17 @@ K = N = 4096
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
+@pytest.fixture(autouse=True)
+def as_many_processors_as_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "processors", lambda device: 132)
+
+
 class Tensors:
     """Operands of one layer at a real size: allocated, never touched."""
 
-    def __init__(self, rows: int, rank: int, dtype: torch.dtype, adapter: torch.dtype, odd: int = 0):
+    def __init__(
+        self, rows: int, rank: int, dtype: torch.dtype, adapter: torch.dtype, odd: int = 0
+    ):
         self.rows, self.rank, self.dtype = rows, rank, dtype
         self.x = torch.empty(rows, K + odd, dtype=dtype)[:, :K]
         self.weight = torch.empty(N, K + odd, dtype=dtype)[:, :K]
@@ -191,9 +198,7 @@ def test_ieee_float32(arch: int, rows: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [16, 256])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_tf32_when_torch_allows_it(
-    arch: int, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tf32_when_torch_allows_it(arch: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "float32_precision", lambda: "tf32")
     tensors = Tensors(rows, 64, torch.float32, torch.float32)
     for name in ("tail forward", "tail dx, dropout", "onepass forward"):
@@ -220,7 +225,11 @@ def test_spills_are_found() -> None:
 @pytest.mark.parametrize("arch", [0, *configs.SHARED_LIMIT])
 def test_pipelined_tiles_fit_shared_memory(arch: int) -> None:
     limit = configs.SHARED_LIMIT.get(arch, configs.GENERIC_LIMIT)
-    for dtype, precision in ((torch.bfloat16, ""), (torch.float32, "ieee"), (torch.float32, "tf32")):
+    for dtype, precision in (
+        (torch.bfloat16, ""),
+        (torch.float32, "ieee"),
+        (torch.float32, "tf32"),
+    ):
         for _, config in configs.gemm_table(arch, dtype, precision):
             assert config.shared_bytes(dtype.itemsize, configs.MAX_ONEPASS_RANK) <= limit
             for found in configs.gemm_candidates(config, arch, dtype)[1:]:

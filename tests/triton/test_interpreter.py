@@ -12,13 +12,14 @@ import pytest
 from .conftest import CHOSEN
 
 HERE = Path(__file__).parent
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
 
 
 @pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
 @pytest.mark.parametrize("name", ["test_linear.py", "test_numerics.py"])
 def test_in_the_interpreter(name: str) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", str(HERE / name)],
+        [*PYTEST, str(HERE / name)],
         env={**os.environ, "ALORA_TRITON_MODE": "interpret", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -65,7 +65,9 @@ class TritonBackend:
             if problem.dropout and not problem.backward:
                 return "with dropout the base and the adapter read different inputs: no 'onepass'"
             if rank > MAX_ONEPASS_RANK:
-                return f"rank {rank} is above the {MAX_ONEPASS_RANK} columns that 'onepass' can hold"
+                return (
+                    f"rank {rank} is above the {MAX_ONEPASS_RANK} columns that 'onepass' can hold"
+                )
         return None
 
     def forward(

@@ -64,16 +64,19 @@ GEMM: dict[int, tuple[Row, ...]] = {
     100: _rows(_HOPPER),
     120: _rows(_SMALL),
 }
-GEMM_IEEE = ((16, Config(16, 64, 32, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
-GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 128, 32, 4, 3)))
+# FMA holds a whole K step of both operands in registers; tf32 fragments are twice as large.
+GEMM_IEEE = ((16, Config(16, 64, 16, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
+GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
+# Rows that are no multiple of 16 bytes: every element has its own pointer, so tiles are small.
+GEMM_UNALIGNED = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 
 FEW_ACTIVE = 16
 SHRINK = Config(32, 64, 64, 4, 4)
-SHRINK_FEW = Config(16, 64, 128, 4, 4)
+SHRINK_FEW = Config(16, 64, 64, 4, 5)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
-EXPAND_FLOAT32 = Config(32, 64, 32, 4, 2)
-GRAD = Config(32, 64, 64, 4, 3)
+EXPAND_FLOAT32 = Config(32, 64, 16, 4, 2)
+GRAD = Config(64, 64, 64, 4, 2)
 GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
 REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
@@ -84,11 +87,13 @@ def rank_block(rank: int, limit: int = 64) -> int:
     return min(max(16, 1 << (rank - 1).bit_length()), limit)
 
 
-def gemm_table(arch: int, dtype: torch.dtype, precision: str) -> tuple[Row, ...]:
+def gemm_table(
+    arch: int, dtype: torch.dtype, precision: str, aligned: bool = True
+) -> tuple[Row, ...]:
     """The configs of `gemm` for one arch, by rows."""
     if dtype == torch.float32:
         return GEMM_IEEE if precision == "ieee" else GEMM_TF32
-    return GEMM.get(arch, GENERIC)
+    return GEMM.get(arch, GENERIC) if aligned else GEMM_UNALIGNED
 
 
 def gemm_config(
@@ -97,24 +102,40 @@ def gemm_config(
     dtype: torch.dtype,
     precision: str,
     *,
+    aligned: bool = True,
     lora: str = "none",
+    rank: int = 0,
     dropout: bool = False,
 ) -> Config:
     """Config of `gemm` with M = `rows`, narrowed where registers would spill.
 
     Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
-    of sums; on Blackwell the sums of `onepass` pass through registers on their way to tensor memory.
+    of sums. On Blackwell the sums of `onepass` pass through registers on their way to tensor
+    memory; four warps hold low of at most 32 columns beside 128 of the output.
     """
-    table = gemm_table(arch, dtype, precision)
+    table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
     widest = config.block_n
-    if dropout:
+    if dropout and dtype == torch.float32 and precision == "ieee":
+        widest = 32
+    elif dropout:
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
+    elif lora == "onepass" and config.warps == 4 and rank > 32:
+        widest = 64
     elif lora == "onepass" and arch == 100:
         widest = 128
     if config.block_n > widest:
         return dataclasses.replace(config, block_n=widest)
     return config
+
+
+def is_aligned(strides: Sequence[int], address: int, itemsize: int) -> bool:
+    """Whether a matrix can be read 16 bytes at a time, along its rows or its columns."""
+    return (
+        1 in strides
+        and address % 16 == 0
+        and all(stride == 1 or stride * itemsize % 16 == 0 for stride in strides)
+    )
 
 
 def gemm_candidates(default: Config, arch: int, dtype: torch.dtype) -> list[Config]:
@@ -132,8 +153,9 @@ def gemm_candidates(default: Config, arch: int, dtype: torch.dtype) -> list[Conf
 
 
 def gemm_rank_block(rank: int, config: Config, lora: str) -> int:
-    """Columns of low in one step: all of them with `onepass`, else at most a K step."""
-    return rank_block(max(rank, 1), MAX_ONEPASS_RANK if lora == "onepass" else config.block_k)
+    """Columns of low in one step: all of them with `onepass`, else at most a K step or 32."""
+    limit = MAX_ONEPASS_RANK if lora == "onepass" else min(config.block_k, 32)
+    return rank_block(max(rank, 1), limit)
 
 
 def shrink_config(active: int, dtype: torch.dtype) -> Config:

@@ -59,6 +59,25 @@ def _k_steps(
     return acc, low_acc
 
 
+@triton.jit
+def _expand(
+    acc, low, up, n, r, N, R, stride_ur, stride_un, DTYPE: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc + low · up, low `[BLOCK_M, BLOCK_R]` rounded to DTYPE."""
+    if (DTYPE == tl.float32) and (PRECISION == "ieee"):  # noqa: SIM300
+        # FMA would hold both operands in registers: one column at a time instead.
+        for j in range(0, R):
+            column = tl.sum(tl.where(r[None, :] == j, low, 0.0), 1)  # [BLOCK_M]
+            at = up + tl.full((), j, tl.int64) * stride_ur + n * stride_un
+            row = tl.load(at, mask=n < N, other=0.0).to(tl.float32)  # [BLOCK_N]
+            acc += column[:, None] * row[None, :]
+    else:
+        at = up + r[:, None] * stride_ur + n[None, :] * stride_un
+        b = tl.load(at, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
+        acc = dot(low.to(DTYPE), b.to(DTYPE), acc, PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "split_depth", "threshold"])
 def masked_lora_gemm_kernel(
     left, right, bias, down, low, up, lora_bias, out, row_adapter, seed, scaling, threshold,
@@ -116,13 +135,14 @@ def masked_lora_gemm_kernel(
         if any_active:
             # Select, do not multiply: NaN of an inactive row must not leak.
             low_acc = tl.where(active[:, None], low_acc * scaling, 0.0)
-            at = up + r[:, None] * stride_ur + n[None, :] * stride_un
-            b = tl.load(at, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0).to(DTYPE)
             if DROPOUT:
-                delta = dot(low_acc.to(DTYPE), b, tl.zeros_like(acc), PRECISION)
+                delta = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                delta = _expand(
+                    delta, low_acc, up, n, r, N, R, stride_ur, stride_un, DTYPE, PRECISION
+                )
                 acc += tl.where(keep_tile(seed, threshold, m, first_n, BLOCK_N), delta, 0.0)
             else:
-                acc = dot(low_acc.to(DTYPE), b, acc, PRECISION)
+                acc = _expand(acc, low_acc, up, n, r, N, R, stride_ur, stride_un, DTYPE, PRECISION)
         if STORE_LOW:  # noqa: SIM102
             if tile_n == 0:
                 at = low + (split.to(tl.int64) * M + m[:, None]) * stride_wm + r[None, :]

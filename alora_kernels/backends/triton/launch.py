@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -111,9 +110,9 @@ def reduce(
     bias: Tensor | None = None, lora_bias: Tensor | None = None, scaling: float = 1.0,
     add: bool = False,
 ) -> None:  # fmt: skip
-    """out = [out +] Σ_s part[s] [+ bias] [+ scaling · mask ⊙ lora_bias]; part `[S, I, J]`.
+    """out = [out +] Σ_s part[s] [+ bias] [+ scaling · mask ⊙ lora_bias]; part `[S, H, W]`.
 
-    `active`: only the first active_count of the I rows exist; `rows`: row i goes to active_rows[i].
+    `active`: only the first active_count of the H rows exist; `rows`: row i goes to active_rows[i].
     """
     splits, height, width = part.shape
     act = call.activation
@@ -143,7 +142,7 @@ def expand_add(
         rank, low.stride(0), *right.stride(), *out.stride(), COMPACT=compact,
         HAS_BIAS=bias is not None, DROPOUT=on, DTYPE=TL[low.dtype],
         PRECISION=target.float32_precision(), BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n,
-        BLOCK_R=rank_block(rank), **_options(cfg),
+        BLOCK_R=rank_block(rank, cfg.block_k), **_options(cfg),
     )  # fmt: skip
 
 
@@ -174,8 +173,9 @@ def gemm(
         )  # fmt: skip
 
     cfg = configs.gemm_config(
-        arch, rows, left.dtype, precision, lora=lora, dropout=dropout
-    )
+        arch, rows, left.dtype, precision, aligned=_aligned(left) and _aligned(right), lora=lora,
+        rank=rank, dropout=dropout,
+    )  # fmt: skip
     if tune.enabled() and not (add or target.interpreting()):
         key = (
             arch, lora, dropout, active_only, str(left.dtype), precision, tune.bucket(rows), width,
@@ -240,6 +240,10 @@ def _gemm(
             reduce(to_low, low, call)
 
 
+def _aligned(t: Tensor) -> bool:
+    return configs.is_aligned(t.stride(), t.data_ptr(), t.element_size())
+
+
 def _describable(arch: int, t: Tensor) -> bool:
     return configs.can_describe(arch, t.shape, t.stride(), t.data_ptr(), t.element_size())
 
@@ -262,7 +266,7 @@ def grad(
     splits, each = _grad_splits(call, wide.device, tiles[0] * tiles[1], cfg)
     part, part_sums = _grad_parts(splits, out, sums)
     on, seed, threshold = _drop(call, dropout)
-    masked_lora_grad_kernel[(*tiles, splits)](
+    masked_lora_grad_kernel[(tiles[0], tiles[1], splits)](
         wide, low, part, part_sums, act.active_rows, act.active_count, seed, scaling, threshold,
         width, rank, each * cfg.block_m, *wide.stride(), low.stride(0), out.numel(),
         *((1, width) if transposed else (rank, 1)), DROPOUT=on, SUMS=sums is not None,

@@ -72,6 +72,4 @@ def masked_lora_shrink_kernel(
     # The columns that pad a projection to 16 elements become zeros.
     padded = tl.cdiv(rank, 16) * 16
     at = out + to[:, None] * stride_om + column + r[None, :]
-    tl.store(
-        at, (acc * scale).to(out.dtype.element_ty), mask=here[:, None] & (r[None, :] < padded)
-    )
+    tl.store(at, (acc * scale).to(out.dtype.element_ty), mask=here[:, None] & (r[None, :] < padded))
