@@ -34,7 +34,8 @@ def save_session(session: Session, folder: Path) -> Path:
         kinds = sorted({type(layer).__name__ for layer in session._cache.layers})
         raise TypeError(f"Session.save: only keys and values can be saved, not {', '.join(kinds)}")
     tensors = {}
-    for i, layer in enumerate(session._cache.layers):
+    layers: list[Any] = list(session._cache.layers)
+    for i, layer in enumerate(layers):
         if layer.keys is not None:
             tensors[f"{i}.keys"] = layer.keys.contiguous()
             tensors[f"{i}.values"] = layer.values.contiguous()
@@ -81,7 +82,8 @@ def load_session(session: Session, folder: Path) -> None:
     tensors = load_file(folder / "cache.safetensors")
     cache = DynamicCache(config=session.base.config)
     length = int(header["cached_length"])
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = list(cache.layers)
+    for i, layer in enumerate(layers):
         if length == 0:
             break
         keys, values = (tensors.get(f"{i}.{name}") for name in ("keys", "values"))

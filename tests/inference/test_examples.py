@@ -193,3 +193,17 @@ def test_the_hub_is_asked_before_training(
 def test_bad_flags_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(folder, "--val_set_size", "12") == 2
     assert "leaves nothing of 12 rows" in capsys.readouterr().out
+
+
+def test_kv_reuse_runs_each_step_on_the_cache(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base_model("gemma3", 6, max_position_embeddings=2048).save_pretrained(tmp_path / "base")
+    tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
+    script = importlib.import_module("kv_reuse")
+    flags = ["--base_model", str(tmp_path / "base"), "--repeat", "1", "--max_new_tokens", "2"]
+    assert script.main([*flags, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    cached = int(re.search(r"The cache holds (\d+) tokens, once", printed).group(1))  # type: ignore[union-attr]
+    assert cached > len(script.DOCUMENT) + len(script.QUESTION)
+    assert printed.count("base answers") == 2 and "3 adapters in one batch" in printed
