@@ -341,6 +341,12 @@ def _check_options(
         )
 
 
+def check_call(x: Tensor, projections: list[Projection], activation: Activation) -> None:
+    """Raise what `alora_linear_group` would for these tensors."""
+    grad = torch.is_grad_enabled()
+    _check_tensors("alora_linear_group", x, projections, activation, None, grad)
+
+
 def _check_tensors(
     name: str,
     x: Tensor,

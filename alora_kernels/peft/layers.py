@@ -14,7 +14,10 @@ from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..activation import Activation
+from ..backends import Projection
 from ..functional import alora_add, alora_linear, alora_linear_group
+from ..prepared import Prepared
 from .ambient import ForwardState, Pending, current_state
 
 if TYPE_CHECKING:
@@ -120,6 +123,7 @@ class AcceleratedLayer:
     alora_group: Group | None
     alora_index: int
     alora_fused: bool  # the class's base may be computed together with the adapter
+    alora_ready: dict[str, Prepared]  # by adapter: what a call without gradient needs not do again
     alora_strange: dict[str, str]  # adapters that keep PEFT's arithmetic, and why
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -164,6 +168,12 @@ class AcceleratedLayer:
             lora_a, lora_b, lora_bias, dropout_p = parts
             activation = state.activation_for(name, x)
             if y is None and weights is not None:
+                if dropout_p == 0.0:
+                    one = [Projection(*weights, lora_a, lora_b, lora_bias)]
+                    single = self._prepared(name, one, [self.scaling[name]], x, activation)
+                    if single is not None:
+                        y = single[0]
+                        continue
                 y = alora_linear(
                     x,
                     *weights,
@@ -197,7 +207,8 @@ class AcceleratedLayer:
         self, x: Tensor, name: str, state: ForwardState, group: Group
     ) -> Tensor | None:
         """Compute all members' outputs and return mine; None when they cannot go together."""
-        projections, indices, probability = [], [], -1.0
+        projections: list[Projection] = []
+        scalings, indices, probability = [], [], -1.0
         for layer in group.members:
             if layer._disable_adapters or layer.merged_adapters:
                 return None
@@ -213,23 +224,51 @@ class AcceleratedLayer:
             if probability not in (-1.0, dropout_p):
                 return None
             probability = dropout_p
-            projections.append((*weights, lora_a, lora_b, layer.scaling[name], lora_bias))
+            projections.append(Projection(*weights, lora_a, lora_b, lora_bias))
+            scalings.append(layer.scaling[name])
             indices.append(layer.alora_index)
         if len(indices) < 2:
             return None
         if state.pending is not None:
             state.pending.group.dissolve("not all of them are called")
-        outputs = alora_linear_group(
-            x,
-            projections,
-            state.activation_for(name, x),
-            dropout_p=probability,
-            **self.alora_owner.options,
-        )
+        activation = state.activation_for(name, x)
+        outputs = None
+        if probability == 0.0:
+            outputs = self._prepared(name, projections, scalings, x, activation)
+        if outputs is None:
+            outputs = alora_linear_group(
+                x,
+                [
+                    (p.weight, p.bias, p.lora_a, p.lora_b, s, p.lora_bias)
+                    for p, s in zip(projections, scalings)
+                ],
+                activation,
+                dropout_p=probability,
+                **self.alora_owner.options,
+            )
         waiting = dict(zip(indices, outputs))
         y = waiting.pop(self.alora_index)
         state.pending = Pending(group, x, waiting)
         return y
+
+    def _prepared(
+        self,
+        name: str,
+        projections: list[Projection],
+        scalings: list[float],
+        x: Tensor,
+        activation: Activation,
+    ) -> tuple[Tensor, ...] | None:
+        """The outputs by the short way of inference, or None."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        prepared = self.alora_ready.get(name)
+        if prepared is None or not prepared.holds(projections, scalings):
+            if projections[0].weight._is_view():  # type: ignore[union-attr]
+                return None  # a transposed weight is a new tensor in every call
+            prepared = Prepared(projections, scalings, self.alora_owner.options)
+            self.alora_ready[name] = prepared
+        return prepared.run(x, activation)
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""

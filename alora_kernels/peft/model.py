@@ -35,7 +35,7 @@ from .refusal import check_adapter_folder, check_config, invocation_of
 
 logger = logging.getLogger("alora_kernels")
 OURS = "_alora_acceleration"
-LAYER_FIELDS = ("owner", "group", "index", "fused", "strange")
+LAYER_FIELDS = ("owner", "group", "index", "fused", "strange", "ready")
 
 
 def accelerate(
@@ -235,7 +235,7 @@ def adopt(owner: Acceleration) -> None:
         fused = type(layer).__name__ == "Linear"
         strange = strange_adapters(layer)
         layer.__class__ = accelerated_class(type(layer), AcceleratedLayer)
-        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused, strange)):
+        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused, strange, {})):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
     served = {path: owner.layers[path] for path in owner.served}

@@ -1,0 +1,93 @@
+"""Prepared: projections that are checked once and then called many times without a gradient.
+
+Decoding calls the same small layers again and again, and the host's checks and choices cost more
+than the arithmetic. What depends on the layer alone is done once here; what depends on the call is
+checked in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+from .backends import Backend, Call, Projection
+from .dispatch import choose, problem_of
+from .functional import MAX_DIM, check_call
+
+KEPT = 256  # choices kept for each group
+
+
+class Prepared:
+    """A group of masked-LoRA linears of one x, for inference.
+
+    Args:
+        projections, scalings: the group, as `alora_linear_group` takes it.
+        options: `adapter_precision`, `strict_inactive`, `backend`, `strategy`.
+
+    `run` never changes a result: it computes what `alora_linear_group` would, or nothing.
+    """
+
+    def __init__(
+        self, projections: Sequence[Projection], scalings: Sequence[float], options: dict[str, Any]
+    ) -> None:
+        self.projections = list(projections)
+        self.scalings = tuple([float(s) for s in scalings])
+        self.call = Call(
+            None,  # type: ignore[arg-type]  # each run has its own
+            self.scalings,
+            adapter_precision=options.get("adapter_precision", "compute"),
+            strict_inactive=options.get("strict_inactive", False),
+            backend=options.get("backend", "auto"),
+            strategy=options.get("strategy", "auto"),
+        )
+        self.chosen: dict[tuple[Any, ...], tuple[Backend, str]] = {}
+
+    def holds(self, projections: Sequence[Projection], scalings: Sequence[float]) -> bool:
+        """Whether these are the very tensors and scalings that were prepared."""
+        for mine, other in zip(self.projections, projections):
+            if (
+                mine[0] is not other[0]
+                or mine[1] is not other[1]
+                or mine[2] is not other[2]
+                or mine[3] is not other[3]
+                or mine[4] is not other[4]
+            ):
+                return False
+        return self.scalings == tuple(scalings) and len(projections) == len(self.projections)
+
+    def run(self, x: Tensor, activation: Activation) -> tuple[Tensor, ...] | None:
+        """The outputs `[..., N]`, or None where the ordinary call has to be made.
+
+        The ordinary call is needed for gradients, autocast, tracing, and whatever has not been
+        checked yet in this dtype and on this device.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        device, shape = x.device, x.shape
+        if torch.is_autocast_enabled(device.type) or len(shape) > MAX_DIM:
+            return None
+        count = activation.num_rows
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        first = self.projections[0].lora_a
+        key = (count, shape[-1], activation.planned_active, x.dtype, first.dtype, device)
+        found = self.chosen.get(key)
+        if found is None:
+            check_call(x, self.projections, activation)
+            call = self.call._replace(activation=activation)
+            problem = problem_of(call, rows, self.projections, False, backward=False)
+            if len(self.chosen) >= KEPT:
+                self.chosen.clear()
+            found = self.chosen[key] = choose(problem, call.backend, call.strategy)
+        elif rows.shape[0] != count or activation.row_adapter.device != device:
+            check_call(x, self.projections, activation)  # says what is wrong
+        backend, strategy = found
+        call = Call(activation, *self.call[1:])
+        ys, _ = backend.forward(call, strategy, rows, self.projections, None, False)
+        if len(shape) == 2:
+            return tuple(ys)
+        lead = shape[:-1]
+        return tuple([y.view(*lead, y.shape[-1]) for y in ys])
