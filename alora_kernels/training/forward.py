@@ -103,6 +103,10 @@ def prefix_forward(
     if prefix != "full":
         asked = {"prefix_loss": True} if prefix_loss else {}
         check_prefix(model, {**inputs, **asked})
+    if not hasattr(unwrap(model), "active_peft_config"):
+        raise TypeError(
+            f"prefix_forward: model must be a PeftModel, got {type(unwrap(model)).__name__}"
+        )
     layout = plan_layout(input_ids, attention_mask, labels, starts, _invocation(model))
     if layout.inactive and labels is not None:
         _warn_inactive(layout)
@@ -207,6 +211,9 @@ def _lend(
             if layers is not None:
                 found[b] = layers
         missing = [b for b in missing if b not in found]
+    # Rows that share a prefix share its pass.
+    twins = {b: next(a for a in missing if keys.get(a) == keys[b]) for b in missing if keys}
+    missing = [b for b in missing if twins.get(b, b) == b]
     call.windows = attention_windows(call.model)
     longest = max((layout.rows[b].prefix for b in missing), default=0)
     passes = -(-longest // chunk_size)
@@ -231,6 +238,7 @@ def _lend(
     if store is not None:
         for b in missing:
             store.put(keys[b], found[b])
+    found.update({b: found[a] for b, a in twins.items()})
     some = next(iter(found.values()))
     empty = [(k.new_empty(k.shape[0], 0, k.shape[2]), v.new_empty(v.shape[0], 0, v.shape[2]))
              for k, v in some]  # fmt: skip

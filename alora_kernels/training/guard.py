@@ -19,7 +19,6 @@ _DROPOUTS = (
     "attn_dropout",
     "attn_pdrop",
     "activation_dropout",
-    "classifier_dropout",
     "dropout",
     "embd_pdrop",
     "hidden_dropout",

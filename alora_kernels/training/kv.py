@@ -47,6 +47,11 @@ class _Layer(CacheLayerMixin):
         raise NotImplementedError(f"{type(self).__name__} cannot be reset")
 
 
+def _count(query: int | Tensor) -> int:
+    """The number of queries; before version 5 transformers hands over their positions."""
+    return query if isinstance(query, int) else int(query.shape[0])
+
+
 class _CollectLayer(_Layer):
     """Appends chunks of right-padded prefixes; keeps of a sliding layer what a row may still need.
 
@@ -85,9 +90,9 @@ class _CollectLayer(_Layer):
     def get_seq_length(self) -> int:
         return self.seen
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         offset = 0 if self.window is None else max(self.seen - self.window + 1, 0)
-        return self.seen - offset + query_length, offset
+        return self.seen - offset + _count(query_length), offset
 
     def row(self, b: int, length: int) -> KeyValue:
         """Row `b`'s last `min(length, window − 1)` keys and values, `[H, n, D]`."""
@@ -162,8 +167,8 @@ class _ReadOnlyLayer(_Layer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.stored + query_length, self.length - self.stored
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return self.stored + _count(query_length), self.length - self.stored
 
 
 class ReadOnlyPrefix(Cache):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from models import INVOCATION, KINDS, alone, gradients, make_batch, make_model, worst
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alora_kernels.training import PrefixStore, prefix_forward
 
@@ -73,6 +75,13 @@ def test_eager_attention_padded_float32(kind, seed):
     assert error(mine) <= 2 * error(full)
 
 
+keeps_cache = pytest.mark.skipif(
+    not hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache"),
+    reason="this transformers drops the cache under gradient checkpointing, which is refused",
+)
+
+
+@keeps_cache
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind, reentrant, seed):
@@ -90,6 +99,7 @@ def test_gradient_checkpointing(kind, reentrant, seed):
             assert abs(prefix_forward(model, *batch).loss - loss) <= EXACT * loss
 
 
+@keeps_cache
 def test_checkpointing_recomputes_the_layers(seed):
     """The suffix really is checkpointed: layers run again in backward."""
     model = make_model(seed=seed)
@@ -299,3 +309,38 @@ def test_bfloat16_base_with_float32_adapter(seed):
     error = [sum(float((d[n] - want_grads[n]).square().sum()) for n in d) ** 0.5 for d in as_double]
     assert error[1] <= 2 * error[0]
     assert abs(mine.double() - want) <= 2 * abs(full.double() - want) + 2**-8 * want
+
+
+COMMON = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+}
+OTHERS = {
+    "Cohere2Config": {**COMMON, "sliding_window": 8},
+    "GPT2Config": {
+        "vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256,
+        "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+    },
+    "GPTNeoXConfig": {k: v for k, v in COMMON.items() if k != "num_key_value_heads"},
+    "GraniteConfig": COMMON,
+    "Olmo2Config": COMMON,
+    "Phi3Config": COMMON,
+    "Qwen2Config": COMMON,
+    "SmolLM3Config": COMMON,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures(name, seed):
+    model = make_model(config=getattr(transformers, name)(**OTHERS[name]), seed=seed)
+    batch = make_batch([(20, 6), (11, 9), (0, 7)], "left", seed)
+    loss, grads = alone(model, *batch)
+    got, got_grads = run(model, batch, "no_grad", chunk_size=8)
+    assert abs(got - loss) <= EXACT * loss
+    assert worst(got_grads, grads) <= EXACT

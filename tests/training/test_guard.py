@@ -60,6 +60,8 @@ def test_not_a_peft_model():
     base = AutoModelForCausalLM.from_config(base_config("llama"))
     with pytest.raises(PrefixError, match="not a PeftModel"):
         prefix_forward(base, *BATCH)
+    with pytest.raises(TypeError, match="must be a PeftModel, got LlamaForCausalLM"):
+        prefix_forward(base, *BATCH, "full")
 
 
 def test_bidirectional_attention():

@@ -52,6 +52,22 @@ def test_stored_values_are_copies(seed):
     assert held == need
 
 
+def test_rows_that_share_a_prefix_share_its_pass(seed):
+    model = make_model(seed=seed)
+    ids, mask, labels = make_batch([(16, 6), (9, 6), (16, 8)], seed=seed)
+    ids[2, :16] = ids[0, :16]
+    rows = []
+    model.get_base_model().register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    store = PrefixStore()
+    loss = step(model, (ids, mask, labels), store)
+    assert rows == [2, 3]  # prefixes, suffixes
+    assert len(store) == 2
+    plain = prefix_forward(model, ids, mask, labels).loss
+    assert abs(loss - plain) <= 1e-12 * plain
+
+
 @pytest.mark.parametrize("edit", ["in_place", "data", "replaced", "buffer"])
 def test_a_changed_base_is_never_served_stale(edit, seed):
     model, batch = make_model(seed=seed), make_batch(ROW, seed=seed)
