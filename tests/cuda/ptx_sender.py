@@ -70,7 +70,8 @@ class PtxSender:
     def __init__(self, arch: str = "sm_80", reverse: bool = False) -> None:
         self.arch, self.reverse = arch, reverse
         self.kernels: list[str] = []
-        self.counts: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
+        self.reports: dict[str, Any] = {}
 
     def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
         machine = Machine(1 << 27)
@@ -105,3 +106,10 @@ class PtxSender:
             flat.copy_(torch.from_numpy(machine.get(base)))
         self.kernels.append(plan.kernel)
         self.counts[plan.kernel] = dict(machine.count)
+        self.reports[plan.kernel] = machine.reports[-1]
+
+    def traffic(self, kernel: str, opcode: str, what: str) -> int:
+        """Sum of `what` ("bytes", "wavefronts", "ideal") over instructions that begin so."""
+        report = self.reports[kernel]
+        lines = {i.line for i in report.kernel.code if ".".join(i.op).startswith(opcode)}
+        return sum(getattr(t, what) for line, t in report.by_line.items() if line in lines)
