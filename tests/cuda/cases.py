@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from alora_kernels.backends import Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.reference import alora_linear_reference
 
-from .ptx_sender import PtxSender
+from .ptx_sender import CSRC, PtxSender
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,13 @@ def _laid_out(case: Case, values: Tensor, weight: bool = False) -> Tensor:
     return values
 
 
-def run(case: Case, seed: int, backward: bool = True) -> PtxSender:
+def run(
+    case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False
+) -> PtxSender:
     """Fails unless every result is at most twice as far from the truth as PyTorch's own.
 
-    Without `backward` only the outputs are made, as for inference.
+    Without `backward` only the outputs are made, as for inference. With `gpu` the kernels are
+    launched; the caller makes the GPU torch's default device.
     """
     dtype, m, k, n, r = case.dtype, case.m, case.k, case.n, case.r
     adapter = torch.float32 if case.adapter == "fp32" else dtype
@@ -126,8 +130,10 @@ def run(case: Case, seed: int, backward: bool = True) -> PtxSender:
         grads = torch.autograd.grad(outs, leaves, [d.to(dt) for d in dys], allow_unused=True)
         return [*outs, *grads]
 
-    sender = PtxSender(case.arch, case.reverse)
-    backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))
+    sender = PtxSender(case.arch, case.reverse, csrc)
+    backend = CudaBackend()
+    if not gpu:
+        backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))
     given = [torch.zeros(m, n, dtype=dtype) for _ in projections] if case.add else None
     todo = [p._replace(weight=None, bias=None) if case.add else p for p in projections]
     ys, xa = backend.forward(call, case.strategy, x, todo, given, backward)

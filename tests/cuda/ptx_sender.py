@@ -25,30 +25,30 @@ NVCC = shutil.which("nvcc")
 
 
 @functools.cache
-def _sources() -> str:
+def _sources(csrc: Path) -> str:
     """A digest of everything that PTX depends on."""
-    files = sorted(p for p in CSRC.iterdir() if p.suffix in (".cu", ".cuh", ".h"))
+    files = sorted(p for p in csrc.iterdir() if p.suffix in (".cu", ".cuh", ".h"))
     return hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()[:16]
 
 
-def compiled(source: str, arch: str, form: str) -> Path:
+def compiled(source: str, arch: str, form: str, csrc: Path = CSRC) -> Path:
     """`csrc/<source>` for `arch` as "ptx" or "cubin", made once for each state of the sources."""
     assert NVCC is not None
-    folder = Path(tempfile.gettempdir()) / f"alora_kernels_{_sources()}"
+    folder = Path(tempfile.gettempdir()) / f"alora_kernels_{_sources(csrc)}"
     folder.mkdir(exist_ok=True)
     out = folder / f"{source}.{arch}.{form}"
     if not out.exists():
         part = out.with_suffix(f".{np.random.SeedSequence().entropy:x}")
         flags = ["-std=c++17", "-O3", f"-{form}", f"-arch={arch}", "-o", str(part)]
-        subprocess.run([NVCC, *flags, str(CSRC / source)], check=True)
+        subprocess.run([NVCC, *flags, str(csrc / source)], check=True)
         part.rename(out)
     return out
 
 
 @functools.cache
-def module(source: str, arch: str) -> Module:
+def module(source: str, arch: str, csrc: Path) -> Module:
     """The PTX of `csrc/<source>` for `arch`."""
-    return Module(compiled(source, arch, "ptx").read_text())
+    return Module(compiled(source, arch, "ptx", csrc).read_text())
 
 
 def source_of(kernel: str) -> str:
@@ -67,8 +67,8 @@ class PtxSender:
     `reverse` runs the blocks in the opposite order: a result that depends on it is a race.
     """
 
-    def __init__(self, arch: str = "sm_80", reverse: bool = False) -> None:
-        self.arch, self.reverse = arch, reverse
+    def __init__(self, arch: str = "sm_80", reverse: bool = False, csrc: Path = CSRC) -> None:
+        self.arch, self.reverse, self.csrc = arch, reverse, csrc
         self.kernels: list[str] = []
         self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
         self.reports: dict[str, Any] = {}
@@ -95,7 +95,7 @@ class PtxSender:
         for v in fields[len(plan.maps) :]:
             values.append(0 if v is None else address(v) if isinstance(v, Tensor) else v)
         blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
-        loaded = module(source_of(plan.kernel), self.arch)
+        loaded = module(source_of(plan.kernel), self.arch, self.csrc)
         kernel = loaded.kernels[plan.kernel]
         assert kernel.params[0][2] == len(blob), "params.h and layouts.py disagree"
         machine.launch(

@@ -1,0 +1,73 @@
+"""The tests can fail: each seeded fault in a kernel is found, by interpreter or reference."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from ..ptx import PtxError
+from .cases import Case, run
+from .ptx_sender import CSRC
+
+pytestmark = [pytest.mark.ptx, pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    case: Case
+    found: str  # what the error says
+
+
+TAIL = Case("tail", m=40, k=200, n=136, r=16)
+HOPPER = Case("tail", m=130, k=72, n=136, r=16, arch="sm_90a", machine=1)
+DECODE = Case("onepass", m=4, k=1032, n=72, r=16, machine=4)
+
+MUTANTS = [
+    Mutant("reads a stage too early", "gemm.cuh",
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      const bool more",
+           "      wait_copies<kStages - 1>();\n      __syncthreads();\n      const bool more",
+           TAIL, "has not been waited for"),
+    Mutant("overwrites a stage in use", "gemm.cuh",
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      const bool more",
+           "      wait_copies<kStages - 2>();\n      const bool more", TAIL, "race"),
+    Mutant("reads low of inactive rows", "gemm.cuh", "is_active(row) && r < columns",
+           "m0 + row < p.m && r < columns", TAIL, "error nan"),
+    Mutant("hands a stage back before its products end", "gemm_sm90.cuh",
+           "        wgmma_wait<0>();\n        release(ring.stage);\n      }\n      finish",
+           "        release(ring.stage);\n        wgmma_wait<0>();\n      }\n      finish",
+           Case("tail", m=130, k=600, n=136, r=16, arch="sm_90a", machine=1), "race"),
+    Mutant("stores a tile without the proxy fence", "gemm_sm90.cuh",
+           "      fence_async_proxy();\n      sync_some<128>(2 + group);",
+           "      sync_some<128>(2 + group);", HOPPER, "proxy"),
+    Mutant("reads parts before they are there", "decode.cu",
+           "    if (!last) return;\n", "", DECODE, ""),
+    Mutant("leaves the counter as it is", "decode.cu",
+           "    if (tid == 0) p.arrived[blockIdx.x] = 0;\n", "", DECODE, "counter"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_is_found(mutant: Mutant, tmp_path: Path, seed: int) -> None:
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    text = (csrc / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, "the mutant no longer applies"
+    (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
+    with pytest.raises((PtxError, AssertionError)) as caught:
+        run(mutant.case, seed, backward=False, csrc=csrc)
+        _assert_counters_are_zero()
+    assert mutant.found in str(caught.value)
+
+
+def _assert_counters_are_zero() -> None:
+    from alora_kernels.backends.cuda import launch
+
+    counters = list(launch._arrived.values())
+    launch._arrived.clear()
+    assert all((t == 0).all() for t in counters), "a counter was not set back"
