@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 
 
@@ -205,4 +204,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -347,11 +347,11 @@ class Barriers(Atomics):
             name = f"barrier {bid}" if slot >= 0 else "cluster barrier"
             block = self.blocks[max(slot, 0)][1]
             out.append(f"{name} of block {block}: {b.arrived} of {b.expected} threads arrived")
-        for b in self.mbars.values():
-            if b.waiting or b.pending != b.count or b.tx:
-                block = self.blocks[b.at // self.stride][1]
+        for m in self.mbars.values():
+            if m.waiting or m.pending != m.count or m.tx:
+                block = self.blocks[m.at // self.stride][1]
                 out.append(
-                    f"mbarrier {b.at % self.stride:#x} of block {block}: phase {b.phase}, "
-                    f"{b.count - b.pending} of {b.count} arrivals, {b.tx} bytes missing"
+                    f"mbarrier {m.at % self.stride:#x} of block {block}: phase {m.phase}, "
+                    f"{m.count - m.pending} of {m.count} arrivals, {m.tx} bytes missing"
                 )
         return "; ".join(out)

@@ -208,7 +208,7 @@ class _Body:
         line, pred, neg = self.module.line_of(pos), None, False
         if text[0] == "@" and (m := _GUARD.match(text)):
             neg, pred, text = bool(m[1]), self._rename(m[2]), m[3]
-        op, rest = (*text.split(None, 1), "")[:2]
+        op, _, rest = " ".join(text.split()).partition(" ")
         rest = self._rename(" ".join(rest.split()))
         args = split_args(rest)
         words = frozenset(_WORD.findall(rest))

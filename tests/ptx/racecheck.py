@@ -155,7 +155,7 @@ class SharedRaces:
                 i = int(np.argmax(inside))
                 found = (i, f"shared-memory race within a warp: read of what lane "
                             f"{int(self.lane[at[i]])} wrote without a warp barrier")  # fmt: skip
-        if agent is None:
+        if agent is None or epoch is None:
             agent, epoch = c.own[rows], c.epoch(rows)
         self.reads[agent, at] = epoch
         self.seen_readers.update(np.unique(agent).tolist())

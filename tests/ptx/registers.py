@@ -77,6 +77,12 @@ class Registers:
             for q in ins.words if q in k.regs
         }  # fmt: skip
 
+    def prepare(self) -> None:
+        """State of a run; called by the scheduler before the first instruction."""
+
+    def block_ends(self, slot: int) -> None:
+        """A block's last thread has exited."""
+
     def fault(self, what: str, at: Any = None, address: int | None = None) -> PtxError:
         """The error for the current instruction, `at` naming a thread (index into the wave)."""
         ins, thread = self.ins, None

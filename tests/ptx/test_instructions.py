@@ -93,6 +93,36 @@ def test_shifts_clamp_at_the_width(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(run("shr.s32 %d, %a0, %a1;", [s, n], "s32"), signed)
 
 
+def test_division_rounds_towards_zero(rng: np.random.Generator) -> None:
+    x, y = integers(rng, np.int64), integers(rng, np.int64) >> rng.integers(0, 63, 64)
+    y[y == 0] = 3
+    x[x == np.iinfo(np.int64).min] = 5
+    quotient = np.array([abs(int(a)) // abs(int(b)) * (1 if (a < 0) == (b < 0) else -1)
+                         for a, b in zip(x, y)])  # fmt: skip
+    np.testing.assert_array_equal(run("div.s64 %d, %a0, %a1;", [x, y], "s64"), quotient)
+    rest = run("rem.s64 %d, %a0, %a1;", [x, y], "s64")
+    np.testing.assert_array_equal(rest, x - quotient * y)
+
+
+def test_bit_searches(rng: np.random.Generator) -> None:
+    x = integers(rng, np.uint32) >> rng.integers(0, 32, 64).astype(np.uint32)
+    length = np.array([int(v).bit_length() for v in x])
+    np.testing.assert_array_equal(run("clz.b32 %d, %a0;", [x], "u32"), 32 - length)
+    found = np.where(length == 0, 0xFFFFFFFF, length - 1).astype(np.uint32)
+    np.testing.assert_array_equal(run("bfind.u32 %d, %a0;", [x], "u32"), found)
+    turned = np.array([int(f"{v:032b}"[::-1], 2) for v in x], np.uint32)
+    np.testing.assert_array_equal(run("brev.b32 %d, %a0;", [x], "u32"), turned)
+    np.testing.assert_array_equal(run("popc.b32 %d, %a0;", [x], "u32"), np.bitwise_count(x))
+
+
+def test_floats_become_integers_by_rounding_and_saturating() -> None:
+    x = np.array([2.5, -2.5, 1e20, -1e20, np.nan, 0.49, 3e9, -0.5] * 4, np.float32)
+    nearest = [2, -2, 2**31 - 1, -(2**31), 0, 0, 2**31 - 1, 0] * 4
+    np.testing.assert_array_equal(run("cvt.rni.s32.f32 %d, %a0;", [x], "s32"), nearest)
+    towards = [2, 0, 2**32 - 1, 0, 0, 0, 3 * 10**9, 0] * 4
+    np.testing.assert_array_equal(run("cvt.rzi.u32.f32 %d, %a0;", [x], "u32"), towards)
+
+
 @pytest.mark.parametrize("table", [0x96, 0xE8, 0xCA, 0x01])
 def test_lop3_is_its_truth_table(table: int, rng: np.random.Generator) -> None:
     x, y, z = (integers(rng, np.uint32) for _ in range(3))

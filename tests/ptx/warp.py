@@ -84,7 +84,7 @@ class WarpWide(Barriers):
         if "abs" in mods:
             v = np.abs(v)
         if "NaN" in mods:
-            fn = {np.fmin: np.minimum, np.fmax: np.maximum}[fn]
+            fn = {"min": np.minimum, "max": np.maximum}[mods[1]]
         active = self.active(act).reshape(-1, 32)
         v = v.reshape(-1, 32)
         # Lanes that take no part repeat one that does (min, max, and, or); for sums they are zero.

@@ -64,7 +64,7 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
             pc = min(self.groups)
             return pc, self.groups.pop(pc), 1 << 60
         warps = {pc: mask.reshape(-1, 32).any(1) for pc, mask in self.groups.items()}
-        ready = np.nonzero(np.any(list(warps.values()), axis=0))[0]
+        ready = np.nonzero(np.stack(list(warps.values())).any(0))[0]
         budget = 1 << 60
         if self.order == "reverse":
             chosen = ready[-1:]
@@ -78,8 +78,6 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
             budget = int(self.rng.integers(1, 200))
         # Lanes of a warp that parted: the lowest pc first, as ever.
         pc = min(pc for pc, there in warps.items() if there[chosen].any())
-        lowest = {p for p in warps if p < pc}
-        assert not lowest & {p for p in lowest if warps[p][chosen].any()}
         take = np.zeros(len(warps[pc]), np.bool_)
         take[chosen] = True
         mask = self.groups.pop(pc)
@@ -135,12 +133,11 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
         for groups in (self.parked, self.held):
             for pc, mask in groups.items():
                 self.ins, self.act = self.k.code[pc], mask
-        for b in self.bars.values():
-            for pc, mask in b.waiting:
-                self.ins, self.act = self.k.code[pc - 1], mask
-        for b in self.mbars.values():
-            for pc, mask in b.waiting:
-                self.ins, self.act = self.k.code[pc], mask
+        waiting = [(pc - 1, mask) for b in self.bars.values() for pc, mask in b.waiting]
+        waiting += [at for m in self.mbars.values() for at in m.waiting]
+        if waiting:
+            pc, mask = waiting[-1]
+            self.ins, self.act = self.k.code[pc], mask
         raise self.fault(f"deadlock: {stuck}")
 
     # ---- running ------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Wgmma(TensorCores):
     """The Hopper tensor-core instructions."""
 
     def prepare(self) -> None:
-        super().prepare()  # type: ignore[misc]
+        super().prepare()
         groups = max(1, self.n // 128)
         self.fenced_at = np.zeros(groups, np.int64)  # step of the last wgmma.fence
         self.committed = np.zeros(groups, np.int64)
