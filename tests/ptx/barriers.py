@@ -24,8 +24,9 @@ class Barrier:
     arrived: int = 0
     waiting: list[tuple[int, np.ndarray]] = dataclasses.field(default_factory=list)
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
-    aligned: bool = True
-    whole: bool = False
+    whole: bool = False  # no count was given: every thread that has not exited
+    true: int = 0  # bar.red: predicates that held
+    results: list[tuple[str, np.ndarray]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass
@@ -75,7 +76,8 @@ class Barriers(Atomics):
             self._cluster_barrier(mods, act)
             return
         if mods[0] == "red":
-            raise self.fault("bar.red is not known")
+            self._reduce(mods, args, act)
+            return
         number = self.val(args[0], "u32")
         counts = self.val(args[1], "u32") if len(args) > 1 else None
         wait = "arrive" not in mods
@@ -91,9 +93,32 @@ class Barriers(Atomics):
 
     op_barrier = op_bar
 
+    def _reduce(self, mods: list[str], args: list[str], act: Mask) -> None:
+        """bar.red: a barrier that hands every thread the count, or, or and of a predicate."""
+        lanes = self.lanes(act)
+        number, true = self.val(args[1], "u32"), self.pval(args[-1])
+        counts = self.val(args[2], "u32") if len(args) > 3 else None
+        for slot in np.unique(self.slot[lanes]).tolist():
+            mine = lanes[self.slot[lanes] == slot]
+            bid = int(number[mine[0]])
+            if (number[mine] != bid).any():
+                raise self.fault("bar.red with different barriers in one instruction", mine[0])
+            b = self._arrive(slot, bid, mine, counts, True, finish=False)
+            b.true += int(true[mine].sum())
+            b.results.append((args[0], mine))
+            if b.arrived == b.expected:
+                total = {"popc": b.true, "or": b.true > 0, "and": b.true == b.expected}
+                for name, who in b.results:
+                    mask = np.zeros(self.n, np.bool_)
+                    mask[who] = True
+                    value = next(v for k, v in total.items() if k in mods)
+                    self.put(name, np.full(self.n, value, np.uint32), mask)
+                self._complete(slot, bid, b)
+
     def _arrive(
-        self, slot: int, bid: int, lanes: np.ndarray, counts: np.ndarray | None, wait: bool
-    ) -> None:
+        self, slot: int, bid: int, lanes: np.ndarray, counts: np.ndarray | None, wait: bool,
+        finish: bool = True,
+    ) -> Barrier:  # fmt: skip
         block = slice(slot * self.per, (slot + 1) * self.per)
         alive = int(self.alive[block].sum())
         expected = alive if counts is None else int(counts[lanes[0]])
@@ -117,8 +142,9 @@ class Barriers(Atomics):
         if b.arrived > b.expected:
             what = f"barrier {bid}: {b.arrived} threads arrived, {b.expected} were expected"
             raise self.fault(what, lanes[0])
-        if b.arrived == b.expected:
+        if finish and b.arrived == b.expected:
             self._complete(slot, bid, b)
+        return b
 
     def _complete(self, slot: int, bid: int, b: Barrier) -> None:
         if b.rows:

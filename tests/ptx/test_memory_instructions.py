@@ -96,6 +96,18 @@ st.global.u32 [%d4], %r4;"""
     np.testing.assert_array_equal(run(body, x, (32,), np.uint32), expected.astype(np.uint32))
 
 
+@pytest.mark.parametrize("op, kind", [("popc", "u32"), ("or", "pred"), ("and", "pred")])
+def test_a_reducing_barrier_counts_the_block(op: str, kind: str, rng: np.random.Generator) -> None:
+    for x in (rng.integers(0, 2, 96), np.zeros(96), np.ones(96)):
+        out = "%r4" if kind == "u32" else "%p1"
+        body = f"""ld.global.u32 %r3, [%d3]; setp.ne.u32 %p0, %r3, 0;
+bar.red.{op}.{kind} {out}, 0, %p0; {"" if kind == "u32" else "selp.u32 %r4, 1, 0, %p1;"}
+st.global.u32 [%d4], %r4;"""
+        expected = {"popc": x.sum(), "or": x.any(), "and": x.all()}[op]
+        got = run(body, x.astype(np.uint32), (96,), np.uint32, threads=96)
+        np.testing.assert_array_equal(got, np.full(96, expected, np.uint32))
+
+
 def test_mma_fragments_lie_as_the_isa_draws_them(rng: np.random.Generator) -> None:
     a, b = (f32_to_bf16(rng.standard_normal(s).astype(np.float32)) for s in ((16, 16), (16, 8)))
     # Figures of mma.m16n8k16: thread t holds rows t / 4 (+ 8), columns 2 (t % 4) + {0, 1} (+ 8).
