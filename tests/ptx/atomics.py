@@ -28,6 +28,8 @@ ATOMIC: dict[str, Fn] = {
 class Atomics(Memory):
     """atom, red, fence and membar."""
 
+    initialised: dict[int, np.ndarray]  # row: its clock at fence.mbarrier_init
+
     def observe(self, ins: Instr, at: np.ndarray, lanes: np.ndarray) -> None:
         """A read of flags at `at`: acquire at once, or at the next fence when relaxed."""
         self.polled = True
@@ -63,6 +65,9 @@ class Atomics(Memory):
                 self.clocks.proxy_fence(rows)
             return
         if mods and mods[0] == "mbarrier_init":
+            for row in rows.tolist():
+                self.initialised[row] = self.clocks.clock[row].copy()
+            self.clocks.bump(rows)
             return
         self.clocks.memory_fence(rows)
 

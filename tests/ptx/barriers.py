@@ -176,6 +176,9 @@ class Barriers(Atomics):
             if mods[1] == "arrive":
                 if "relaxed" not in mods:
                     self.clocks.release(rows, b.clock)
+                for row in rows.tolist():
+                    if row in self.initialised:  # what fence.mbarrier_init releases
+                        np.maximum(b.clock, self.initialised[row], out=b.clock)
                 b.arrived += len(mine)
                 if b.arrived > b.expected:
                     raise self.fault("cluster barrier: a thread arrived twice", mine[0])

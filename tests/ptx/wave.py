@@ -36,7 +36,7 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
     """
 
     def run(self, max_steps: int, order: str, rng: np.random.Generator) -> None:
-        self.bars, self.mbars, self.columns = {}, {}, {}
+        self.bars, self.mbars, self.columns, self.initialised = {}, {}, {}, {}
         self.leave, self.expired = None, False
         self.groups: dict[int, np.ndarray] = {0: np.ones(self.n, np.bool_)}
         self.parked: dict[int, np.ndarray] = {}
