@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alora_kernels.backends import Problem
-from alora_kernels.backends.triton import TritonBackend, configs, tune
+from alora_kernels.backends.triton import TritonBackend, configs, target, tune
 from alora_kernels.backends.triton.configs import Config
 
 from .conftest import CHOSEN
@@ -61,6 +61,23 @@ def test_what_is_not_refused(backend) -> None:
 def test_without_a_gpu_the_backend_says_so() -> None:
     assert "no NVIDIA GPU" in str(TritonBackend().why_not_here())
     assert TritonBackend().why_not(PROBLEM, "delta") is not None
+
+
+def test_float32_follows_torch_by_either_name_of_its_setting() -> None:
+    matmul = torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert target.float32_precision() == "tf32"
+        torch.set_float32_matmul_precision("highest")
+        assert target.float32_precision() == "ieee"
+        if hasattr(matmul, "fp32_precision"):
+            matmul.fp32_precision = "tf32"
+            assert target.float32_precision() == "tf32"
+            matmul.fp32_precision = "ieee"
+            assert target.float32_precision() == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_splits_fill_the_processors_and_no_more() -> None:

@@ -15,11 +15,9 @@ HERE = Path(__file__).parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
 
 
-@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
-@pytest.mark.parametrize("name", ["test_linear.py", "test_numerics.py"])
-def test_in_the_interpreter(name: str) -> None:
+def in_the_interpreter(*args: str) -> None:
     result = subprocess.run(
-        [*PYTEST, str(HERE / name)],
+        [*PYTEST, *args],
         env={**os.environ, "ALORA_TRITON_MODE": "interpret", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -27,3 +25,15 @@ def test_in_the_interpreter(name: str) -> None:
     )
     print(result.stdout[-300:])
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
+def test_covering_cases_in_the_interpreter() -> None:
+    in_the_interpreter(str(HERE / "test_linear.py"), "-k", "covering or without_gradients")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
+@pytest.mark.parametrize("name", ["test_linear.py", "test_numerics.py"])
+def test_every_case_in_the_interpreter(name: str) -> None:
+    in_the_interpreter(str(HERE / name))

@@ -151,3 +151,12 @@ def test_inference_allocates_no_row_of_xa_for_inactive_rows(
     sizes.clear()
     problem.run("delta", grad=False)
     assert sizes == [problem.activation.num_active * 32]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_rows_at_all(strategy: str, place: Place, seed: int) -> None:
+    problem = Problem(Case(strategy, size=(0, 33, 17, 3)), place.device, seed)
+    y, dx, da, db, dbias = problem.run()
+    assert y.shape == (0, 17) and dx.shape == (0, 33)
+    for grad in (da, db, dbias):
+        assert (grad == 0).all()

@@ -11,6 +11,7 @@ import torch
 
 # Programs that one launch spreads over where there is no device to ask (Triton's interpreter).
 NOMINAL_PROCESSORS = 16
+_HAS_FP32_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")
 
 
 @functools.cache
@@ -62,4 +63,7 @@ def processors(device: torch.device) -> int:
 
 def float32_precision() -> str:
     """How float32 products are formed, "ieee" or "tf32": torch's own setting for CUDA."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    # torch 2.9 named the setting anew, and refuses to read the old name once the new one was set.
+    tf32 = matmul.fp32_precision == "tf32" if _HAS_FP32_PRECISION else matmul.allow_tf32
+    return "tf32" if tf32 else "ieee"
