@@ -207,3 +207,22 @@ def test_kv_reuse_runs_each_step_on_the_cache(
     cached = int(re.search(r"The cache holds (\d+) tokens, once", printed).group(1))  # type: ignore[union-attr]
     assert cached > len(script.DOCUMENT) + len(script.QUESTION)
     assert printed.count("base answers") == 2 and "3 adapters in one batch" in printed
+
+
+@pytest.mark.slow
+def test_quantize_trains_on_four_bits(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    script = importlib.import_module("alora_finetuning")
+    layers: list[Any] = []
+    fit = script.fit
+
+    def spy(display: Any, name: str, model: Any, *rest: Any) -> Any:
+        layers.extend(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+        return fit(display, name, model, *rest)
+
+    monkeypatch.setattr(script, "fit", spy)
+    flags = ("--num_epochs", "1", "--eval_step", "1", "--no_compare", "--learning_rate", "0.01")
+    assert run(folder, "--quantize", *flags) == 0, capsys.readouterr().out
+    assert layers and all(layer.weight.quant_type == "nf4" for layer in layers)
