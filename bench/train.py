@@ -302,8 +302,9 @@ def _peak_in_process(options: argparse.Namespace, prompt: int, variant: str) -> 
     # Freed tensors go back to the system at once, so that the resident size tells what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"memory of {variant} at {prompt}: {done.stderr[-2000:]}")
+    if done.returncode != 0:  # the timings are worth keeping
+        print(f"peak memory of {variant} at {prompt} not measured:\n{done.stderr[-2000:]}")
+        return None
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
