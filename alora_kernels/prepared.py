@@ -46,29 +46,19 @@ class Prepared:
         )
         self.chosen: dict[tuple[Any, ...], tuple[Backend, str]] = {}
 
-    def holds(self, projections: Sequence[Projection], scalings: Sequence[float]) -> bool:
-        """Whether these are the very tensors and scalings that were prepared."""
-        for mine, other in zip(self.projections, projections):
-            if (
-                mine[0] is not other[0]
-                or mine[1] is not other[1]
-                or mine[2] is not other[2]
-                or mine[3] is not other[3]
-                or mine[4] is not other[4]
-            ):
-                return False
-        return self.scalings == tuple(scalings) and len(projections) == len(self.projections)
-
     def run(self, x: Tensor, activation: Activation) -> tuple[Tensor, ...] | None:
         """The outputs `[..., N]`, or None where the ordinary call has to be made.
 
         The ordinary call is needed for gradients, autocast, tracing, and whatever has not been
         checked yet in this dtype and on this device.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
         device, shape = x.device, x.shape
-        if torch.is_autocast_enabled(device.type) or len(shape) > MAX_DIM:
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled(device.type)
+            or len(shape) > MAX_DIM
+        ):
             return None
         count = activation.num_rows
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import types
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +13,9 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ..activation import Activation
 from ..backends import Projection
 from ..functional import alora_add, alora_linear, alora_linear_group
 from ..prepared import Prepared
@@ -123,7 +124,7 @@ class AcceleratedLayer:
     alora_group: Group | None
     alora_index: int
     alora_fused: bool  # the class's base may be computed together with the adapter
-    alora_ready: dict[str, Prepared]  # by adapter: what a call without gradient needs not do again
+    alora_ready: dict[str, Ready]  # by adapter: what a call without gradient needs not do again
     alora_strange: dict[str, str]  # adapters that keep PEFT's arithmetic, and why
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -132,21 +133,27 @@ class AcceleratedLayer:
         state = current_state()
         if state is None:
             state = self.alora_owner.outside(self, x)
-        pending = state.pending
-        if pending is not None and self.alora_index in pending.outputs:
-            ready = pending.outputs.pop(self.alora_index)
-            if not pending.outputs:
-                state.pending = None
-            if pending.fits(x):
-                return ready
-            state.pending = None
-            pending.group.dissolve("they were given different inputs")
         names: Any = state.names
         if names is None:
             names = self._active_adapter
             names = (names,) if isinstance(names, str) else names
-        adapters = self._modules["lora_A"]._modules
         alone = len(names) == 1
+        pending = state.pending
+        if pending is not None and alone and self.alora_index in pending.outputs:
+            waiting = pending.outputs.pop(self.alora_index)
+            if not pending.outputs:
+                state.pending = None
+            if pending.fits(x, names[0]):
+                return waiting
+            state.pending = None
+            pending.group.dissolve("they were given different inputs")
+        if alone and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            ready = self.alora_ready.get(names[0])
+            if ready is not None:
+                quick = self._at_once(x, names[0], state, ready)
+                if quick is not None:
+                    return quick
+        adapters = self._modules["lora_A"]._modules
         if not alone or names[0] not in adapters:
             names = [name for name in names if name in adapters]
         modules = self._modules
@@ -168,12 +175,8 @@ class AcceleratedLayer:
             lora_a, lora_b, lora_bias, dropout_p = parts
             activation = state.activation_for(name, x)
             if y is None and weights is not None:
-                if dropout_p == 0.0:
-                    one = [Projection(*weights, lora_a, lora_b, lora_bias)]
-                    single = self._prepared(name, one, [self.scaling[name]], x, activation)
-                    if single is not None:
-                        y = single[0]
-                        continue
+                if alone and dropout_p == 0.0:
+                    self._prepare(name, [self], [Projection(*weights, lora_a, lora_b, lora_bias)])
                 y = alora_linear(
                     x,
                     *weights,
@@ -208,7 +211,7 @@ class AcceleratedLayer:
     ) -> Tensor | None:
         """Compute all members' outputs and return mine; None when they cannot go together."""
         projections: list[Projection] = []
-        scalings, indices, probability = [], [], -1.0
+        members, scalings, probability = [], [], -1.0
         for layer in group.members:
             if layer._disable_adapters or layer.merged_adapters:
                 return None
@@ -226,54 +229,127 @@ class AcceleratedLayer:
             probability = dropout_p
             projections.append(Projection(*weights, lora_a, lora_b, lora_bias))
             scalings.append(layer.scaling[name])
-            indices.append(layer.alora_index)
-        if len(indices) < 2:
+            members.append(layer)
+        if len(members) < 2:
             return None
-        if state.pending is not None:
-            state.pending.group.dissolve("not all of them are called")
-        activation = state.activation_for(name, x)
-        outputs = None
         if probability == 0.0:
-            outputs = self._prepared(name, projections, scalings, x, activation)
-        if outputs is None:
-            outputs = alora_linear_group(
-                x,
-                [
-                    (p.weight, p.bias, p.lora_a, p.lora_b, s, p.lora_bias)
-                    for p, s in zip(projections, scalings)
-                ],
-                activation,
-                dropout_p=probability,
-                **self.alora_owner.options,
-            )
+            self._prepare(name, members, projections)
+        outputs = alora_linear_group(
+            x,
+            [
+                (p.weight, p.bias, p.lora_a, p.lora_b, scaling, p.lora_bias)
+                for p, scaling in zip(projections, scalings)
+            ],
+            state.activation_for(name, x),
+            dropout_p=probability,
+            **self.alora_owner.options,
+        )
+        return self._hand_out(x, name, state, [m.alora_index for m in members], outputs)
+
+    def _hand_out(
+        self,
+        x: Tensor,
+        name: str,
+        state: ForwardState,
+        indices: Sequence[int],
+        outputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """My output; the others wait in the state for their layers."""
         waiting = dict(zip(indices, outputs))
         y = waiting.pop(self.alora_index)
-        state.pending = Pending(group, x, waiting)
+        if waiting:
+            assert self.alora_group is not None
+            if state.pending is not None:
+                state.pending.group.dissolve("not all of them are called")
+            state.pending = Pending(self.alora_group, name, x, waiting)
         return y
 
-    def _prepared(
-        self,
-        name: str,
-        projections: list[Projection],
-        scalings: list[float],
-        x: Tensor,
-        activation: Activation,
-    ) -> tuple[Tensor, ...] | None:
-        """The outputs by the short way of inference, or None."""
+    def _prepare(
+        self, name: str, members: list[AcceleratedLayer], projections: list[Projection]
+    ) -> None:
+        """Make the next call without gradient a short one."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if not any(p.weight is None or p.weight._is_view() for p in projections):
+            # (A transposed weight is a new tensor in every call.)
+            self.alora_ready[name] = Ready(name, members, projections, self.alora_owner.options)
+
+    def _at_once(self, x: Tensor, name: str, state: ForwardState, ready: Ready) -> Tensor | None:
+        """My output by the short way, or None when something has changed."""
+        group = self.alora_group
+        if len(ready.indices) > 1 and (group is None or not group.enabled):
             return None
-        prepared = self.alora_ready.get(name)
-        if prepared is None or not prepared.holds(projections, scalings):
-            if projections[0].weight._is_view():  # type: ignore[union-attr]
-                return None  # a transposed weight is a new tensor in every call
-            prepared = Prepared(projections, scalings, self.alora_owner.options)
-            self.alora_ready[name] = prepared
-        return prepared.run(x, activation)
+        outputs = ready.run(name, x, state)
+        if outputs is None:
+            return None
+        if len(outputs) == 1:
+            return outputs[0]
+        return self._hand_out(x, name, state, ready.indices, outputs)
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
         arguments = self.alora_owner.peft_arguments(self, state, tuple(names))
         return self.alora_kind.forward(self, x, **arguments)
+
+
+class Ready:
+    """A layer or group as it was last called without gradient, and whether it still is so.
+
+    What a call would look up in a dozen modules is remembered; the parameters, scalings and
+    dropout are compared in every call, hooks by torch's own count of all registrations.
+    """
+
+    __slots__ = ("cells", "indices", "prepared", "registrations")
+
+    def __init__(
+        self, name: str, members: list[Any], projections: list[Projection], options: dict[str, Any]
+    ) -> None:
+        scalings = [layer.scaling[name] for layer in members]
+        self.prepared = Prepared(projections, scalings, options)
+        self.indices = tuple([layer.alora_index for layer in members])
+        self.registrations = RemovableHandle.next_id
+        cells = []
+        for layer, p, scaling in zip(members, projections, scalings):
+            modules = layer._modules
+            adapters, base = modules["lora_A"]._modules, modules["base_layer"]
+            a, b = adapters[name], modules["lora_B"]._modules[name]
+            drop = modules["lora_dropout"]._modules[name]
+            drop = drop if isinstance(drop, nn.Dropout) and drop.p > 0.0 else None
+            numbers = (a._parameters, b._parameters, base._parameters)
+            cells.append((modules, base, adapters, a, *numbers, drop, layer.scaling, p, scaling))
+        self.cells = tuple(cells)
+
+    def run(self, name: str, x: Tensor, state: ForwardState) -> tuple[Tensor, ...] | None:
+        """The outputs of all members, or None when one of them has changed."""
+        if RemovableHandle.next_id != self.registrations:
+            return None
+        for (
+            modules,
+            base,
+            adapters,
+            a,
+            of_a,
+            of_b,
+            of_base,
+            drop,
+            scalings,
+            p,
+            scaling,
+        ) in self.cells:
+            weight, bias, lora_a, lora_b, lora_bias = p
+            if (
+                modules["base_layer"] is not base
+                or adapters.get(name) is not a
+                or of_a.get("weight") is not lora_a
+                or of_b.get("weight") is not lora_b
+                or of_b.get("bias") is not lora_bias
+                or of_base.get("weight") is not weight
+                or of_base.get("bias") is not bias
+                or scalings.get(name) != scaling
+                or (drop is not None and drop.training)
+            ):
+                return None
+        return self.prepared.run(x, state.activation_for(name, x))
 
 
 def adapter_parts(
