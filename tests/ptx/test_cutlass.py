@@ -41,3 +41,11 @@ def test_sm90_ping_pong(
 ) -> None:
     flags = (f"-DCLUSTER={cluster}", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1")
     check(build("cutlass_sm90", "compute_90a", flags), shape, rng, processors=2 * cluster)
+
+
+@pytest.mark.parametrize("order", ["round_robin", "reverse", "random"])
+def test_no_order_of_warps_matters(order: str, rng: np.random.Generator) -> None:
+    flags = ("-DCLUSTER=2", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL=1")
+    built = build("cutlass_sm90", "compute_90a", flags)
+    seed = int(rng.integers(1 << 30))
+    check(built, SHAPES[0], rng, processors=4, order=order, seed=seed)
