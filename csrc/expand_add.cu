@@ -21,7 +21,7 @@ __device__ __forceinline__ void expand_add(const ExpandParams& p) {
   __shared__ __align__(1024) uint8_t up_bytes[kN * kStep * 2];
   static_assert(kRows * kStep / 8 == kThreads, "one chunk of low for each thread");
   const uint32_t low = shared_address(low_bytes), up = shared_address(up_bytes);
-  const int count = *p.active_count, first = blockIdx.y * kRows, n0 = blockIdx.x * kN;
+  const int count = *p.active_count, first = blockIdx.x * kRows, n0 = blockIdx.y * kN;
   if (first >= count) return;
   const int tid = threadIdx.x, lane = tid % 32, warp_m = tid / 128, warp_n = tid / 32 % 4;
   const bool is_float = p.flags & kAdapterFloat, along_n = p.up_n == 1;

@@ -136,6 +136,20 @@ def test_decode_leaves_the_rest_to_gemm() -> None:
     assert plan(m=17) is plan(k=12) is plan(rank=65) is plan(aligned=False) is None
 
 
+def test_no_grid_is_too_large_for_millions_of_rows() -> None:
+    rows, n = 1 << 24, 128256
+    plans = [
+        gemm(rows, n, 4096),
+        planning.expand_add(BF16, rows, n, rows_of(n), False, False),
+        planning.shrink(BF16, rows, n, rows_of(n), rows_of(n), 16, True, False, False, 108),
+        *planning.grad(BF16, rows, n, 256, rows_of(n), False, True, 108),
+        planning.decode(BF16, 16, n, 4096, 16, *[rows_of(4096)] * 3, False, 108),
+    ]
+    for plan in plans:
+        assert plan is not None
+        assert plan.grid[0] < 1 << 31 and plan.grid[1] <= 65535 and plan.grid[2] <= 65535
+
+
 PROBLEM = Problem(64, 64, (64,), (16,), 64, BF16, BF16, "cuda", 80)
 
 

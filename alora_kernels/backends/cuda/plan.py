@@ -226,7 +226,7 @@ def expand_add(
     return Plan(
         f"masked_lora_expand_add_{NAMES[dtype]}_kernel",
         "ExpandParams",
-        (-(-n // EXPAND_COLUMNS), -(-active // EXPAND_ROWS), 1),
+        (-(-active // EXPAND_ROWS), -(-n // EXPAND_COLUMNS), 1),
         0,
         ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | VECTOR_OUT * pairs,
     )
