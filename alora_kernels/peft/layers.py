@@ -299,7 +299,7 @@ class Ready:
     dropout are compared in every call, hooks by torch's own count of all registrations.
     """
 
-    __slots__ = ("cells", "indices", "prepared", "registrations")
+    __slots__ = ("cells", "hooks", "indices", "prepared", "registrations")
 
     def __init__(
         self, name: str, members: list[Any], projections: list[Projection], options: dict[str, Any]
@@ -308,6 +308,7 @@ class Ready:
         self.prepared = Prepared(projections, scalings, options)
         self.indices = tuple([layer.alora_index for layer in members])
         self.registrations = RemovableHandle.next_id
+        self.hooks: list[dict[int, Any]] = []
         cells = []
         for layer, p, scaling in zip(members, projections, scalings):
             modules = layer._modules
@@ -316,13 +317,18 @@ class Ready:
             drop = modules["lora_dropout"]._modules[name]
             drop = drop if isinstance(drop, nn.Dropout) and drop.p > 0.0 else None
             numbers = (a._parameters, b._parameters, base._parameters)
+            self.hooks += [
+                d for m in (a, b, base) for d in (m._forward_pre_hooks, m._forward_hooks)
+            ]
             cells.append((modules, base, adapters, a, *numbers, drop, layer.scaling, p, scaling))
         self.cells = tuple(cells)
 
     def run(self, name: str, x: Tensor, state: ForwardState) -> tuple[Tensor, ...] | None:
         """The outputs of all members, or None when one of them has changed."""
         if RemovableHandle.next_id != self.registrations:
-            return None
+            if any(self.hooks):
+                return None
+            self.registrations = RemovableHandle.next_id  # the new hooks are elsewhere
         for (
             modules,
             base,
