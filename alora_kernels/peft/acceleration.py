@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activation import Activation, current_activation, find_invocation_starts
-from . import records
+from . import checkpointing, records
 from .ambient import (
     ForwardState,
     Request,
@@ -19,7 +19,6 @@ from .ambient import (
     current_state,
     requesting,
     set_state,
-    within,
 )
 from .refusal import invocation_of
 from .search import packed_mask, restarts
@@ -83,7 +82,7 @@ class Acceleration:
     ) -> None:
         """Forward pre-hook of `root`: find the active rows and make them the current state."""
         if module.training and not torch.compiler.is_compiling():
-            self.watch_checkpoints()
+            checkpointing.watch(self.checkpointing)
         state = self.state_of(args, kwargs)
         state.outer = current_state()
         set_state(state)
@@ -521,35 +520,3 @@ class Acceleration:
         """`root.generate` with the starts of its prompt."""
         with self.generation(args, kwargs):
             return type(self.root).generate(self.root, *args, **kwargs)  # type: ignore[attr-defined]
-
-    # ------------------------------------------------------------------ checkpointing
-
-    def watch_checkpoints(self) -> None:
-        """Let every layer that checkpoints recompute under the state of its forward."""
-        for module in self.checkpointing:
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is not None and not isinstance(function, CarriesState):
-                module.__dict__["_gradient_checkpointing_func"] = CarriesState(function)
-
-
-class CarriesState:
-    """A checkpoint function that recomputes under the state in which it was called."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.function(function, *args, **kwargs)
-        return self.function(Bound(function, current_state()), *args, **kwargs)
-
-
-class Bound:
-    """`function` under `state`."""
-
-    def __init__(self, function: Any, state: ForwardState | None) -> None:
-        self.function, self.state = function, state
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with within(self.state):
-            return self.function(*args, **kwargs)

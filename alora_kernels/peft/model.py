@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..activation import Activation
-from .acceleration import BASE, Acceleration, CarriesState
+from .acceleration import BASE, Acceleration
 from .ambient import (
     ForwardState,
     Names,
@@ -23,6 +23,7 @@ from .ambient import (
     requesting,
     set_state,
 )
+from .checkpointing import unwatch
 from .layers import (
     AcceleratedLayer,
     accelerated_class,
@@ -118,9 +119,7 @@ def restore(model: Any) -> Any:
     for layer in root.modules():
         if is_accelerated(layer):
             _release(layer)
-        function = layer.__dict__.get("_gradient_checkpointing_func")
-        if isinstance(function, CarriesState):
-            layer.__dict__["_gradient_checkpointing_func"] = function.function
+    unwatch(root.modules())
     root.__dict__.pop("generate", None)
     if model.__dict__.pop(OURS, None) is not None and is_accelerated(model):
         model.__class__ = type(model).alora_kind

@@ -67,8 +67,3 @@ def packed_mask(input_ids: Tensor, tokens: Sequence[int], begin: Tensor) -> Tens
     later = torch.cat([later[..., 1:], later.new_full((2, batch, 1), seq_len)], -1)
     following, border = later.flip(-1).cummin(-1).values.flip(-1)
     return (last >= first) & (following >= border)
-
-
-def merge_starts(kept: Sequence[int | None], found: Sequence[int | None]) -> list[int | None]:
-    """A row that runs the adapter already goes on; the others begin where it was found."""
-    return [f if k is None else k for k, f in zip(kept, found)]
