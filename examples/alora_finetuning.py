@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     add("--heldout_path", help="rows for exact match (default: with the shipped data, its own)")
     add("--output_dir", default="alora-adapter", type=Path)
     add("--batch_size", default=4, type=int)
-    add("--num_epochs", default=3.0, type=float)
+    add("--num_epochs", default=1.0, type=float)
     add("--learning_rate", default=1e-3, type=float)
     add(
         "--cutoff_len", default=512, type=int, help="tokens of a row; the prompt's begin goes first"
@@ -203,7 +203,7 @@ def fit(
         arguments,
         train_dataset=[e.feature() for e in train],
         eval_dataset=[e.feature() for e in validation] if evaluates else None,
-        data_collator=collator if activated else _without_starts(collator),
+        data_collator=collator if activated else _for_plain_lora(collator),
         callbacks=[display.callback(name)],
         prefix=options.prefix if activated else "full",
     )
@@ -284,10 +284,17 @@ def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
     return set(eos) if isinstance(eos, list) else {eos}
 
 
-def _without_starts(collator: AloraDataCollator) -> Any:
+def _for_plain_lora(collator: AloraDataCollator) -> Any:
+    """The same batch for a plain LoRA: no starts, and logits only from the first answer on."""
+
     def collate(features: Any) -> Any:
         batch = collator(features)
         del batch["invocation_starts"]
+        answered = (batch["labels"] != -100).any(0).nonzero()
+        width = batch["labels"].shape[1]
+        keep = width - int(answered[0]) + 1 if len(answered) else 1
+        batch["labels"] = batch["labels"][:, -keep:]
+        batch["logits_to_keep"] = keep
         return batch
 
     return collate

@@ -38,7 +38,7 @@ def exact_match(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
-    batch_size: int = 8,
+    batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[Score, list[str]]:
     """Greedy answers of a model in eval mode, compared with the rows' after stripping spaces."""

@@ -209,11 +209,34 @@ def test_kv_reuse_runs_each_step_on_the_cache(
     assert printed.count("base answers") == 2 and "3 adapters in one batch" in printed
 
 
+def test_a_plain_lora_takes_the_same_loss_from_fewer_logits() -> None:
+    from alora_kernels.training import AloraDataCollator
+
+    script = importlib.import_module("alora_finetuning")
+    model = base_model("gemma3", 6)
+    collator = AloraDataCollator([9, 9], pad_token_id=0)
+    features = [
+        {"prompt_ids": [1, 30, 31, 32, 9, 9], "answer_ids": [40, 41, 2]},
+        {"prompt_ids": [1, 30, 9, 9], "answer_ids": [50, 2]},
+    ]
+    whole = collator(features)
+    del whole["invocation_starts"]
+    part = script._for_plain_lora(collator)(features)
+    assert part["labels"].shape == (2, 6) and part["logits_to_keep"] == 6
+    with torch.no_grad():
+        wanted, got = model(**whole), model(**part)
+    assert got.logits.shape[1] == 6
+    torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_quantize_trains_on_four_bits(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
+    # Its CPU kernel packs whole blocks of 64 inputs.
+    wide = base_model("gemma3", 6, hidden_size=64, intermediate_size=128, head_dim=16)
+    wide.save_pretrained(folder / "base")
     script = importlib.import_module("alora_finetuning")
     layers: list[Any] = []
     fit = script.fit
