@@ -160,10 +160,19 @@ class Arithmetic(Registers):
         elif v[0] == "{":
             parts = split_args(v[1:-1])
             w = WIDTH[ty] // len(parts)
-            columns = np.stack([self.val(p, f"b{8 * w}") for p in parts], 1)
+            columns = np.stack([self._part(p, f"b{8 * w}") for p in parts], 1)
             self.put(d, columns.view(RAW[WIDTH[ty]]).reshape(self.n), act)
         else:
             self.put(d, self.pval(v) if ty == "pred" else self.val(v, ty), act)
+
+    def _part(self, name: str, ty: str) -> np.ndarray:
+        """A part of a packed register; compilers leave halves undefined that nothing uses."""
+        if name in self.k.regs and (name not in self.r or name in self.undefined):
+            poison = np.full(self.n, 0xFFFF_FFFF, np.uint32).astype(RAW[WIDTH[ty]])
+            if name not in self.r:
+                return poison
+            return np.where(self.undefined[name], poison, self.r[name]).astype(RAW[WIDTH[ty]])
+        return self.val(name, ty)
 
     def op_mul(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ty = mods[-1]

@@ -21,6 +21,12 @@ SPAN = {0: (16, 0), 2: (128, 3), 4: (64, 2), 6: (32, 1)}  # layout code: bytes o
 FORMAT = {"f16": {0: "f16", 1: "bf16"}, "tf32": {2: "tf32"}}
 
 
+def tile_lanes(rows: int) -> np.ndarray:
+    """Lanes of a tile's rows; of 64 rows each quadrant of lanes holds sixteen."""
+    row = np.arange(rows)
+    return row if rows == LANES else row // 16 * 32 + row % 16
+
+
 class Tcgen05(Wgmma):
     """alloc, dealloc, st, ld, wait, mma, commit."""
 
@@ -175,8 +181,12 @@ class Tcgen05(Wgmma):
         if text[0] == "[":
             address = int(self.addr(text)[lane])
             lane0, column = address >> 16, address & 0xFFFF
-            words = self.tmem[slot, lane0 : lane0 + mn, column : column + k * SIZE[ty] // 4]
-            found = elements(ty, words)
+            columns = np.arange(column, column + k * SIZE[ty] // 4)
+            self._ordered_after(slot, int(self.row[lane]), columns, lane)
+            cells = (slot, (lane0 + tile_lanes(mn))[:, None], columns[None, :])
+            if not self.tmem_init[cells].all():
+                raise self.fault("tcgen05.mma reads uninitialised tensor memory", lane)
+            found = elements(ty, self.tmem[cells])
             assert found is not None
             return found.reshape(mn, k)
         desc = int(self.val(text, "u64")[lane])
@@ -218,9 +228,7 @@ class Tcgen05(Wgmma):
         if columns[-1] >= COLUMNS or not self.tmem_owned[slot, columns].all():
             raise self.fault("tensor memory outside every allocation", lane, int(columns[-1]))
         self._ordered_after(slot, row, columns, lane)
-        # Of 64 rows each quadrant of lanes holds sixteen.
-        rows = np.arange(m) if m == 128 else np.arange(64) // 16 * 32 + np.arange(64) % 16
-        cells = (slot, (lane0 + rows)[:, None], columns[None, :])
+        cells = (slot, (lane0 + tile_lanes(m))[:, None], columns[None, :])
         sign = np.float32((-1) ** ((desc >> 13 & 1) + (desc >> 14 & 1)))
         product = sign * (a @ b.T)
         if bool(self.pval(args[4])[lane]):
