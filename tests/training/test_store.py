@@ -57,7 +57,7 @@ def test_rows_that_share_a_prefix_share_its_pass(seed):
     ids, mask, labels = make_batch([(16, 6), (9, 6), (16, 8)], seed=seed)
     ids[2, :16] = ids[0, :16]
     rows = []
-    model.get_base_model().register_forward_pre_hook(
+    model.get_base_model().model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     store = PrefixStore()
