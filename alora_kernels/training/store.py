@@ -148,7 +148,7 @@ class PrefixStore:
         for index, (k, v) in enumerate(layers):
             tensors[f"{index:04d}.key"] = k.detach().contiguous().cpu()
             tensors[f"{index:04d}.value"] = v.detach().contiguous().cpu()
-        data = save(tensors, metadata={"crc32": _checksum(tensors), "key": key})
+        data = save(tensors, metadata={"prefix": f"{key} {_checksum(tensors)}"})
         descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=".partial")
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -170,7 +170,7 @@ class PrefixStore:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            if metadata.get("crc32") != _checksum(tensors) or metadata.get("key") != key:
+            if metadata.get("prefix") != f"{key} {_checksum(tensors)}":
                 raise SafetensorError("checksum does not match")
             os.utime(path)
         except FileNotFoundError:
