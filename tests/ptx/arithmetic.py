@@ -47,13 +47,46 @@ COMPARE: dict[str, Fn] = {
 ROUND: dict[str, Fn] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
+# Modifiers that change nothing here, or that the instructions below look at.
+PLAIN = {
+    *WIDTH, "rn", "ftz", "sat", "relu", "approx", "full", "lo", "hi", "wide", "NaN", "rz", "rm",
+    "rp", "noftz",
+}  # fmt: skip
+DIRECTED = {"rz", "rm", "rp"}
+CONVERSIONS = {*NP, *DIRECTED, "tf32", "rn", "rna", "ftz", "sat", "relu", *ROUND}
+
+
+def rounded(exact: np.ndarray, mods: list[str]) -> np.ndarray:
+    """float64 to float32 by the rounding mode of the instruction."""
+    near = exact.astype(np.float32)
+    if DIRECTED.isdisjoint(mods):
+        return near
+    down = np.where(near > exact, np.nextafter(near, np.float32(-np.inf)), near)
+    up = np.where(near < exact, np.nextafter(near, np.float32(np.inf)), near)
+    if "rm" in mods:
+        return down
+    return up if "rp" in mods else np.where(exact > 0, down, up)
+
+
 def _numeric(fn: Fn) -> Op:
-    """An instruction on numbers: one destination, `fn` of all sources."""
+    """An instruction on numbers: one destination, `fn` of all sources.
+
+    `add.f32.bf16` and the like widen every source but the last.
+    """
 
     def op(self: Any, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        values = [self.floats(x, mods[-1]) for x in args[1:]]
-        result = self.packed(fn(*values), mods[-1])
-        if "sat" in mods and mods[-1][0] == "f":
+        if not PLAIN.issuperset(mods):
+            raise self.fault(f"opcode not known: {ins.text}")
+        ty, values = mods[-1], self.sources(mods, args[1:])
+        if len(mods) > 1 and mods[-2] == "f32":
+            ty = "f32"
+        if ty == "f32" and not DIRECTED.isdisjoint(mods):
+            result = rounded(fn(*(v.astype(np.float64) for v in values)), mods)
+        elif not DIRECTED.isdisjoint(mods):
+            raise self.fault(f"opcode not known: {ins.text}")
+        else:
+            result = self.packed(fn(*values), ty)
+        if "sat" in mods and ty == "f32":
             result = np.clip(np.nan_to_num(result, nan=0.0), 0, 1).astype(result.dtype)
         self.put(args[0], result, act)
 
@@ -84,6 +117,8 @@ def _extreme(ignoring: Fn, keeping: Fn) -> Op:
     """min or max of two or three operands; without `.NaN` a NaN operand loses."""
 
     def op(self: Any, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
+        if not PLAIN.issuperset(mods):  # such as xorsign
+            raise self.fault(f"opcode not known: {ins.text}")
         fn = keeping if "NaN" in mods else ignoring
         values = (self.floats(x, mods[-1]) for x in args[1:])
         self.put(args[0], self.packed(functools.reduce(fn, values), mods[-1]), act)
@@ -119,6 +154,14 @@ class Arithmetic(Registers):
     def floats(self, operand: str, ty: str) -> np.ndarray:
         """The operand as numpy numbers: bf16 as float32, packed pairs as two elements a thread."""
         return numbers(self.val(operand, PACKED.get(ty, ty)), ty)
+
+    def sources(self, mods: list[str], operands: list[str]) -> list[np.ndarray]:
+        """Operands as numbers; with `.f32.bf16` all but the last are bf16, widened."""
+        ty = mods[-1]
+        if len(mods) > 1 and mods[-2] == "f32" and ty in ("f16", "bf16"):
+            narrow = [self.floats(x, ty).astype(np.float32) for x in operands[:-1]]
+            return [*narrow, self.floats(operands[-1], "f32")]
+        return [self.floats(x, ty) for x in operands]
 
     def packed(self, v: np.ndarray, ty: str) -> np.ndarray:
         """The inverse of `floats`, rounding to the type."""
@@ -176,13 +219,20 @@ class Arithmetic(Registers):
 
     def op_mul(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ty = mods[-1]
+        if not PLAIN.issuperset(mods) or (len(mods) > 1 and mods[-2] == "f32"):
+            raise self.fault(f"opcode not known: {ins.text}")
         if "wide" in mods:
             w = NP[ty[0] + str(2 * int(ty[1:]))]
             result = self.val(args[1], ty).astype(w) * self.val(args[2], ty).astype(w)
         elif "hi" in mods:
             result = self._high(self.val(args[1], ty), self.val(args[2], ty), ty)
+        elif not DIRECTED.isdisjoint(mods) and ty == "f32":
+            wide = self.val(args[1], ty).astype(np.float64) * self.val(args[2], ty)
+            result = rounded(wide, mods)
         else:
             result = self.packed(self.floats(args[1], ty) * self.floats(args[2], ty), ty)
+        if "sat" in mods and ty == "f32":
+            result = np.clip(np.nan_to_num(result, nan=0.0), 0, 1).astype(result.dtype)
         self.put(args[0], result, act)
 
     @staticmethod
@@ -207,13 +257,18 @@ class Arithmetic(Registers):
         self.put(args[0], result, act)
 
     def op_fma(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
-        ty = mods[-1]
-        x, y, z = (self.floats(q, ty) for q in args[1:])
+        if not PLAIN.issuperset(mods):
+            raise self.fault(f"opcode not known: {ins.text}")
+        x, y, z = self.sources(mods, args[1:])
+        ty = "f32" if len(mods) > 1 and mods[-2] == "f32" else mods[-1]
         if x.dtype == np.float64:
             result = x * y + z
         else:
             # The product of two floats is exact in float64, so only the sum rounds twice.
-            result = (x.astype(np.float64) * y + z).astype(x.dtype)
+            exact = x.astype(np.float64) * y + z
+            if not DIRECTED.isdisjoint(mods) and ty != "f32":
+                raise self.fault(f"opcode not known: {ins.text}")
+            result = rounded(exact, mods) if ty == "f32" else exact.astype(x.dtype)
         if "relu" in mods:
             result = np.maximum(result, 0)
         self.put(args[0], self.packed(result, ty), act)
@@ -319,6 +374,9 @@ class Arithmetic(Registers):
 
     def op_cvt(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         d, source = mods[-2], mods[-1]
+        known = CONVERSIONS.issuperset(mods) and ("rna" in mods) == (d == "tf32")
+        if not known or (DIRECTED & set(mods) and source in ("f32", "f64")):
+            raise self.fault(f"opcode not known: {ins.text}")
         if source == "f32" and d in ("bf16x2", "f16x2"):
             pair = np.stack([self.val(args[2], "f32"), self.val(args[1], "f32")], 1)
             if "relu" in mods:
@@ -326,8 +384,6 @@ class Arithmetic(Registers):
             halves = f32_to_bf16(pair) if d == "bf16x2" else pair.astype(np.float16).view(np.uint16)
             self.put(args[0], np.ascontiguousarray(halves).view(np.uint32)[:, 0], act)
             return
-        if d not in (*NP, "tf32") or source not in NP or "pack" in mods:
-            raise self.fault(f"opcode not known: {ins.text}")
         v = bf16_to_f32(self.val(args[1], "u16")) if source == "bf16" else self.val(args[1], source)
         if d == "bf16":
             self.put(args[0], f32_to_bf16(v.astype(np.float32)), act)

@@ -149,6 +149,35 @@ def test_float_arithmetic(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(run("max.f32 %d, %a0, %a1, %a2;", [x, y, z], "f32"), three)
 
 
+def test_mixed_precision_widens_the_first_operands(rng: np.random.Generator) -> None:
+    x, y = f32_to_bf16(floats(rng)), floats(rng)
+    pairs = np.stack([x, x], 1).view(np.uint32)[:, 0]
+    half = "{ .reg .b16 %lo, %hi; mov.b32 {%lo, %hi}, %a0;"
+    got = run(half + "add.rn.f32.bf16 %d, %lo, %a1; }", [pairs, y], "f32")
+    np.testing.assert_array_equal(got, bf16_to_f32(x) + y)
+    got = run(half + "fma.rn.f32.bf16 %d, %lo, %hi, %a1; }", [pairs, y], "f32")
+    exact = bf16_to_f32(x).astype(np.float64) ** 2 + y
+    np.testing.assert_array_equal(got, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("mode", ["rz", "rm", "rp"])
+def test_directed_rounding(mode: str, rng: np.random.Generator) -> None:
+    x, y, z = floats(rng), floats(rng), floats(rng)
+    got = run(f"fma.{mode}.f32 %d, %a0, %a1, %a2;", [x, y, z], "f32").astype(np.float64)
+    exact = x.astype(np.float64) * y + z
+    assert (np.abs(got - exact) <= np.spacing(np.abs(got).astype(np.float32))).all()
+    if mode == "rz":
+        assert (np.abs(got) <= np.abs(exact)).all()
+    else:
+        assert (got <= exact).all() if mode == "rm" else (got >= exact).all()
+
+
+def test_an_unknown_modifier_is_refused(rng: np.random.Generator) -> None:
+    x = integers(rng, np.uint32)
+    with pytest.raises(PtxError, match=r"opcode not known: add\.cc\.u32"):
+        run("add.cc.u32 %d, %a0, %a0;", [x], "u32")
+
+
 def test_max_drops_a_nan_unless_told_to_keep_it(rng: np.random.Generator) -> None:
     x, y = floats(rng), floats(rng)
     x[::3] = np.nan
