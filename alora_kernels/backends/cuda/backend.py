@@ -127,7 +127,7 @@ class CudaBackend:
         launch = self._launcher(call, x)
         begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
         onepass = strategy == "onepass" and base_outs is None
-        xa = _low(launch, x, total) if save or not onepass else None
+        xa = _low(launch, strategy, x, total) if save or not onepass else None
         if not onepass:
             assert xa is not None
             scales = [s / (1.0 - call.dropout_p) for s in call.scalings]
@@ -168,7 +168,7 @@ class CudaBackend:
         onepass = strategy == "onepass" and needs.x and projections[0].weight is not None
         dya = None
         if needs.x or any(needs.lora_a):
-            dya = _low(launch, x, total)
+            dya = _low(launch, strategy, x, total)
         if dya is not None and not onepass:
             for i, (p, dy) in enumerate(zip(projections, dys)):
                 scale = call.scalings[i] / (1.0 - call.dropout_p)
@@ -221,9 +221,9 @@ class CudaBackend:
         return dx
 
 
-def _low(launch: Launcher, x: Tensor, columns: int) -> Tensor:
+def _low(launch: Launcher, strategy: str, x: Tensor, columns: int) -> Tensor:
     """Memory for xa or dya. Tensor maps read whole tiles of it, so inactive rows must be zero."""
-    make = x.new_zeros if launch.arch == 90 else x.new_empty
+    make = x.new_zeros if launch.arch == 90 and strategy == "tail" else x.new_empty
     return make(x.shape[0], columns)
 
 
