@@ -385,6 +385,10 @@ class Arithmetic(Registers):
             self.put(args[0], np.ascontiguousarray(halves).view(np.uint32)[:, 0], act)
             return
         v = bf16_to_f32(self.val(args[1], "u16")) if source == "bf16" else self.val(args[1], source)
+        if "relu" in mods:
+            v = np.maximum(v, 0)
+        if "sat" in mods and d[0] == "f":
+            v = np.clip(np.nan_to_num(v, nan=0.0), 0, 1)
         if d == "bf16":
             self.put(args[0], f32_to_bf16(v.astype(np.float32)), act)
         elif d == "tf32":
