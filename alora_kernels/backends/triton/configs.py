@@ -75,8 +75,9 @@ SHRINK = Config(32, 64, 64, 4, 4)
 SHRINK_FEW = Config(16, 64, 64, 4, 5)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
-EXPAND_FLOAT32 = Config(32, 64, 16, 4, 2)
-GRAD = Config(64, 64, 64, 4, 2)
+EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
+GRAD = Config(32, 64, 64, 4, 3)
+GRAD_120 = Config(64, 64, 64, 4, 2)  # ptxas spills a register of the other on sm_120
 GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
 REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
@@ -111,12 +112,13 @@ def gemm_config(
 
     Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
     of sums. On Blackwell the sums of `onepass` pass through registers on their way to tensor
-    memory; four warps hold low of at most 32 columns beside 128 of the output.
+    memory; four warps hold low of at most 32 columns beside 128 of the output. A K step of
+    lora_a in float32 is 64 deep at most.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
     widest = config.block_n
-    if dropout and dtype == torch.float32 and precision == "ieee":
+    if dtype == torch.float32 and precision == "ieee" and (dropout or lora == "onepass"):
         widest = 32
     elif dropout:
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
@@ -124,8 +126,11 @@ def gemm_config(
         widest = 64
     elif lora == "onepass" and arch == 100:
         widest = 128
-    if config.block_n > widest:
-        return dataclasses.replace(config, block_n=widest)
+    deepest = 64 if lora == "onepass" and rank > 32 else config.block_k
+    if config.block_n > widest or config.block_k > deepest:
+        return dataclasses.replace(
+            config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest)
+        )
     return config
 
 
@@ -156,6 +161,13 @@ def gemm_rank_block(rank: int, config: Config, lora: str) -> int:
     """Columns of low in one step: all of them with `onepass`, else at most a K step or 32."""
     limit = MAX_ONEPASS_RANK if lora == "onepass" else min(config.block_k, 32)
     return rank_block(max(rank, 1), limit)
+
+
+def grad_config(arch: int, dtype: torch.dtype, rank: int) -> tuple[Config, int]:
+    """Config of `grad` and its columns of the rank; `dtype` of its products."""
+    if dtype == torch.float32:
+        return GRAD_FLOAT32, rank_block(rank, 32)
+    return GRAD_120 if arch == 120 else GRAD, rank_block(rank)
 
 
 def shrink_config(active: int, dtype: torch.dtype) -> Config:

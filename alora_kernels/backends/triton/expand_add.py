@@ -26,7 +26,9 @@ def masked_lora_expand_add_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(active_count)
-    first = tl.program_id(1) * BLOCK_M
+    # One axis for rows and columns: only the first of a grid holds millions of rows.
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    first = tl.program_id(0) // tiles_n * BLOCK_M
     if first >= count:
         return
     slot = first + tl.arange(0, BLOCK_M)
@@ -35,7 +37,7 @@ def masked_lora_expand_add_kernel(
     low_row = row
     if COMPACT:
         low_row = slot.to(tl.int64)
-    first_n = tl.program_id(0) * BLOCK_N
+    first_n = tl.program_id(0) % tiles_n * BLOCK_N
     n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, R, BLOCK_R):

@@ -92,7 +92,7 @@ def shrink(
     on, seed, threshold = _drop(call, dropout)
     pad = (None,) * (SHRINK_GROUP - count)
     zero = (0,) * (SHRINK_GROUP - count)
-    masked_lora_shrink_kernel[(count * tiles_r, tiles // (count * tiles_r), splits)](
+    masked_lora_shrink_kernel[(tiles, splits)](
         left, *rights, *pad, to, act.active_rows, act.active_count, seed,
         *map(float, scales), *map(float, zero), *(c - first for c in columns[1:]), *zero,
         *ranks, *zero, threshold, width, each * cfg.block_k, act.max_active,
@@ -135,7 +135,7 @@ def expand_add(
     if act.max_active == 0 or width == 0:
         return
     cfg = configs.EXPAND_FLOAT32 if low.dtype == torch.float32 else configs.EXPAND
-    grid = (_cdiv(width, cfg.block_n), _cdiv(act.max_active, cfg.block_m))
+    grid = (_cdiv(width, cfg.block_n) * _cdiv(act.max_active, cfg.block_m),)
     on, seed, threshold = _drop(call, dropout)
     masked_lora_expand_add_kernel[grid](
         low, right, bias, out, act.active_rows, act.active_count, seed, scaling, threshold, width,
@@ -260,8 +260,7 @@ def grad(
     scaling · Σ_active wide. low `[M, R]`.
     """
     act, width, rank = call.activation, wide.shape[1], low.shape[1]
-    cfg = configs.GRAD_FLOAT32 if low.dtype == torch.float32 else configs.GRAD
-    block_r = rank_block(rank)
+    cfg, block_r = configs.grad_config(target.arch(), low.dtype, rank)
     tiles = (_cdiv(width, cfg.block_n), _cdiv(rank, block_r))
     splits, each = _grad_splits(call, wide.device, tiles[0] * tiles[1], cfg)
     part, part_sums = _grad_parts(splits, out, sums)

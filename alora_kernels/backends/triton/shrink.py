@@ -31,10 +31,12 @@ def masked_lora_shrink_kernel(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, R_TILES: tl.constexpr,
 ):  # fmt: skip
     count = tl.load(active_count)
-    first = tl.program_id(1) * BLOCK_M
+    # One axis for rows and columns: only the first of a grid holds millions of rows.
+    tile = tl.program_id(0) % (COUNT * R_TILES)
+    first = tl.program_id(0) // (COUNT * R_TILES) * BLOCK_M
     if first >= count:
         return
-    which = tl.program_id(0) // R_TILES
+    which = tile // R_TILES
     right, rank, scale, column = right0, rank0, scale0, 0
     if COUNT > 1:  # noqa: SIM102 (the outer tests are the compiler's)
         if which == 1:
@@ -48,8 +50,8 @@ def masked_lora_shrink_kernel(
     slot = first + tl.arange(0, BLOCK_M)
     here = slot < count
     row = tl.load(active_rows + slot, mask=here, other=0).to(tl.int64)
-    r = tl.program_id(0) % R_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
-    split = tl.program_id(2)
+    r = tile % R_TILES * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(1)
     begin, end = 0, K
     if SPLITS > 1:
         begin = split * split_depth
