@@ -198,6 +198,18 @@ def test_sampling_draws_what_transformers_draws(seed: int) -> None:
     assert list(answer.token_ids) == wanted[: len(answer.token_ids)]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_prompt_in_chunks_changes_nothing(kind: str, seed: int) -> None:
+    session, _ = session_of(kind, seed)
+    ids = context(2 * WINDOW, seed)
+    session.extend(ids)
+    prompt = [50, 51, 52, *INVOCATIONS["red"], *ids[1:5]]
+    wanted = session.generate("red", prompt, **GREEDY)
+    assert session.generate("red", prompt, prefill_chunk_size=2, **GREEDY) == wanted
+    with pytest.raises(ValueError, match="assisted decoding is wrong on a cache"):
+        session.generate("red", prompt_lookup_num_tokens=3, **GREEDY)
+
+
 def test_stop_strings_and_eos(seed: int) -> None:
     session, _ = session_of("llama", seed)
     session.extend(context(14, seed))
