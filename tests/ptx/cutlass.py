@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -64,7 +65,8 @@ def build(name: str, arch: str, flags: tuple[str, ...] = ()) -> Built:
         for path in work.iterdir():
             if path.suffix != ".ptx" and path.name != "host":
                 path.unlink()
-        work.rename(folder)
+        with contextlib.suppress(OSError):  # another process was faster
+            work.rename(folder)
     (ptx,) = folder.glob("*.ptx")
     return Built(Module(ptx.read_text()), folder / "host")
 

@@ -19,6 +19,7 @@ from .registers import Ids, Launch
 from .wave import Wave
 
 GUARD = 1 << 16  # bytes behind every allocation that belong to nobody
+PROCESSORS = 132  # blocks that run side by side at least, where blocks order each other
 WAVE_THREADS = 8192  # threads that run side by side when the caller does not say how many blocks
 
 
@@ -132,11 +133,12 @@ class Machine:
     ) -> None:
         """Run the grid. `args` follow the kernel's parameters: numbers, addresses or bytes.
 
-        `resident` blocks run side by side (by default as many as make some thousands of threads),
-        the rest after them; `reverse` begins with the last block. `order` schedules warps:
-        `lockstep` (all in step, fast), `round_robin`, `reverse` (the last warp first) or `random`
-        with `seed`. `shared_init=False` lets threads read shared memory that nobody wrote, as some
-        correct kernels do for rows that they never store. Raises PtxError at the first fault.
+        `resident` blocks run side by side, the rest after them; by default as many as make some
+        thousands of threads, and no fewer than an H100 has processors where blocks wait for each
+        other. `reverse` begins with the last block. `order` schedules warps: `lockstep` (all in
+        step, fast), `round_robin`, `reverse` (the last warp first) or `random` with `seed`.
+        `shared_init=False` lets threads read shared memory that nobody wrote, as some correct
+        kernels do for rows that they never store. Raises PtxError at the first fault.
         """
         kernel = mod.kernels[name]
         if kernel.local:
@@ -149,8 +151,6 @@ class Machine:
             return
         per = int(np.prod(block3))
         group = int(np.prod(cluster3))
-        side = resident or max(1, WAVE_THREADS // per)
-        side = max(group, side // group * group)
         self.shared_init = shared_init
         self.grain = grain_of(kernel.code, ("shared",), 16)
         if any(i.op[0] in ("mbarrier", "tensormap") for i in kernel.code):
@@ -158,6 +158,10 @@ class Machine:
         if any(i.op[0] in ("ldmatrix", "stmatrix", "wgmma", "cp") for i in kernel.code):
             self.grain = min(self.grain, 16)
         self.between = group > 1 or any(_orders_blocks(i.op) for i in kernel.code)
+        # Blocks that wait for each other run together as far as a GPU would hold them.
+        together = PROCESSORS if self.between else 1
+        side = resident or max(together, WAVE_THREADS // per)
+        side = max(group, side // group * group)
         self.races = GlobalRaces(self.top, self._global_grain(kernel), max(1, per // 32))
         variables = self._variables(mod)
         launch = Launch(grid3, block3, cluster3, params, offsets, smem, variables)
