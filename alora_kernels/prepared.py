@@ -79,5 +79,7 @@ class Prepared:
         ys, _ = backend.forward(call, strategy, rows, self.projections, None, False)
         if len(shape) == 2:
             return tuple(ys)
+        if len(shape) == 3 and shape[0] == 1:
+            return tuple([y.unsqueeze(0) for y in ys])
         lead = shape[:-1]
         return tuple([y.view(*lead, y.shape[-1]) for y in ys])

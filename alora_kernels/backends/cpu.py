@@ -59,21 +59,18 @@ class CpuBackend:
         base_outs: Sequence[Tensor] | None,
         save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
-        if base_outs is None:
-            ys = [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
-        else:
-            ys = list(base_outs)
         parts = _parts(call.activation)
-        if not save and len(parts) == 1 and parts[0].rows is WHOLE and _alike(call, x, projections):
-            single = x.reshape(-1) if x.shape[0] == 1 else None  # a vector needs no transposes
+        whole = not save and len(parts) == 1 and parts[0].rows is WHOLE
+        if whole and _alike(call, x, projections):
+            if base_outs is None and x.shape[0] == 1:
+                return _one_row(call, x.reshape(-1), projections), None
+            ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
             for p, y, scaling in zip(projections, ys, call.scalings):
-                if single is not None:
-                    y.view(-1).addmv_(p.lora_b, p.lora_a.mv(single), alpha=scaling)
-                else:
-                    y.addmm_(torch.mm(x, p.lora_a.t()), p.lora_b.t(), alpha=scaling)
+                y.addmm_(torch.mm(x, p.lora_a.t()), p.lora_b.t(), alpha=scaling)
                 if p.lora_bias is not None:
                     y.add_(p.lora_bias, alpha=scaling)
             return ys, None
+        ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
         begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
         known = call.activation.num_active
@@ -249,6 +246,23 @@ def _base_dx(
             else:
                 _add_product(dx, part.rows, _take(dy, part.rows), weight)
     return dx
+
+
+def _base_outputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    return [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
+
+
+def _one_row(call: Call, x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """The outputs of a single active row x `[K]`: matrix times vector, no transposes."""
+    ys = []
+    for p, scaling in zip(projections, call.scalings):
+        weight: Tensor = p.weight  # type: ignore[assignment]
+        y = weight.mv(x) if p.bias is None else torch.addmv(p.bias, weight, x)
+        y.addmv_(p.lora_b, p.lora_a.mv(x), alpha=scaling)
+        if p.lora_bias is not None:
+            y.add_(p.lora_bias, alpha=scaling)
+        ys.append(y.view(1, -1))
+    return ys
 
 
 def _alike(call: Call, x: Tensor, projections: Sequence[Projection]) -> bool:
