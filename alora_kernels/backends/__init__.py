@@ -6,7 +6,6 @@ nothing of modules and nothing of autograd; it is handed tensors that were check
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -123,11 +122,6 @@ def saved_columns(ranks: Sequence[int]) -> tuple[tuple[int, ...], int]:
 
     Every projection begins at a multiple of 16 elements, for 16-byte loads.
     """
-    return _columns(tuple(ranks))
-
-
-@functools.lru_cache(maxsize=1024)
-def _columns(ranks: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
     begins, total = [], 0
     for rank in ranks:
         begins.append(total)
