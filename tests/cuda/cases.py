@@ -65,6 +65,10 @@ def _laid_out(case: Case, values: Tensor, weight: bool = False) -> Tensor:
     return values
 
 
+def _strided_vector(values: Tensor) -> Tensor:
+    return torch.stack([values, torch.full_like(values, torch.nan)], 1)[:, 0]
+
+
 def run(
     case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False
 ) -> PtxSender:
@@ -85,10 +89,10 @@ def run(
     projections = [
         Projection(
             _laid_out(case, (torch.randn(n, k) / k**0.5).to(dtype), weight=True),
-            torch.randn(n).to(dtype) if case.bias != "none" else None,
+            _strided_vector(torch.randn(n).to(dtype)) if case.bias != "none" else None,
             (torch.randn(r, k) / k**0.5).to(adapter),
             (torch.randn(n, r) / r**0.5).to(adapter),
-            torch.randn(n).to(adapter) if case.bias == "both" else None,
+            _strided_vector(torch.randn(n).to(adapter)) if case.bias == "both" else None,
         )
         for _ in range(case.count)
     ]

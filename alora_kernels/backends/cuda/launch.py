@@ -71,6 +71,11 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     return found
 
 
+def dense(vector: Tensor | None) -> Tensor | None:
+    """`vector` as the kernels read it: elements side by side."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
+
+
 @dataclass(frozen=True)
 class Launcher:
     """Kernels of one call. `multiprocessors` is what the plans fill, `arch` as 80, 90, ..."""
@@ -131,6 +136,7 @@ class Launcher:
         if m == 0 or n == 0:
             return
         on, seed, threshold = self._drop(dropout)
+        bias, lora_bias = dense(bias), dense(lora_bias)
         adapter = up if up is not None else lora_bias
         if self.arch == 90 and down is None and self._gemm_sm90(
             left, right, out, bias, low, up, lora_bias, lora_bias_scale, on, seed, threshold, add,
@@ -175,7 +181,7 @@ class Launcher:
             part = torch.empty(plan.workspace, dtype=torch.float32, device=x.device)
             arrived = arrival_counters(x.device, plan.grid[0])
         self.send(plan, (
-            x, weight, bias, up, down, lora_bias, out, part, arrived,
+            x, weight, dense(bias), up, down, dense(lora_bias), out, part, arrived,
             self.call.activation.row_adapter, x.stride(0), weight.stride(0), *up.stride(),
             *down.stride(), out.stride(0), m, n, k, rank, plan.split, scaling, scaling, plan.flags,
         ))  # fmt: skip
@@ -218,7 +224,7 @@ class Launcher:
             low.dtype, act.max_active, n, operand(out), up.dtype != low.dtype, on
         )
         self.send(plan, (
-            low, up, lora_bias, out, act.active_rows, act.active_count, seed, low.stride(0),
+            low, up, dense(lora_bias), out, act.active_rows, act.active_count, seed, low.stride(0),
             *up.stride(), *out.stride(), n, rank, lora_bias_scale, threshold, plan.flags, 0,
         ))  # fmt: skip
 
