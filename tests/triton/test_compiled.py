@@ -160,7 +160,7 @@ def test_gemm_with_odd_strides_takes_pointers(arch: int) -> None:
     tensors = Tensors(4096, 24, torch.float16, torch.float16, odd=1)
     for name in ("tail forward", "onepass dx"):
         (kernel, *_) = compiled(arch, f"sm_{arch} odd {name}", tensors.gemms()[name])
-        assert TENSOR_CORES[arch] in kernel.ptx
+        assert TENSOR_CORES[arch] in kernel.ptx, f"sm_{arch} odd {name}"
     aligned = Tensors(4096, 24, torch.float16, torch.float16)
     (kernel, *_) = compiled(arch, f"sm_{arch}", aligned.gemms()["tail forward"])
     loads = kernel.ptx.count("cp.async.bulk.tensor")

@@ -111,9 +111,9 @@ def gemm_config(
     """Config of `gemm` with M = `rows`, narrowed where registers would spill.
 
     Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
-    of sums. On Blackwell the sums of `onepass` pass through registers on their way to tensor
-    memory; four warps hold low of at most 32 columns beside 128 of the output. A K step of
-    lora_a in float32 is 64 deep at most.
+    of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
+    Four warps hold low of at most 32 columns beside 128 of the output; a K step of lora_a in
+    float32 is 64 deep at most.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
@@ -124,7 +124,7 @@ def gemm_config(
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
     elif lora == "onepass" and config.warps == 4 and rank > 32:
         widest = 64
-    elif lora == "onepass" and arch == 100:
+    elif lora != "none" and arch == 100:
         widest = 128
     deepest = 64 if lora == "onepass" and rank > 32 else config.block_k
     if config.block_n > widest or config.block_k > deepest:
