@@ -4,7 +4,7 @@
 
 The layers are so small that the host's work per layer is what is measured. Four models with the
 same weights run in turn: the base, PEFT's plain LoRA, PEFT's aLoRA (given its offsets in every
-step, without which it is off), and the aLoRA accelerated by this package. Each sample decodes a few
+step, without which it is off), and the aLoRA accelerated by this package. Each sample decodes some
 tokens on a copy of one prefilled cache. The clock is the thread's own processor time, which
 equals wall-clock time on a machine that does nothing else, and stays comparable on one that does.
 """
@@ -32,7 +32,7 @@ from rich.table import Table
 from alora_kernels import accelerate
 
 INVOCATION = [5, 6, 7]
-TOKENS = 4  # decoded in each sample
+TOKENS = 16  # decoded in each sample
 TARGETS = {"PEFT LoRA": 1.0, "base": 1.6}  # at most so many times as slow
 
 
