@@ -412,15 +412,23 @@ def _write_plot(path: Path, figures: Sequence[Figure]) -> None:
         axes[0, 0].plot(x, [f.seconds for f in rows], "o-", color=colour, label=label)
         if variant != "peft":
             for f in rows:
-                axes[0, 0].annotate(f"{f.speedup:.1f}×", (f.prompt, f.seconds), fontsize=8,
-                                    textcoords="offset points", xytext=(3, 4))  # fmt: skip
+                axes[0, 0].annotate(
+                    f"{f.speedup:.1f}×",
+                    (f.prompt, f.seconds),
+                    fontsize=8,
+                    textcoords="offset points",
+                    xytext=(0, 6),
+                    ha="center",
+                )
         if with_memory:
             axes[0, 1].plot(x, [f.peak_mib for f in rows], "o-", color=colour, label=label)
     names = ("seconds a step", "peak memory over the model, MiB")
     for axis, name in zip(axes[0], names):
         axis.set(xlabel=f"prompt tokens (+ {figures[0].suffix} of the adapter)", ylabel=name)
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.08)
         ticks = sorted({f.prompt for f in figures})
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.grid(True, which="major", alpha=0.3)
