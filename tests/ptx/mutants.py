@@ -177,8 +177,8 @@ CUDA = [
     Mutant(
         "chained_sum",
         "flag never set",
-        'if (t == 0) asm volatile("st',
-        'if (t == 64) asm volatile("st',
+        'if (t == 0)\n    asm volatile("st',
+        'if (t == 64)\n    asm volatile("st',
         DEADLOCK,
         False,
     ),

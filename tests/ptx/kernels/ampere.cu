@@ -103,11 +103,15 @@ extern "C" __global__ void chained_sum(const int* x, int* prefix, int* flag) {
   if (b > 0 && t == 0) {
     int seen = 0;
     while (!seen)
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(flag + b - 1) : "memory");
+      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];"
+                   : "=r"(seen)
+                   : "l"(flag + b - 1)
+                   : "memory");
   }
   __syncthreads();
   int before = b > 0 ? prefix[(b - 1) * 64 + t] : 0;
   prefix[b * 64 + t] = before + x[b * 64 + t];
   __syncthreads();
-  if (t == 0) asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(flag + b), "r"(1) : "memory");
+  if (t == 0)
+    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(flag + b), "r"(1) : "memory");
 }

@@ -1,5 +1,5 @@
-// A CUTLASS GEMM for sm_80 (mma.sync, cp.async in three stages) and, as a host program that needs no
-// driver, its launch: prints grid, block, shared bytes, cluster and the parameters as hex.
+// A CUTLASS GEMM for sm_80 (mma.sync, cp.async in three stages) and, as a host program that needs
+// no driver, its launch: prints grid, block, shared bytes, cluster and the parameters as hex.
 #include <cstdio>
 #include <cstdlib>
 
@@ -23,11 +23,14 @@ int main(int argc, char** argv) {
   cutlass::gemm::GemmCoord problem(m, n, k);
   Gemm::ThreadblockSwizzle swizzle;
   auto tiles = swizzle.get_tiled_shape(
-      problem, {Gemm::ThreadblockShape::kM, Gemm::ThreadblockShape::kN, Gemm::ThreadblockShape::kK}, 1);
-  Kernel::Params params{problem, tiles, {at(4), k}, {at(5), k}, {at(6), n}, {at(6), n}, {1.0f, 0.0f}};
+      problem, {Gemm::ThreadblockShape::kM, Gemm::ThreadblockShape::kN, Gemm::ThreadblockShape::kK},
+      1);
+  Kernel::Params params{problem,    tiles,      {at(4), k},  {at(5), k},
+                        {at(6), n}, {at(6), n}, {1.0f, 0.0f}};
   dim3 grid = swizzle.get_grid_shape(tiles);
   printf("%d %d %d %d %zu 1 1 1 ", grid.x, grid.y, grid.z, Kernel::kThreadCount,
          sizeof(Kernel::SharedStorage));
-  for (size_t i = 0; i < sizeof(params); ++i) printf("%02x", reinterpret_cast<unsigned char*>(&params)[i]);
+  for (size_t i = 0; i < sizeof(params); ++i)
+    printf("%02x", reinterpret_cast<unsigned char*>(&params)[i]);
   printf("\n");
 }

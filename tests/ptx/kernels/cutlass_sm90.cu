@@ -1,5 +1,6 @@
-// A CUTLASS GEMM for sm_90a (TMA, warp-specialised, ping-pong or cooperative) and, as a host program
-// that needs no driver, its launch: prints grid, block, shared bytes, cluster and the parameters.
+// A CUTLASS GEMM for sm_90a (TMA, warp-specialised, ping-pong or cooperative) and, as a host
+// program that needs no driver, its launch: prints grid, block, shared bytes, cluster and the
+// parameters.
 #include <cuda.h>
 
 #include <cstdio>
@@ -14,10 +15,12 @@
 #include "cutlass/util/packed_stride.hpp"
 
 // Tensor maps in the interpreter's own format (tests/ptx/maps.py).
-extern "C" CUresult cuTensorMapEncodeTiled(
-    CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dims,
-    const cuuint64_t* strides, const cuuint32_t* box, const cuuint32_t*, CUtensorMapInterleave,
-    CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+extern "C" CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type,
+                                           cuuint32_t rank, void* address, const cuuint64_t* dims,
+                                           const cuuint64_t* strides, const cuuint32_t* box,
+                                           const cuuint32_t*, CUtensorMapInterleave,
+                                           CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                                           CUtensorMapFloatOOBfill) {
   unsigned char raw[128] = {};
   memcpy(raw, &address, 8);
   raw[8] = rank - 1;
@@ -42,11 +45,11 @@ using ClusterShape = Shape<Int<CLUSTER>, _1, _1>;
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor, 8,
-    Element, cutlass::layout::RowMajor, 8, cutlass::epilogue::TmaWarpSpecialized>::CollectiveOp;
+    cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, cutlass::layout::RowMajor,
+    8, Element, cutlass::layout::RowMajor, 8, cutlass::epilogue::TmaWarpSpecialized>::CollectiveOp;
 using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, 8, Element,
-    cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape,
+    cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, 8,
+    Element, cutlass::layout::ColumnMajor, 8, float, TileShape, ClusterShape,
     cutlass::gemm::collective::StageCount<3>,
     cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
 using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue>;
@@ -70,7 +73,9 @@ int main(int argc, char** argv) {
                                        hardware};
   auto params = Kernel::to_underlying_arguments(arguments, nullptr);
   dim3 grid = Kernel::get_grid_shape(params), block = Kernel::get_block_shape();
-  printf("%d %d %d %d %d %d 1 1 ", grid.x, grid.y, grid.z, block.x, Kernel::SharedStorageSize, CLUSTER);
-  for (size_t i = 0; i < sizeof(params); ++i) printf("%02x", reinterpret_cast<unsigned char*>(&params)[i]);
+  printf("%d %d %d %d %d %d 1 1 ", grid.x, grid.y, grid.z, block.x, Kernel::SharedStorageSize,
+         CLUSTER);
+  for (size_t i = 0; i < sizeof(params); ++i)
+    printf("%02x", reinterpret_cast<unsigned char*>(&params)[i]);
   printf("\n");
 }
