@@ -19,7 +19,6 @@ import pytest
 
 from alora_kernels.peft import accelerate
 
-
 # These expect an error where an accelerated model gives the right result.
 MENDED = (
     "tests/test_lora_variants.py::TestActivatedLora::test_num_beams_error",
