@@ -124,7 +124,7 @@ def gemm_config(
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
     elif lora == "onepass" and config.warps == 4 and rank > 32:
         widest = 64
-    elif lora != "none" and arch == 100:
+    elif lora != "none" and (arch == 100 or rank % 16):  # a ragged rank is loaded piece by piece
         widest = 128
     deepest = 64 if lora == "onepass" and rank > 32 else config.block_k
     if config.block_n > widest or config.block_k > deepest:
