@@ -26,6 +26,27 @@ def test_values_and_gradients(dtype, size, fraction, strided) -> None:
     assert_within_bound(run(case, alora_linear), case)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lead", [(1,), (1, 1), (9,), (2, 9)])
+@pytest.mark.parametrize("fraction", [0.4, 1.0])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 4}], ids=["", "dropout"])
+def test_without_gradients(dtype, lead, fraction, options) -> None:
+    """Inference has short ways of its own: one row, and all rows active."""
+    case = make_case(lead, 70, 48, 8, dtype=dtype, fraction=fraction)
+    if "seed" in options:
+        options = {**options, "seed": torch.tensor([options["seed"]])}
+    case = case.with_options(**options)
+    args = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.activation)
+    with torch.no_grad():
+        linear = alora_linear(*args, case.scaling, lora_bias=case.lora_bias, **options)
+        base = F.linear(case.x, case.weight, case.bias)
+        added = alora_add(
+            base, case.x, *args[3:], case.scaling, lora_bias=case.lora_bias, **options
+        )
+    assert_within_bound({"y": linear}, case)
+    assert_within_bound({"y": added}, case)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("precision", ["compute", "fp32"])
 def test_float32_adapters_over_a_16_bit_base(dtype, precision) -> None:
