@@ -60,16 +60,10 @@ class CpuBackend:
         save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
         parts = _parts(call.activation)
-        whole = not save and len(parts) == 1 and parts[0].rows is WHOLE
-        if whole and _alike(call, x, projections):
-            if base_outs is None and x.shape[0] == 1:
-                return _one_row(call, x.reshape(-1), projections), None
-            ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
-            for p, y, scaling in zip(projections, ys, call.scalings):
-                y.addmm_(torch.mm(x, p.lora_a.t()), p.lora_b.t(), alpha=scaling)
-                if p.lora_bias is not None:
-                    y.add_(p.lora_bias, alpha=scaling)
-            return ys, None
+        whole = len(parts) == 1 and parts[0].rows is WHOLE
+        one_dtype = saved_dtype(x.dtype, call.adapter_precision) == x.dtype
+        if whole and one_dtype and not save and call.dropout_p == 0.0:
+            return _all_rows(call, x, projections, base_outs), None
         ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
         begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
@@ -252,25 +246,33 @@ def _base_outputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     return [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
 
 
-def _one_row(call: Call, x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """The outputs of a single active row x `[K]`: matrix times vector, no transposes."""
-    ys = []
-    for p, scaling in zip(projections, call.scalings):
-        weight: Tensor = p.weight  # type: ignore[assignment]
-        y = weight.mv(x) if p.bias is None else torch.addmv(p.bias, weight, x)
-        y.addmv_(p.lora_b, p.lora_a.mv(x), alpha=scaling)
-        if p.lora_bias is not None:
-            y.add_(p.lora_bias, alpha=scaling)
-        ys.append(y.view(1, -1))
-    return ys
-
-
-def _alike(call: Call, x: Tensor, projections: Sequence[Projection]) -> bool:
-    """Whether decoding may take the short way: wide tensors of one dtype, no dropout."""
+def _all_rows(
+    call: Call, x: Tensor, projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Decoding's short way: every row is active, nothing is saved, one dtype is computed in."""
     dtype = x.dtype
-    if call.dropout_p != 0.0 or (dtype is not torch.float32 and dtype is not torch.float64):
-        return False
-    return all(p.lora_a.dtype is dtype for p in projections)
+    # One row: matrix times vector needs no transposes; in 16 bits torch is faster without it.
+    vector = x.shape[0] == 1 and base_outs is None and dtype.itemsize >= 4
+    if vector:
+        row = x.reshape(-1)
+        ys = [_base_vector(p, row) for p in projections]
+    else:
+        ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
+    for p, y, scaling in zip(projections, ys, call.scalings):
+        a, b = cast_frozen(p.lora_a, dtype), cast_frozen(p.lora_b, dtype)
+        if vector:
+            y.addmv_(b, a.mv(row), alpha=scaling)
+        else:
+            y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)
+        if p.lora_bias is not None:
+            y.add_(p.lora_bias.to(dtype), alpha=scaling)
+    return [y.view(1, -1) for y in ys] if vector else ys
+
+
+def _base_vector(p: Projection, row: Tensor) -> Tensor:
+    """The base of one row `[K]`, `[N]`."""
+    assert p.weight is not None
+    return p.weight.mv(row) if p.bias is None else torch.addmv(p.bias, p.weight, row)
 
 
 def _rank(p: Projection) -> int:
