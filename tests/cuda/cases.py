@@ -14,6 +14,7 @@ from alora_kernels.backends import Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.reference import alora_linear_reference
 
+from ..oracle import Change, assert_error, errors_of_pytorch
 from .ptx_sender import CSRC, PtxSender
 
 
@@ -102,12 +103,12 @@ def run(
     call = Call(act, scalings, case.dropout, key if case.dropout else None, case.prefix_grad)
     needs = Needs(True, *([(True,) * case.count] * 3))
 
-    def expected(dt: torch.dtype) -> list[Tensor | None]:
-        leaf = x.to(dt).detach().requires_grad_()
+    def expected(dt: torch.dtype, change: Change = lambda t: t) -> list[Tensor | None]:
+        leaf = change(x).to(dt).detach().requires_grad_()
         outs, leaves = [], [leaf]
         for p, scaling in zip(projections, scalings):
             own = [
-                t.to(dtype).to(dt).requires_grad_()
+                change(t).to(dtype).to(dt).requires_grad_()
                 for t in (p.lora_a, p.lora_b, p.lora_bias)
                 if t is not None
             ]
@@ -117,8 +118,8 @@ def run(
             outs.append(
                 alora_linear_reference(
                     leaf,
-                    p.weight.to(dt),
-                    None if p.bias is None else p.bias.to(dt),
+                    change(p.weight).to(dt),
+                    None if p.bias is None else change(p.bias).to(dt),
                     own[0],
                     own[1],
                     mask,
@@ -131,7 +132,9 @@ def run(
                 )
             )
             leaves += own
-        grads = torch.autograd.grad(outs, leaves, [d.to(dt) for d in dys], allow_unused=True)
+        grads = torch.autograd.grad(
+            outs, leaves, [change(d).to(dt) for d in dys], allow_unused=True
+        )
         return [*outs, *grads]
 
     sender = PtxSender(case.arch, case.reverse, csrc)
@@ -142,8 +145,10 @@ def run(
     todo = [p._replace(weight=None, bias=None) if case.add else p for p in projections]
     ys, xa = backend.forward(call, case.strategy, x, todo, given, backward)
     if not backward:
-        for y, true, own in zip(ys, expected(torch.float64), expected(dtype)):
-            assert_as_close_as_torch("y", y, true, own, dtype)
+        owns = errors_of_pytorch(expected, dtype)
+        for y, true, own in zip(ys, expected(torch.float64), owns):
+            assert true is not None
+            assert_error("y", y, true, own, dtype)
         return sender
     got = backend.backward(call, case.strategy, x, todo, xa, dys, needs)
     flat: list[Any] = [*ys, got.x]
@@ -152,24 +157,10 @@ def run(
         flat += [got.lora_a[i], got.lora_b[i]] + ([] if p.lora_bias is None else [got.lora_bias[i]])
         names += [f"dA{i}", f"dB{i}"] + ([] if p.lora_bias is None else [f"dbias{i}"])
         assert got.lora_a[i].dtype == adapter and got.lora_b[i].dtype == adapter
-    exact, torchs = expected(torch.float64), expected(dtype)
+    exact, owns = expected(torch.float64), errors_of_pytorch(expected, dtype)
     assert len(flat) == len(exact)
-    for name, value, true, own in zip(names, flat, exact, torchs):
-        assert_as_close_as_torch(name, value, true, own, dtype)
+    for name, value, true, own in zip(names, flat, exact, owns):
+        assert_error(name, value, torch.zeros_like(value) if true is None else true, own, dtype)
     if not case.prefix_grad:
         assert (got.x[~mask] == 0).all()
     return sender
-
-
-def assert_as_close_as_torch(
-    name: str, value: Tensor, exact: Tensor | None, torchs: Tensor | None, dtype: torch.dtype
-) -> None:
-    if exact is None or torchs is None:
-        exact = torchs = torch.zeros_like(value)
-    if not value.numel():
-        return
-    error = (value.double() - exact).abs().max().item()
-    limit = 2 * (torchs.double() - exact).abs().max().item()
-    # The largest error of few elements is noisy: two ulp of the largest are always allowed.
-    floor = 2 * torch.finfo(dtype).eps * exact.abs().max().item()
-    assert error <= max(limit, floor), f"{name}: error {error}, allowed {max(limit, floor)}"

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
+from alora_kernels.backends.triton.target import interpreting
 from alora_kernels.functional import alora_add, alora_linear, alora_linear_group
 from alora_kernels.reference import alora_linear_reference
+
+from ..oracle import Change, assert_error, errors_of_pytorch
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,16 @@ class Problem:
             ))  # fmt: skip
         self.dys = [random(n, m).t() if case.strided else random(m, n) for _ in range(case.count)]
 
-    def leaves(self, dtype: torch.dtype | None) -> tuple[Tensor, list[list[Tensor | None]]]:
+    def leaves(
+        self, dtype: torch.dtype | None, change: Change = lambda t: t
+    ) -> tuple[Tensor, list[list[Tensor | None]]]:
         """x, and [lora_a, lora_b, lora_bias] of each layer, in `dtype` or as they are."""
         rounded = self.case.dtype if self.case.precision == "compute" and dtype else None
 
         def leaf(t: Tensor | None, wanted: bool, to_rounded: torch.dtype | None) -> Tensor | None:
             if t is None:
                 return None
+            t = change(t)
             t = t if to_rounded is None else t.to(to_rounded)
             return (t if dtype is None else t.to(dtype)).detach().requires_grad_(wanted)
 
@@ -126,50 +132,49 @@ class Problem:
             else:
                 (w, bias, _, _, s, _), (a, b, c) = self.layers[0], adapters[0]
                 outs = [alora_linear(x, w, bias, a, b, self.activation, s, lora_bias=c, **options)]
-        return self._with_grads(outs, x, adapters, None) if grad else [*outs]
+        return self._with_grads(outs, x, adapters, self.dys) if grad else [*outs]
 
-    def expected(self, dtype: torch.dtype) -> list[Tensor | None]:
+    def expected(self, dtype: torch.dtype, change: Change = lambda t: t) -> list[Tensor | None]:
         """The reference's outputs and gradients, computed in `dtype`."""
         case = self.case
-        x, adapters = self.leaves(dtype)
+        x, adapters = self.leaves(dtype, change)
         outs = []
         for base, (w, bias, _, _, s, _), (a, b, c) in zip(self.bases, self.layers, adapters):
             outs.append(alora_linear_reference(
-                x, w.to(dtype), None if bias is None else bias.to(dtype), a, b, self.mask, s,
+                x, change(w).to(dtype), None if bias is None else change(bias).to(dtype), a, b,
+                self.mask, s,
                 lora_bias=c, dropout_p=case.p, seed=self.key, prefix_grad=case.prefix,
-                adapter_precision=case.precision, base_out=base.to(dtype) if case.add else None,
+                adapter_precision=case.precision,
+                base_out=change(base).to(dtype) if case.add else None,
             ))  # fmt: skip
-        return self._with_grads(outs, x, adapters, dtype)
+        return self._with_grads(outs, x, adapters, [change(d).to(dtype) for d in self.dys])
 
     def _with_grads(
         self, outs: list[Tensor], x: Tensor, adapters: list[list[Tensor | None]],
-        dtype: torch.dtype | None,
+        dys: list[Tensor],
     ) -> list[Tensor | None]:  # fmt: skip
         leaves = [x, *(t for layer in adapters for t in layer)]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
-        dys = [d if dtype is None else d.to(dtype) for d in self.dys]
         found = iter(torch.autograd.grad(outs, wanted, dys, allow_unused=True))
         grads = [next(found) if t is not None and t.requires_grad else None for t in leaves]
         return [*outs, *grads]
 
     def check(self, got: list[Tensor | None]) -> None:
         """Every result is at most twice as far from float64 as PyTorch's in the same dtype."""
-        exact, torchs = self.expected(torch.float64), self.expected(self.case.dtype)
+        dtype = self.case.dtype
+        exact, owns = self.expected(torch.float64), errors_of_pytorch(self.expected, dtype)
+        if interpreting() and dtype == torch.bfloat16:
+            # Triton's interpreter truncates to bfloat16 where a GPU rounds: twice the error.
+            # The compiled kernels are held to the true bound.
+            owns = [2 * own for own in owns]
         names = [f"y{i}" for i in range(self.case.count)] + ["dx"]
         names += [f"{n}{i}" for i in range(self.case.count) for n in ("dA", "dB", "dbias")]
         x, adapters = self.leaves(None)
         leaves = [x, *(t for layer in adapters for t in layer)]
         wanted = [True] * self.case.count + [t is not None and t.requires_grad for t in leaves]
-        for name, g, e, t, want in zip(names, got, exact, torchs, wanted):
+        for name, g, e, own, want in zip(names, got, exact, owns, wanted):
             if not want:
                 assert g is None, f"{name} was computed though nobody wants it"
                 continue
             assert g is not None, f"{name} is None"
-            if e is None:
-                e = t = torch.zeros_like(g)
-            assert t is not None
-            error = (g.double() - e).abs().max().item()
-            limit = 2 * (t.double() - e).abs().max().item()
-            # The largest error of a few elements is noisy: two ulp are always allowed.
-            ulps = 2 * torch.finfo(self.case.dtype).eps * e.abs().max().item()
-            assert error <= max(limit, ulps), f"{name}: {error} > {limit}, {ulps}"
+            assert_error(name, g, torch.zeros_like(g) if e is None else e, own, dtype)
