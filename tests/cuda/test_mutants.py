@@ -37,7 +37,7 @@ MUTANTS = [
            "      wait_copies<kStages - 2>();\n      __syncthreads();\n      const bool more",
            "      wait_copies<kStages - 2>();\n      const bool more", TAIL, "race"),
     Mutant("reads low of inactive rows", "gemm.cuh", "is_active(row) && r < columns",
-           "m0 + row < p.m && r < columns", TAIL, "error nan"),
+           "m0 + row < p.m && r < columns", TAIL, "y has NaN"),
     Mutant("hands a stage back before its products end", "gemm_sm90.cuh",
            "        wgmma_wait<0>();\n        release(ring.stage);\n      }\n      finish",
            "        release(ring.stage);\n        wgmma_wait<0>();\n      }\n      finish",
