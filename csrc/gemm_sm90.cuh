@@ -110,40 +110,47 @@ struct GemmSm90 {
     }
   }
 
-  __device__ void produce() {
+  // The R steps of a tile, by the whole producer warpgroup. The leader calls `ready` before it
+  // copies the first tile of low.
+  template <typename Ready>
+  __device__ void load_low(Ring& ring, const Tile& t, const Ready& ready) {
+    const bool leads = threadIdx.x == 0, convert = has(kConvertUp);
+#pragma unroll 1
+    for (int step = 0; step < t.low_steps; ++step, ring.step()) {
+      // The leader alone waits: the others do not see every phase.
+      if (leads) barrier_wait(empty(ring.stage), ring.round ^ 1);
+      if (convert) {
+        sync_some<128>(1);
+        convert_up(ring.stage, step * kBlockK, t.n0);
+        fence_async_proxy();
+        sync_some<128>(1);
+      }
+      if (!leads) continue;
+      if (step == 0) ready();
+      barrier_arrive_expecting(full(ring.stage), convert ? kLeftBytes : kStageBytes);
+      copy_tile_in(left_tile(ring.stage), p.low, step * kBlockK, t.m0, full(ring.stage));
+      if (!convert) copy_right(p.up, ring.stage, step * kBlockK, t.n0);
+    }
+  }
+
+  __device__ void load_main(Ring& ring, const Tile& t) {
     const bool leads = threadIdx.x == 0;
+#pragma unroll 1
+    for (int step = 0; step < t.main_steps; ++step, ring.step()) {
+      if (!leads) continue;
+      barrier_wait(empty(ring.stage), ring.round ^ 1);
+      barrier_arrive_expecting(full(ring.stage), kStageBytes);
+      copy_tile_in(left_tile(ring.stage), p.left, step * kBlockK, t.m0, full(ring.stage));
+      copy_right(p.right, ring.stage, step * kBlockK, t.n0);
+    }
+  }
+
+  __device__ void produce() {
     Ring ring;
     for (int index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
       const Tile t = tile_at(index);
-      if (t.low_steps > 0 && has(kConvertUp)) {
-        for (int step = 0; step < t.low_steps; ++step, ring.step()) {
-          // The leader alone waits: the others do not see every phase.
-          if (leads) barrier_wait(empty(ring.stage), ring.round ^ 1);
-          sync_some<128>(1);
-          convert_up(ring.stage, step * kBlockK, t.n0);
-          fence_async_proxy();
-          sync_some<128>(1);
-          if (leads) {
-            barrier_arrive_expecting(full(ring.stage), kLeftBytes);
-            copy_tile_in(left_tile(ring.stage), p.low, step * kBlockK, t.m0, full(ring.stage));
-          }
-        }
-      } else {
-        for (int step = 0; step < t.low_steps; ++step, ring.step()) {
-          if (!leads) continue;
-          barrier_wait(empty(ring.stage), ring.round ^ 1);
-          barrier_arrive_expecting(full(ring.stage), kStageBytes);
-          copy_tile_in(left_tile(ring.stage), p.low, step * kBlockK, t.m0, full(ring.stage));
-          copy_right(p.up, ring.stage, step * kBlockK, t.n0);
-        }
-      }
-      for (int step = 0; step < t.main_steps; ++step, ring.step()) {
-        if (!leads) continue;
-        barrier_wait(empty(ring.stage), ring.round ^ 1);
-        barrier_arrive_expecting(full(ring.stage), kStageBytes);
-        copy_tile_in(left_tile(ring.stage), p.left, step * kBlockK, t.m0, full(ring.stage));
-        copy_right(p.right, ring.stage, step * kBlockK, t.n0);
-      }
+      load_low(ring, t, [] {});
+      load_main(ring, t);
     }
   }
 
@@ -167,6 +174,35 @@ struct GemmSm90 {
     if (threadIdx.x % 32 == 0) barrier_arrive(empty(stage));
   }
 
+  __device__ void multiply_low(float (&acc)[kBlockN / 2], Ring& ring, const Tile& t, int group) {
+#pragma unroll 1
+    for (int step = 0; step < t.low_steps; ++step, ring.step()) {
+      barrier_wait(full(ring.stage), ring.round);
+      const int sixteens = min(4, (p.r - step * kBlockK + 15) / 16);
+      wgmma_fence();
+#pragma unroll 1
+      for (int i = 0; i < sixteens; ++i) {
+        multiply_step(acc, ring.stage, group, i);
+        wgmma_commit();
+        wgmma_wait<0>();
+      }
+      release(ring.stage);
+    }
+  }
+
+  __device__ void multiply_main(float (&acc)[kBlockN / 2], Ring& ring, const Tile& t, int group) {
+#pragma unroll 1
+    for (int step = 0; step < t.main_steps; ++step, ring.step()) {
+      barrier_wait(full(ring.stage), ring.round);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kBlockK / 16; ++i) multiply_step(acc, ring.stage, group, i);
+      wgmma_commit();
+      wgmma_wait<0>();
+      release(ring.stage);
+    }
+  }
+
   __device__ void consume() {
     const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
@@ -177,31 +213,9 @@ struct GemmSm90 {
       float acc[kBlockN / 2];
 #pragma unroll
       for (int i = 0; i < kBlockN / 2; ++i) acc[i] = 0.f;
-#pragma unroll 1
-      for (int step = 0; step < t.low_steps; ++step, ring.step()) {
-        barrier_wait(full(ring.stage), ring.round);
-        const int sixteens = min(4, (p.r - step * kBlockK + 15) / 16);
-        wgmma_fence();
-#pragma unroll 1
-        for (int i = 0; i < sixteens; ++i) {
-          multiply_step(acc, ring.stage, group, i);
-          wgmma_commit();
-          wgmma_wait<0>();
-        }
-        release(ring.stage);
-      }
-      const int m0 = t.m0 + group * 64 + row;
-      if (t.low_steps > 0 && has(kDropout)) drop_low_product(acc, m0, t.n0);
-#pragma unroll 1
-      for (int step = 0; step < t.main_steps; ++step, ring.step()) {
-        barrier_wait(full(ring.stage), ring.round);
-        wgmma_fence();
-#pragma unroll
-        for (int i = 0; i < kBlockK / 16; ++i) multiply_step(acc, ring.stage, group, i);
-        wgmma_commit();
-        wgmma_wait<0>();
-        release(ring.stage);
-      }
+      multiply_low(acc, ring, t, group);
+      if (t.low_steps > 0 && has(kDropout)) drop_low_product(acc, t.m0 + group * 64 + row, t.n0);
+      multiply_main(acc, ring, t, group);
       finish(acc, t, group, row, out);
     }
   }
