@@ -13,8 +13,11 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--exhaustive",
-        action="store_true",
-        help="every combination of a kernel test's factors instead of every pair",
+        nargs="?",
+        const="1/1",
+        metavar="I/N",
+        help="every combination of a kernel test's factors instead of every pair; with I/N the "
+        "I-th of N disjoint parts of them, each a fair sample",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,10 +11,30 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def product(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
-    """Every allowed row."""
-    rows = (dict(zip(factors, values)) for values in itertools.product(*factors.values()))
+def product(
+    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool], part: str = "1/1"
+) -> list[Row]:
+    """Every allowed row of the whole product, or of its `part` "i/n", 1 ≤ i ≤ n.
+
+    The n parts are disjoint and make up the product. Rows come in a shuffled order, the same on
+    every call, so that any part is a fair sample of the whole.
+    """
+    which, parts = (int(word) for word in part.split("/"))
+    if not 1 <= which <= parts:
+        raise ValueError(f"--exhaustive={part}: expected I/N with 1 ≤ I ≤ N")
+    order = list(range(math.prod(len(values) for values in factors.values())))
+    random.Random(0).shuffle(order)
+    rows = (_row(factors, index) for index in order[which - 1 :: parts])
     return [row for row in rows if allowed(row)]
+
+
+def _row(factors: Mapping[str, Sequence[Any]], index: int) -> Row:
+    """Row `index` of the product, the first factor being the lowest digit."""
+    row = {}
+    for name, values in factors.items():
+        index, digit = divmod(index, len(values))
+        row[name] = values[digit]
+    return row
 
 
 def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
