@@ -27,6 +27,7 @@ _LINEAR = (
 _OVERRIDDEN = {
     "__init__": _INIT,
     "update_metadata": _UPDATE,
+    "_update_base_metadata": "(self, mapping, lora_index_to_id, max_loras, vocab_size)",
     "add_shrink": "(self, y, x, lora_a_stacked, scale, **kwargs)",
     "add_expand": (
         "(self, y, x, lora_b_stacked, output_slices, offset_start=0, add_inputs=True, **kwargs)"
@@ -46,7 +47,7 @@ CHOICE = Touch(
     "vLLM's CPU LoRA ops copy A and B for every token and read −1 as the last adapter",
 )
 ON_CPU = tuple(
-    Touch(_CPU + name, parameters, "a subclass overrides it: " + CHOICE.reason)
+    Touch(_CPU + name, parameters, "a subclass overrides or calls it: " + CHOICE.reason)
     for name, parameters in _OVERRIDDEN.items()
 )
 ON_GPU = tuple(

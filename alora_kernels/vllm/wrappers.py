@@ -21,8 +21,18 @@ class AloraWrapperCPU(PunicaWrapperCPU):
         self._groups: list[Group] = []
         self._sampler_groups: list[Group] = []
 
-    def update_metadata(self, *args: Any, **kwargs: Any) -> None:
-        super().update_metadata(*args, **kwargs)
+    def update_metadata(
+        self,
+        mapping: Any,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: Any,
+    ) -> None:
+        # The indices alone. vLLM's own ops also want the batch in runs of one slot, and have room
+        # for one run a request: a prefill that straddles its invocation makes two.
+        self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
+        self.is_prefill = mapping.is_prefill
         self._groups = group_rows(self.token_lora_indices)
         self._sampler_groups = group_rows(self.sampler_indices)
 
