@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation, current_activation
+from .backends import Projection
 from .functional import alora_linear
+from .prepared import Prepared
 
 
 class AloraLinear(nn.Module):
@@ -39,6 +41,7 @@ class AloraLinear(nn.Module):
     weight: Tensor
     bias: nn.Parameter | None
     lora_bias: nn.Parameter | None
+    _prepared: Prepared | None = None  # for calls without a gradient; made again when it is stale
 
     def __init__(
         self,
@@ -139,6 +142,11 @@ class AloraLinear(nn.Module):
             activation = current_activation()
         if activation is None:
             return nn.functional.linear(x, self.weight, self.bias)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        if dropout_p == 0.0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            ys = self._without_grad().run(x, activation)
+            if ys is not None:
+                return ys[0]
         return alora_linear(
             x,
             self.weight,
@@ -148,12 +156,28 @@ class AloraLinear(nn.Module):
             activation,
             self.scaling,
             lora_bias=self.lora_bias,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             backend=self.backend,
             strategy=self.strategy,
             prefix_grad=self.prefix_grad,
             adapter_precision=self.adapter_precision,
         )
+
+    def _without_grad(self) -> Prepared:
+        """This layer with its checks done, for its parameters and options of this moment."""
+        projection = Projection(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias)
+        options = (self.backend, self.strategy, self.adapter_precision)
+        prepared = self._prepared
+        if prepared is None or not prepared.serves(projection, self.scaling, options):
+            names = ("backend", "strategy", "adapter_precision")
+            prepared = Prepared([projection], [self.scaling], dict(zip(names, options)))
+            self._prepared = prepared
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_prepared", None)  # copies and pickles make their own
+        return state
 
     def merge(self) -> None:
         """Refused: the merged weight would run the adapter on every token."""

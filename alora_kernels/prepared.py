@@ -7,11 +7,13 @@ checked in every call.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .activation import Activation
 from .backends import Backend, Call, Projection
@@ -26,7 +28,7 @@ class Prepared:
 
     Args:
         projections, scalings: the group, as `alora_linear_group` takes it.
-        options: `adapter_precision`, `strict_inactive`, `backend`, `strategy`.
+        options: of `alora_linear`; those for gradients and dropout mean nothing here.
 
     `run` never changes a result: it computes what `alora_linear_group` would, or nothing.
     """
@@ -44,26 +46,41 @@ class Prepared:
             backend=options.get("backend", "auto"),
             strategy=options.get("strategy", "auto"),
         )
+        self.tensors = [t for p in projections for t in p if t is not None]
+        self.plain = all(type(t) in (Tensor, nn.Parameter) for t in self.tensors)
+        self.plain &= all(map(math.isfinite, self.scalings))  # else the ordinary call refuses
         self.chosen: dict[tuple[Any, ...], tuple[Backend, str]] = {}
+
+    def serves(self, projection: Projection, scaling: float, options: tuple[str, ...]) -> bool:
+        """Whether this was made for just this projection, and (backend, strategy, precision)."""
+        mine, call = self.projections[0], self.call
+        return (
+            all(map(operator.is_, mine, projection))
+            and self.scalings[0] == scaling
+            and (call.backend, call.strategy, call.adapter_precision) == options
+        )
 
     def run(self, x: Tensor, activation: Activation) -> tuple[Tensor, ...] | None:
         """The outputs `[..., N]`, or None where the ordinary call has to be made.
 
-        The ordinary call is needed for gradients, autocast, tracing, and whatever has not been
-        checked yet in this dtype and on this device.
+        The ordinary call is needed for gradients, autocast, tracing, tensor subclasses, and
+        whatever has not been checked yet in this dtype and on this device.
         """
         device, shape = x.device, x.shape
         if (
-            torch.is_grad_enabled()
+            not self.plain
+            or type(x) is not Tensor
+            or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.is_autocast_enabled(device.type)
             or len(shape) > MAX_DIM
         ):
             return None
-        count = activation.num_rows
+        count = activation.row_adapter.shape[0]
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        first = self.projections[0].lora_a
-        key = (count, shape[-1], activation.planned_active, x.dtype, first.dtype, device)
+        # Where the tensors lie is part of the key: `.to()` and `.data` change them in place.
+        places = tuple([t.data_ptr() for t in self.tensors])
+        key = (count, shape[-1], activation.planned_active, x.dtype, device, places)
         found = self.chosen.get(key)
         if found is None:
             check_call(x, self.projections, activation)

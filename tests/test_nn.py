@@ -6,6 +6,7 @@ import asyncio
 import copy
 import io
 import math
+import pickle
 import threading
 
 import pytest
@@ -225,3 +226,77 @@ def test_two_interleaved_tasks_with_their_own_activation() -> None:
         return await asyncio.gather(work(0), work(1))
 
     assert asyncio.run(main()) == [True, True]
+
+
+def test_calls_without_a_gradient_are_checked_once() -> None:
+    layer, x, activation = make(), torch.randn(5, 24), Activation.from_starts([2], 5)
+    with torch.no_grad():
+        first = layer(x, activation)
+        prepared = layer._prepared
+        assert torch.equal(layer(x, activation), first) and layer._prepared is prepared
+    assert torch.equal(layer(x, activation), first)
+
+
+def changes() -> dict[str, object]:
+    def data(layer: AloraLinear) -> None:
+        layer.lora_A.data = torch.randn_like(layer.lora_A)
+
+    def in_place(layer: AloraLinear) -> None:
+        with torch.no_grad():
+            layer.lora_B.mul_(2)
+
+    return {
+        "parameter": lambda layer: setattr(layer, "lora_A", nn.Parameter(layer.lora_A * 2)),
+        "data": data,
+        "in place": in_place,
+        "scaling": lambda layer: setattr(layer, "scaling", 3.0),
+        "double": lambda layer: layer.double(),
+        "backend": lambda layer: setattr(layer, "backend", "reference"),
+    }
+
+
+@pytest.mark.parametrize("name", changes())
+def test_a_changed_layer_is_prepared_again(name) -> None:
+    layer, x, activation = make(), torch.randn(5, 24), Activation.from_starts([2], 5)
+    with torch.no_grad():
+        layer(x, activation)
+        changes()[name](layer)
+        x = x.to(layer.weight.dtype)
+        torch.testing.assert_close(layer(x, activation), expected(layer, x, activation))
+
+
+def test_a_prepared_layer_still_refuses_bad_input() -> None:
+    layer, activation = make(), Activation.all(5)
+    with torch.no_grad():
+        layer(torch.randn(5, 24), activation)
+        with pytest.raises(ValueError, match="describes 5 rows but x has 4"):
+            layer(torch.randn(4, 24), activation)
+        with pytest.raises(ValueError, match="K=24 but x has K=25"):
+            layer(torch.randn(5, 25), activation)
+        with pytest.raises(TypeError, match="float64"):
+            layer(torch.randn(5, 24, dtype=torch.float64), activation)
+        layer.scaling = math.inf
+        with pytest.raises(ValueError, match="scaling must be finite"):
+            layer(torch.randn(5, 24), activation)
+
+
+def test_copies_and_pickles_prepare_anew() -> None:
+    layer, x, activation = make(), torch.randn(5, 24), Activation.all(5)
+    with torch.no_grad():
+        layer(x, activation)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert "_prepared" not in vars(other)
+            nn.init.ones_(other.lora_A)
+            torch.testing.assert_close(other(x, activation), expected(other, x, activation))
+        assert not torch.equal(layer(x, activation), other(x, activation))
+
+
+def test_functional_call_without_a_gradient() -> None:
+    layer, x, activation = make(), torch.randn(5, 24), Activation.all(5)
+    other = {name: torch.randn_like(p) for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        before = layer(x, activation)
+        swapped = torch.func.functional_call(layer, other, (x, activation))
+        assert torch.equal(layer(x, activation), before)
+        layer.load_state_dict(other)
+        torch.testing.assert_close(swapped, layer(x, activation))

@@ -24,7 +24,7 @@ from .philox import DropMask
 
 SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
 FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
-
+SLICE = 8  # rows of a gradient that are widened at once
 
 WHOLE = slice(None)
 
@@ -95,33 +95,15 @@ class CpuBackend:
     ) -> Gradients:
         parts = _parts(call.activation)
         dx = _base_dx(call, x, projections, dys, parts) if needs.x else None
-        sums = [(_Sum(), _Sum(), _Sum()) for _ in projections]  # of lora_a, lora_b, lora_bias
-        if parts:
-            count = parts[-1].end
-            dtype = saved_dtype(x.dtype, call.adapter_precision)
-            dya: list[Tensor | None] = []
-            for i, dy in enumerate(dys):
-                wanted = needs.x or needs.lora_a[i]
-                dya.append(
-                    x.new_empty(count, _rank(projections[i]), dtype=dtype) if wanted else None
-                )
-                _outputs_side(call, projections, i, dy, parts, xa, dya[i], needs, sums[i])
-            _inputs_side(call, x, projections, parts, dya, dx, needs, sums)
-        return Gradients(
-            dx,
-            [
-                s[0].result(p.lora_a) if n else None
-                for s, p, n in zip(sums, projections, needs.lora_a)
-            ],
-            [
-                s[1].result(p.lora_b) if n else None
-                for s, p, n in zip(sums, projections, needs.lora_b)
-            ],
-            [
-                s[2].result(p.lora_bias) if n and p.lora_bias is not None else None
-                for s, p, n in zip(sums, projections, needs.lora_bias)
-            ],
-        )
+        dya: list[Tensor | None] = []
+        lora_b, lora_bias = [], []
+        for i, dy in enumerate(dys):
+            dya.append(_dya(call, projections, i, dy, parts, needs))
+            lora_b.append(_grad_b(call, projections, i, dy, parts, xa) if needs.lora_b[i] else None)
+            wanted = needs.lora_bias[i] and projections[i].lora_bias is not None
+            lora_bias.append(_grad_bias(call, projections[i], i, dy, parts) if wanted else None)
+        lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
+        return Gradients(dx, lora_a, lora_b, lora_bias)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -138,7 +120,10 @@ class _Sum:
         if self.total is None:
             self.total = part
         else:
-            self.total = self.total.to(_wide(part.dtype)).add_(part)
+            self.total = self.total.to(_wide(part.dtype))
+            # In slices, because torch widens a whole 16-bit operand before it adds it.
+            for total, piece in zip(self.total.split(SLICE), part.split(SLICE)):
+                total.add_(piece)
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
         """total += left · right, without a temporary where the dtype needs none."""
@@ -154,38 +139,58 @@ class _Sum:
         return self.total.to(parameter.dtype)
 
 
-def _outputs_side(
+def _dya(
+    call: Call,
+    projections: Sequence[Projection],
+    i: int,
+    dy: Tensor,
+    parts: Sequence[Part],
+    needs: Needs,
+) -> Tensor | None:
+    """scaling · dy · lora_b on active rows, `[n, R]`, where something is computed from it."""
+    if not parts or not (needs.x or needs.lora_a[i]):
+        return None
+    dtype = saved_dtype(dy.dtype, call.adapter_precision)
+    b = cast_frozen(projections[i].lora_b, dtype, cache=False)
+    dya = dy.new_empty(parts[-1].end, _rank(projections[i]), dtype=dtype)
+    factor = call.scalings[i] / (1.0 - call.dropout_p)
+    for part in parts:
+        rows = _take(dy, part.rows).to(dtype)
+        _scaled_product(rows, b, factor, dya[part.begin : part.end])
+    return dya
+
+
+def _grad_b(
     call: Call,
     projections: Sequence[Projection],
     i: int,
     dy: Tensor,
     parts: Sequence[Part],
     xa: Tensor | None,
-    dya: Tensor | None,
-    needs: Needs,
-    sums: tuple[_Sum, _Sum, _Sum],
-) -> None:
-    """What reads dy's active rows: dya, dB = dyᵀ·xa and the bias gradient."""
-    p, scaling = projections[i], call.scalings[i]
-    wants_bias = needs.lora_bias[i] and p.lora_bias is not None
-    if dya is None and not (needs.lora_b[i] or wants_bias):
-        return
+) -> Tensor:
+    """dB = dyᵀ·xa, computed as xaᵀ·dy: the few rows first are faster and need less scratch."""
+    p, total = projections[i], _Sum()
     begin = saved_columns([_rank(q) for q in projections])[0][i]
-    dtype = saved_dtype(dy.dtype, call.adapter_precision)
-    b = None if dya is None else cast_frozen(p.lora_b, dtype, cache=False)
-    factor = scaling / (1.0 - call.dropout_p)
     for part in parts:
-        rows_dy = _take(dy, part.rows).to(dtype)  # [n, N]
-        if dya is not None and b is not None:
-            _scaled_product(rows_dy, b, factor, dya[part.begin : part.end])
-        if needs.lora_b[i]:
-            assert xa is not None
-            sums[1].add_product(rows_dy.t(), _block(xa, part, begin, _rank(p)))  # [N, R]
-        if wants_bias:
-            sums[2].add(rows_dy.sum(0, dtype=_wide(dtype)).mul_(scaling))
+        assert xa is not None
+        rows = _take(dy, part.rows).to(xa.dtype)
+        total.add_product(_block(xa, part, begin, _rank(p)).t(), rows)  # [R, N]
+    if total.total is None:
+        return total.result(p.lora_b)
+    return total.total.t().to(p.lora_b.dtype, memory_format=torch.contiguous_format)
 
 
-def _inputs_side(
+def _grad_bias(call: Call, p: Projection, i: int, dy: Tensor, parts: Sequence[Part]) -> Tensor:
+    assert p.lora_bias is not None
+    dtype = saved_dtype(dy.dtype, call.adapter_precision)
+    total = _Sum()
+    for part in parts:
+        rows = _take(dy, part.rows).to(dtype)
+        total.add(rows.sum(0, dtype=_wide(dtype)).mul_(call.scalings[i]))
+    return total.result(p.lora_bias)
+
+
+def _grad_a_and_dx(
     call: Call,
     x: Tensor,
     projections: Sequence[Projection],
@@ -193,27 +198,45 @@ def _inputs_side(
     dya: Sequence[Tensor | None],
     dx: Tensor | None,
     needs: Needs,
-    sums: Sequence[tuple[_Sum, _Sum, _Sum]],
-) -> None:
-    """What pairs dya with the inputs: dA = dyaᵀ·x and the adapter's part of dx."""
+) -> list[Tensor | None]:
+    """What pairs dya with the inputs: dA = dyaᵀ·x, and the adapter's part of dx, added to it."""
     dtype = saved_dtype(x.dtype, call.adapter_precision)
-    lora_a = [cast_frozen(p.lora_a, dtype, cache=False) if needs.x else None for p in projections]
-    values = any(needs.lora_a)
-    if values or (dx is not None and call.dropout_p > 0.0):
+    totals = [_Sum() for _ in projections]
+    dropout, values = call.dropout_p > 0.0, any(needs.lora_a)
+    lora_a: list[Tensor | None] = [None] * len(projections)
+    if dx is not None and not dropout:
+        _add_to_dx(dx, projections, parts, dya, dtype)
+    elif dx is not None:
+        lora_a = [cast_frozen(p.lora_a, dtype, cache=False) for p in projections]
+    if values or (dx is not None and dropout):
         for part, rows_x, drop in _inputs(call, x, parts, dtype, values=values):
             for i, (a, whole) in enumerate(zip(lora_a, dya)):
                 if whole is None:
                     continue
                 low = whole[part.begin : part.end]  # [n, R]
                 if needs.lora_a[i]:
-                    sums[i][0].add_product(low.t(), rows_x)  # [R, K]
+                    totals[i].add_product(low.t(), rows_x)  # [R, K]
                 if dx is not None and a is not None and drop is not None:
                     _add_rows(dx, part.rows, (low @ a).masked_fill_(drop, 0))
-    if dx is not None and call.dropout_p == 0.0:
-        for a, whole in zip(lora_a, dya):
-            assert a is not None and whole is not None
-            for part in parts:
-                _add_product(dx, part.rows, whole[part.begin : part.end], a)
+    return [
+        total.result(p.lora_a) if wanted else None
+        for total, p, wanted in zip(totals, projections, needs.lora_a)
+    ]
+
+
+def _add_to_dx(
+    dx: Tensor,
+    projections: Sequence[Projection],
+    parts: Sequence[Part],
+    dya: Sequence[Tensor | None],
+    dtype: torch.dtype,
+) -> None:
+    """dx += dya·lora_a on active rows."""
+    for p, low in zip(projections, dya):
+        a = cast_frozen(p.lora_a, dtype, cache=False)
+        for part in parts:
+            assert low is not None
+            _add_product(dx, part.rows, low[part.begin : part.end], a)
 
 
 def _base_dx(
