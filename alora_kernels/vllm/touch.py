@@ -1,8 +1,8 @@
 """The record of a place in vLLM that this plugin touches, and the check that all are as expected.
 
-Each module of the plugin lists its places in `TOUCHED` and changes them in `install()`. Before
-anything is changed, `mismatches` compares every place with what was expected: one that is missing or
-has other parameters means that this vLLM was never tested, and then nothing is changed at all.
+Each module of the plugin lists its places in `TOUCHED` and changes them in `install()`. Before any
+is changed, `mismatches` compares every place with what was expected: one that is missing or has
+other parameters means that this vLLM was never tested, and then nothing is changed at all.
 """
 
 from __future__ import annotations
