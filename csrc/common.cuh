@@ -121,6 +121,18 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   return v;
 }
 
+// Eight elements of an adapter from 16-byte-aligned memory to shared memory, rounded to T; zeros
+// when `valid` is false. Nothing is waited for where the dtype needs no conversion.
+template <typename T>
+__device__ __forceinline__ void copy_adapter(uint32_t to, const void* base, int64_t offset,
+                                             bool valid, bool is_float) {
+  if (is_float) {
+    store_shared(to, valid ? adapter_vector<T>(base, offset, true) : make_uint4(0, 0, 0, 0));
+  } else {
+    copy_async(to, static_cast<const T*>(base) + (valid ? offset : 0), valid);
+  }
+}
+
 __device__ __forceinline__ void load_matrices(uint32_t (&d)[4], uint32_t at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])

@@ -14,9 +14,38 @@
 namespace alora {
 namespace {
 
+constexpr int kRows = 64, kN = 128, kStep = 32, kThreads = 256;
+
+// Steps r0 .. r0 + 31 of `up`, columns n0 .. n0 + 127: [32][128] where N is its inner dimension,
+// else [128][32].
+template <typename T>
+__device__ __forceinline__ void load_up(const ExpandParams& p, uint32_t tile, int r0, int n0) {
+  const bool is_float = p.flags & kAdapterFloat, along_n = p.up_n == 1;
+  const auto at = [&](int k, int n) {
+    return tile + (along_n ? swizzle<256>(k, n / 8) + n % 8 * 2 : swizzle64(n, k / 8) + k % 8 * 2);
+  };
+  if (p.flags & kVectorUp) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kN * kStep / 8; i += kThreads) {
+      const int k = along_n ? i / 16 : i % 4 * 8, n = along_n ? i % 16 * 8 : i / 4;
+      copy_adapter<T>(at(k, n), p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n,
+                      r0 + k < p.r && n0 + n < p.n, is_float);
+    }
+    return;
+  }
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kN * kStep; i += kThreads) {
+    const int k = along_n ? i / kN : i % kStep, n = along_n ? i % kN : i / kStep;
+    T v = from_float<T>(0.f);
+    if (r0 + k < p.r && n0 + n < p.n) {
+      v = adapter_at<T>(p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n, is_float);
+    }
+    store_shared_element(at(k, n), v);
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ void expand_add(const ExpandParams& p) {
-  constexpr int kRows = 64, kN = 128, kStep = 32, kThreads = 256;
   __shared__ __align__(1024) uint8_t low_bytes[kRows * kStep * 2];
   __shared__ __align__(1024) uint8_t up_bytes[kN * kStep * 2];
   static_assert(kRows * kStep / 8 == kThreads, "one chunk of low for each thread");
@@ -33,16 +62,8 @@ __device__ __forceinline__ void expand_add(const ExpandParams& p) {
     copy_async(low + swizzle64(tid / 4, tid % 4),
                static_cast<const T*>(p.low) + (valid ? low_row * p.low_m + r0 + tid % 4 * 8 : 0),
                valid);
+    load_up<T>(p, up, r0, n0);
     commit_copies();
-#pragma unroll 4
-    for (int i = tid; i < kN * kStep; i += kThreads) {
-      const int k = along_n ? i / kN : i % kStep, n = along_n ? i % kN : i / kStep;
-      T v = from_float<T>(0.f);
-      if (r0 + k < p.r && n0 + n < p.n) {
-        v = adapter_at<T>(p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n, is_float);
-      }
-      store_shared_element(up + swizzle64(n, k / 8) + k % 8 * 2, v);
-    }
     wait_copies<0>();
     __syncthreads();
 #pragma unroll
@@ -56,8 +77,13 @@ __device__ __forceinline__ void expand_add(const ExpandParams& p) {
 #pragma unroll
       for (int pair = 0; pair < 2; ++pair) {
         uint32_t b[4];
-        const int n = warp_n * 32 + pair * 16 + (lane & 7) + (lane >> 4) * 8;
-        load_matrices(b, up + swizzle64(n, half * 2 + (lane >> 3 & 1)));
+        const int n = warp_n * 32 + pair * 16;
+        if (along_n) {
+          load_matrices_transposed(b, up + swizzle<256>(half * 16 + lane % 16, n / 8 + lane / 16));
+        } else {
+          load_matrices(
+              b, up + swizzle64(n + (lane & 7) + (lane >> 4) * 8, half * 2 + (lane >> 3 & 1)));
+        }
 #pragma unroll
         for (int mi = 0; mi < 2; ++mi) {
           multiply<T>(acc[mi][2 * pair], a[mi], b[0], b[1]);

@@ -109,6 +109,15 @@ struct Gemm {
 
   __device__ void load_up(uint32_t tile, int r0) {
     constexpr bool kAlongN = kLayout == Layout::kKN;
+    if (has(kVectorUp)) {
+#pragma unroll 1
+      for (int i = tid; i < kBlockN * kBlockK / 8; i += kThreads) {
+        const int k = kAlongN ? i / 16 : i % 4 * 8, n = kAlongN ? i % 16 * 8 : i / 4;
+        copy_adapter<T>(right_at(tile, k, n), p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n,
+                        r0 + k < p.r && n0 + n < p.n, has(kAdapterFloat));
+      }
+      return;
+    }
 #pragma unroll 4
     for (int i = tid; i < kBlockN * kBlockK; i += kThreads) {
       const int k = kAlongN ? i / kBlockN : i % kBlockK, n = kAlongN ? i % kBlockN : i / kBlockK;
@@ -432,6 +441,8 @@ struct Gemm {
         for (int piece = 0; piece * kBlockK < p.r; ++piece) {
           load_up(right_tile(piece), piece * kBlockK);
         }
+        commit_copies();
+        wait_copies<0>();
         __syncthreads();
         for (int piece = 0; piece * kBlockK < p.r; ++piece) multiply_stage(piece, false);
       }

@@ -17,6 +17,7 @@ enum Flags : uint32_t {
   kFloatOut = 64,       // out is float32
   kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
   kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
+  kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
 };
 
 struct GemmParams {

@@ -19,16 +19,37 @@ def launched(sender: PtxSender, word: str) -> str:
     return names.pop()
 
 
-@pytest.mark.parametrize(
-    "active, low_bytes", [("all", 2 * M * R), ("half_tile", M * R), ("none", 0)]
-)
-def test_gemm_copies_each_operand_once_a_tile(active: str, low_bytes: int, seed: int) -> None:
+@pytest.mark.parametrize("active, rows", [("all", M), ("half_tile", M // 2), ("none", 0)])
+def test_gemm_copies_each_operand_once_a_tile(active: str, rows: int, seed: int) -> None:
     sender = run(Case("tail", active=active, machine=1, **SIZES), seed, backward=False)
     gemm = launched(sender, "gemm")
-    assert sender.traffic(gemm, "cp.async", "bytes") == 2 * (M * K + N * K) + low_bytes
+    # A tile without an active row multiplies no R steps.
+    depth, low = (K + R, 2 * R * (rows + N)) if rows else (K, 0)
+    assert sender.traffic(gemm, "cp.async", "bytes") == 2 * (M * K + N * K) + low
     assert sender.counts[gemm]["gl_st_bytes"] == 2 * M * N
-    depth = K + (R if low_bytes else 0)  # a tile without an active row multiplies no R steps
     assert sender.counts[gemm]["mma_flops"] == 2 * M * N * depth
+
+
+@pytest.mark.parametrize("adapter", ["same", "fp32"])
+@pytest.mark.parametrize("active, rows, row_tiles", [("half_tile", 150, 2), ("one", 1, 1)])
+def test_tail_reads_each_operand_once_a_tile_pass(
+    adapter: str, active: str, rows: int, row_tiles: int, seed: int
+) -> None:
+    """Passes of the schedule: 128 × 128 tiles of gemm; 16 rows and 64 columns of shrink."""
+    m, n, k, r = 300, 264, 72, 24
+    sizes = {"m": m, "n": n, "k": k, "r": r, "bias": "none", "machine": 1}
+    sender = run(Case("tail", adapter=adapter, active=active, **sizes), seed, backward=False)
+    gemm, size = launched(sender, "gemm_bf16_nk_128"), 4 if adapter == "fp32" else 2
+    main = 2 * (3 * m * k + 3 * n * k)  # x for each column of tiles, weight for each row of them
+    low, up = 2 * 3 * rows * 32, row_tiles * size * n * r
+    copied = sender.traffic(gemm, "cp.async", "bytes")
+    assert copied == main + low + (up if adapter == "same" else 0)
+    if adapter == "fp32":
+        assert sender.traffic(gemm, "ld.global.v4", "bytes") == up
+    shrink = launched(sender, "shrink")
+    blocks = -(-rows // (32 if "_32_" in shrink else 16))
+    wide = sender.traffic(shrink, "ld.global.v4", "bytes")
+    assert wide == 2 * rows * k + blocks * size * r * k
 
 
 def test_gemm_reads_shared_memory_without_bank_conflicts(seed: int) -> None:
@@ -54,12 +75,25 @@ def test_hopper_copies_whole_tiles_once(seed: int) -> None:
     assert sender.traffic(gemm, "cp.async.bulk.tensor.2d.global", "bytes") == 2 * M * N
 
 
-def test_decode_reads_the_weight_once(seed: int) -> None:
-    n, k = 136, 1032
-    case = Case("onepass", m=9, n=n, k=k, r=16, bias="none", machine=4)
+def test_hopper_reads_each_operand_once_a_tile_pass(seed: int) -> None:
+    m, n, k, r = 256, 512, 64, 64
+    case = Case("tail", m=m, n=n, k=k, r=r, active="one", bias="none", machine=1, arch="sm_90a")
+    sender = run(case, seed, backward=False)
+    gemm = launched(sender, "sm90nk_256")  # 2 × 2 tiles; one row of them is active
+    main = 2 * (2 * m * k + 2 * n * k)
+    moved = sender.traffic(gemm, "cp.async.bulk.tensor.2d.shared", "bytes")
+    assert moved == main + 2 * (2 * 128 * r + n * r)
+
+
+@pytest.mark.parametrize("m, machine", [(1, 1), (9, 4), (16, 1000)])
+def test_decode_reads_the_weight_once(m: int, machine: int, seed: int) -> None:
+    """Whatever the number of slices: no byte of it is read twice, and no sector in part."""
+    n, k = 136, 1040
+    case = Case("onepass", m=m, n=n, k=k, r=16, bias="none", machine=machine)
     sender = run(case, seed, backward=False)
     decode = launched(sender, "decode")
     assert sender.traffic(decode, "ld.global.cs", "bytes") == 2 * n * k
+    assert sender.traffic(decode, "ld.global.cs", "sectors") == 2 * n * k // 32
 
 
 def test_shrink_reads_active_rows_of_x_once(seed: int) -> None:

@@ -31,8 +31,8 @@ def columns_of(length: int, aligned: bool = True) -> Operand:
 
 def gemm(m: int, n: int, k: int, multiprocessors: int = 108, **changes: object) -> planning.Plan:
     args = {
-        "left": rows_of(k), "right": columns_of(k), "out": rows_of(n), "down": None,
-        "adapter_float": False, "dropout": False, "add": False, "active_only": False,
+        "left": rows_of(k), "right": columns_of(k), "out": rows_of(n), "up": None, "down": None,
+        "rank": 0, "adapter_float": False, "dropout": False, "add": False, "active_only": False,
     }  # fmt: skip
     args.update(changes)
     return planning.gemm(BF16, m, n, k, multiprocessors=multiprocessors, **args)
@@ -63,6 +63,30 @@ def test_gemm_fits_every_machine() -> None:
     for m in (16, 8192):
         for down in (None, rows_of(4096)):
             assert gemm(m, 4096, 4096, down=down).shared <= 99 * 1024
+
+
+def test_up_goes_in_vectors_where_its_rows_allow() -> None:
+    def vectors(n: int, rank: int, up: Operand, right: Operand, is_float: bool = False) -> bool:
+        plan = gemm(512, n, 512, right=right, up=up, rank=rank, adapter_float=is_float)
+        return bool(plan.flags & planning.VECTOR_UP)
+
+    along_k, along_n = columns_of(512), rows_of(512)
+    assert vectors(512, 24, columns_of(24), along_k)  # lora_bᵀ in forward
+    assert vectors(512, 24, columns_of(24), along_k, True)
+    assert vectors(512, 5, rows_of(512), along_n)  # lora_a in dx
+    for slow in (
+        (512, 12, columns_of(16), along_k),  # the last piece would run into the next row
+        (512, 24, columns_of(28), along_k),
+        (512, 24, columns_of(24, False), along_k),
+        (512, 24, rows_of(512), along_k),
+        (512, 24, columns_of(24), along_n),
+    ):
+        assert not vectors(*slow)
+    for up, n, rank in ((columns_of(16), 35, 16), (rows_of(40), 40, 3)):
+        plan = planning.expand_add(BF16, 9, n, rank, up, rows_of(n), False, False)
+        assert plan.flags & planning.VECTOR_UP
+        plan = planning.expand_add(BF16, 9, n - 1, rank - 1, up, rows_of(n), False, False)
+        assert not plan.flags & planning.VECTOR_UP
 
 
 def hopper(m: int, n: int, k: int, **changes: object) -> planning.Plan | None:
@@ -140,7 +164,7 @@ def test_no_grid_is_too_large_for_millions_of_rows() -> None:
     rows, n = 1 << 24, 128256
     plans = [
         gemm(rows, n, 4096),
-        planning.expand_add(BF16, rows, n, rows_of(n), False, False),
+        planning.expand_add(BF16, rows, n, 256, columns_of(256), rows_of(n), False, False),
         planning.shrink(BF16, rows, n, rows_of(n), rows_of(n), 16, True, False, False, 108),
         *planning.grad(BF16, rows, n, 256, rows_of(n), False, True, 108),
         planning.decode(BF16, 16, n, 4096, 16, *[rows_of(4096)] * 3, False, 108),

@@ -145,7 +145,8 @@ class Launcher:
             return
         plan = planning.gemm(
             left.dtype, m, n, k, operand(left), operand(right), operand(out),
-            None if down is None else operand(down),
+            None if up is None else operand(up), None if down is None else operand(down),
+            0 if up is None else up.shape[0],
             adapter is not None and adapter.dtype != left.dtype, on, add, active_only,
             self.multiprocessors,
         )  # fmt: skip
@@ -221,8 +222,9 @@ class Launcher:
             return
         on, seed, threshold = self._drop(dropout)
         plan = planning.expand_add(
-            low.dtype, act.max_active, n, operand(out), up.dtype != low.dtype, on
-        )
+            low.dtype, act.max_active, n, rank, operand(up), operand(out), up.dtype != low.dtype,
+            on,
+        )  # fmt: skip
         self.send(plan, (
             low, up, dense(lora_bias), out, act.active_rows, act.active_count, seed, low.stride(0),
             *up.stride(), *out.stride(), n, rank, lora_bias_scale, threshold, plan.flags, 0,

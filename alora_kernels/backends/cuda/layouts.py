@@ -15,6 +15,7 @@ VECTOR_OUT = 32
 FLOAT_OUT = 64
 CONVERT_UP = 128
 PAIRS_ADAPTER = 256
+VECTOR_UP = 1024
 
 # Tensor maps, pointers, strides, 32-bit numbers, in the order of the fields.
 LAYOUTS = {

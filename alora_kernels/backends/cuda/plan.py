@@ -23,6 +23,7 @@ from .layouts import (
     PAIRS_ADAPTER,
     VECTOR_ADAPTER,
     VECTOR_OUT,
+    VECTOR_UP,
 )
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -75,6 +76,11 @@ class Operand(NamedTuple):
         """Whether rows along dimension 1 allow 16-byte accesses."""
         return self.aligned and self.stride1 == 1 and self.stride0 * itemsize % 16 == 0
 
+    @property
+    def turned(self) -> Operand:
+        """The transposed matrix."""
+        return Operand(self.stride1, self.stride0, self.aligned)
+
 
 def operand(tensor: torch.Tensor) -> Operand:
     stride0, stride1 = tensor.stride()
@@ -84,14 +90,13 @@ def operand(tensor: torch.Tensor) -> Operand:
 @functools.lru_cache(maxsize=4096)
 def gemm(
     dtype: torch.dtype, m: int, n: int, k: int, left: Operand, right: Operand, out: Operand,
-    down: Operand | None, adapter_float: bool, dropout: bool, add: bool, active_only: bool,
-    multiprocessors: int,
+    up: Operand | None, down: Operand | None, rank: int, adapter_float: bool, dropout: bool,
+    add: bool, active_only: bool, multiprocessors: int,
 ) -> Plan:  # fmt: skip
-    """left `[M, K]`, right `[K, N]`, out `[M, N]`; `down` `[R, K]` makes it `onepass`."""
+    """left `[M, K]`, right `[K, N]`, out `[M, N]`, up `[R, N]`; `down` `[R, K]`: `onepass`."""
     layout = "strided"
     if left.vector() and k % 8 == 0:
-        across = Operand(right.stride1, right.stride0, right.aligned)
-        if across.vector():
+        if right.turned.vector():
             layout = "nk"
         elif right.vector() and n % 8 == 0:
             layout = "kn"
@@ -103,6 +108,7 @@ def gemm(
     flags |= ACTIVE_ONLY * active_only | VECTOR_OUT * out.vector()
     if down is not None and k % 8 == 0 and down.vector(4 if adapter_float else 2):
         flags |= VECTOR_ADAPTER
+    flags |= VECTOR_UP * _vector_up(up, n, rank, layout == "kn", adapter_float)
     kind = "tail" if down is None else "onepass"
     return Plan(
         f"masked_lora_gemm_{NAMES[dtype]}_{layout}_{rows}_{kind}_kernel",
@@ -113,6 +119,13 @@ def gemm(
     )
 
 
+def _vector_up(up: Operand | None, n: int, rank: int, along_n: bool, adapter_float: bool) -> bool:
+    """Whether up `[R, N]` can be read in whole 16-byte pieces along N, or else along R."""
+    if up is None or (n if along_n else rank) % 8:
+        return False
+    return (up if along_n else up.turned).vector(4 if adapter_float else 2)
+
+
 @functools.lru_cache(maxsize=4096)
 def gemm_sm90(
     dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, right: Operand,
@@ -120,8 +133,7 @@ def gemm_sm90(
     add: bool, active_only: bool, multiprocessors: int,
 ) -> Plan | None:  # fmt: skip
     """`tail` by Hopper's kernel; None where its tensor maps or its tiles do not fit the problem."""
-    across = Operand(right.stride1, right.stride0, right.aligned)
-    along_n = not across.vector()
+    along_n = not right.turned.vector()
     if not (left.vector() and out.vector() and (right.vector() if along_n else True)) or k == 0:
         return None
     if m <= 64:
@@ -129,10 +141,7 @@ def gemm_sm90(
     rows = -(-m // SM90_ROWS)
     columns = 256 if rows * -(-n // 256) >= multiprocessors else 128
     tiles = rows * -(-n // columns)
-    convert = up is not None and (
-        adapter_float
-        or not (up if along_n else Operand(up.stride1, up.stride0, up.aligned)).vector()
-    )
+    convert = up is not None and (adapter_float or not (up if along_n else up.turned).vector())
 
     def right_map(depth: int, o: Operand) -> TensorMap:
         if along_n:
@@ -219,16 +228,18 @@ def shrink(
 
 @functools.lru_cache(maxsize=4096)
 def expand_add(
-    dtype: torch.dtype, active: int, n: int, out: Operand, adapter_float: bool, dropout: bool
-) -> Plan:
-    """out `[M, N]`, `active` rows at most."""
+    dtype: torch.dtype, active: int, n: int, rank: int, up: Operand, out: Operand,
+    adapter_float: bool, dropout: bool,
+) -> Plan:  # fmt: skip
+    """up `[R, N]`, out `[M, N]`, `active` rows at most."""
     pairs = out.stride1 == 1 and out.stride0 % 2 == 0 and out.aligned
+    vector = _vector_up(up, n, rank, up.stride1 == 1, adapter_float)
     return Plan(
         f"masked_lora_expand_add_{NAMES[dtype]}_kernel",
         "ExpandParams",
         (-(-active // EXPAND_ROWS), -(-n // EXPAND_COLUMNS), 1),
         0,
-        ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | VECTOR_OUT * pairs,
+        ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | VECTOR_OUT * pairs | VECTOR_UP * vector,
     )
 
 
