@@ -1,0 +1,256 @@
+"""A vLLM engine in a process of its own, driven by lines of JSON.
+
+    Engine(python, model, ...).run([Request(ids, adapter, tokens)])      the parent's side
+    python bench/vllm_engine.py OPTIONS                                  the engine's side
+
+vLLM lives in an environment of its own; with and without the plugin it must be two processes. The
+engine's side adds a group of requests at once, steps until all are done, and notes when each one's
+first token and end came. Its clock starts when the first request is handed over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Request:
+    """Token ids, the adapter's name (None: the base model), and how many tokens to generate."""
+
+    ids: list[int]
+    adapter: str | None = None
+    tokens: int = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came: seconds to the first token and to the end, prompt tokens from the cache, ids."""
+
+    first: float
+    total: float
+    cached: int
+    ids: list[int]
+
+
+class Engine:
+    """A running engine."""
+
+    def __init__(
+        self,
+        python: str,
+        model: Path,
+        *,
+        adapters: dict[str, str],
+        rank: int,
+        targets: Sequence[str],
+        block_size: int,
+        max_len: int,
+        cores: str,
+        log: Path,
+        plugin: bool = True,
+    ) -> None:
+        options = {
+            "model": str(model),
+            "adapters": adapters,
+            "rank": rank,
+            "targets": list(targets),
+            "block_size": block_size,
+            "max_len": max_len,
+        }
+        env = {
+            **os.environ,
+            "VLLM_CPU_OMP_THREADS_BIND": cores,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+        }
+        env.pop("OMP_NUM_THREADS", None)
+        if not plugin:
+            env["VLLM_PLUGINS"] = ""
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [python, __file__, json.dumps(options)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+            )
+        self.started: dict[str, Any] = self._receive()
+
+    def ask(self, **message: Any) -> Any:
+        assert self.process.stdin is not None
+        print(json.dumps(message), file=self.process.stdin, flush=True)
+        return self._receive()["result"]
+
+    def run(self, requests: Sequence[Request]) -> list[Answer]:
+        """All requests at once."""
+        answers = self.ask(do="run", requests=[asdict(r) for r in requests])
+        return [Answer(**a) for a in answers]
+
+    def reset(self) -> None:
+        """Forget every cached block."""
+        if not self.ask(do="reset"):
+            raise RuntimeError("the engine could not reset its prefix cache")
+
+    def _receive(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = "\n".join(self.log.read_text().splitlines()[-25:])
+            raise RuntimeError(f"the engine ended (code {self.process.wait()}):\n{tail}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+# ---------------------------------------------------------------------- the engine's side
+
+
+def _serve(options: dict[str, Any]) -> None:
+    # The answers' pipe is ours alone: whatever else prints goes to the log.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    import vllm
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    engine = LLM(
+        options["model"],
+        dtype="float32",
+        max_model_len=options["max_len"],
+        block_size=options["block_size"],
+        enable_prefix_caching=True,
+        enable_lora=True,
+        max_loras=max(len(options["adapters"]), 1),
+        max_lora_rank=options["rank"],
+        lora_target_modules=options["targets"],
+        max_num_seqs=16,
+        skip_tokenizer_init=True,
+        disable_log_stats=True,
+    ).llm_engine
+    adapters = {
+        name: LoRARequest(name, i + 1, path)
+        for i, (name, path) in enumerate(options["adapters"].items())
+    }
+    for request in adapters.values():
+        engine.add_lora(request)
+    about = {
+        "vllm": vllm.__version__,
+        "block_size": engine.vllm_config.cache_config.block_size,
+        "batched_tokens": engine.vllm_config.scheduler_config.max_num_batched_tokens,
+        "threads": engine.collective_rpc(_threads),
+    }
+    print(json.dumps(about), file=answers)
+    for line in sys.stdin:
+        message = json.loads(line)
+        what = message.pop("do")
+        if what == "run":
+            result: Any = _run(engine, adapters, **message)
+        elif what == "reset":
+            result = bool(engine.reset_prefix_cache())
+        elif what == "ops":
+            result = _ops(**message)
+        else:
+            raise ValueError(f"unknown message {what!r}")
+        print(json.dumps({"result": result}), file=answers)
+
+
+def _threads(worker: Any) -> dict[str, Any]:
+    """Threads and cores of a worker process."""
+    import torch
+
+    return {"threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0))}
+
+
+def _run(
+    engine: Any, adapters: dict[str, Any], requests: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    from vllm import SamplingParams
+
+    began = time.perf_counter()
+    found: dict[str, dict[str, Any]] = {}
+    for number, r in enumerate(requests):
+        _run.count += 1
+        key = f"{_run.count}-{number}"
+        found[key] = {}
+        parameters = SamplingParams(
+            temperature=0.0, max_tokens=r["tokens"], min_tokens=r["tokens"], detokenize=False
+        )
+        request = adapters[r["adapter"]] if r["adapter"] else None
+        engine.add_request(key, {"prompt_token_ids": r["ids"]}, parameters, lora_request=request)
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            now = time.perf_counter() - began
+            entry = found[out.request_id]
+            entry.setdefault("first", now)
+            if out.finished:
+                ids = list(out.outputs[0].token_ids)
+                entry.update(total=now, cached=out.num_cached_tokens or 0, ids=ids)
+    return list(found.values())
+
+
+_run.count = 0  # type: ignore[attr-defined]
+
+
+def _ops(
+    rows: int, shapes: Sequence[Sequence[Any]], rank: int, repeats: int, threads: int
+) -> list[dict[str, float]]:
+    """Seconds of `add_lora_linear` on a prefill of one adapter, stock and ours."""
+    import torch
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    from alora_kernels.vllm.wrappers import AloraWrapperCPU
+
+    torch.set_num_threads(threads)
+    results = []
+    for depth, widths in shapes:
+        x = torch.randn(rows, depth)
+        lora_a = tuple(torch.randn(2, 1, rank, depth) * depth**-0.5 for _ in widths)
+        lora_b = tuple(torch.randn(2, 1, n, rank) * rank**-0.5 for n in widths)
+        times, outs = {}, {}
+        for name, kind in (("ours", AloraWrapperCPU), ("stock", PunicaWrapperCPU)):
+            wrapper = kind(rows, 16, torch.device("cpu"))
+            wrapper.update_metadata(
+                LoRAMapping((1,) * rows, (1,), is_prefill=True), [1, None], 2, 100
+            )
+            samples = []
+            for _ in range(repeats + 1 if name == "ours" else 1 + bool(repeats > 1)):
+                y = torch.zeros(rows, sum(widths))
+                began = time.perf_counter()
+                wrapper.add_lora_linear(y, x, lora_a, lora_b, 1.0, tuple(widths))
+                samples.append(time.perf_counter() - began)
+            times[name] = sorted(samples)[len(samples) // 2]
+            outs[name] = y
+        difference = (outs["ours"] - outs["stock"]).norm() / outs["stock"].norm()
+        results.append({**times, "difference": float(difference)})
+    return results
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))
