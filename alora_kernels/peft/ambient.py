@@ -160,8 +160,11 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
 
 
 class _Mirror(threading.local):
-    request: Request | None = None
-    state: ForwardState | None = None
+    # Set for each thread, not defaults of the class: a graph traced while a name is missing from the
+    # thread's own dict is guarded by its absence, and would be made again after the first forward.
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.state: ForwardState | None = None
 
 
 _mirror = _Mirror()
