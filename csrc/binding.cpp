@@ -180,6 +180,7 @@ PYBIND11_MODULE(_cuda, module) {
   py::dict sizes;
   sizes["GemmParams"] = sizeof(GemmParams);
   sizes["GemmSm90Params"] = sizeof(GemmSm90Params);
+  sizes["OnePassSm90Params"] = sizeof(OnePassSm90Params);
   sizes["DecodeParams"] = sizeof(DecodeParams);
   sizes["ShrinkParams"] = sizeof(ShrinkParams);
   sizes["ExpandParams"] = sizeof(ExpandParams);

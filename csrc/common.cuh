@@ -208,6 +208,26 @@ __device__ __forceinline__ uint4 drop(uint4 v, int64_t seed, uint32_t threshold,
                     select(v.w, b.z, b.w));
 }
 
+// Eight neighbours to global memory, of which the first `valid` exist; at once where `vector` tells
+// that the address allows it.
+template <typename T>
+__device__ __forceinline__ void store_row(T* at, uint4 v, int valid, bool vector) {
+  if (vector && valid >= 8) {
+    *reinterpret_cast<uint4*>(at) = v;
+    return;
+  }
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (i >= valid) continue;
+    reinterpret_cast<uint16_t*>(at)[i] =
+        static_cast<uint16_t>(i % 2 ? words[i / 2] >> 16 : words[i / 2]);
+  }
+}
+
+// A value that all lanes agree on, told to the compiler.
+__device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(~0u, v, 0); }
+
 // Eight elements (at, at + stride, ...) of which the first `valid` exist; the others are zero.
 template <typename T>
 __device__ __forceinline__ uint4 gather(const T* at, int64_t stride, int valid) {

@@ -19,7 +19,9 @@
 
 namespace alora {
 
-template <typename T, bool kRightAlongN, int kBlockN>
+// The right tile and the instruction have kBlockN columns, the first kColumns of them columns of
+// out.
+template <typename T, bool kRightAlongN, int kBlockN, int kColumns = kBlockN>
 struct GemmSm90 {
   static constexpr int kBlockM = 128, kBlockK = 64, kStages = kBlockN == 256 ? 4 : 6;
   static constexpr int kConsumers = 2, kThreads = 128 * (kConsumers + 1);
@@ -29,7 +31,11 @@ struct GemmSm90 {
   static constexpr uint32_t kBarriersAt = kOutAt + kConsumers * 2 * kOutBytes;
   static constexpr uint32_t kSharedBytes = kBarriersAt + kStages * 16;
   static_assert(kSharedBytes <= 227 * 1024, "must fit a Hopper multiprocessor");
-  static_assert(kBlockN % 64 == 0, "out leaves in pieces of 64 columns");
+  static_assert(kBlockN % 64 == 0, "right lies in blocks of 64 columns");
+  static_assert(kColumns % 16 == 0 && kColumns <= kBlockN, "16-byte pieces of out");
+  static constexpr int kPieces = (kColumns + 63) / 64;  // of out, the last one may be narrower
+  // What the tensor-map copies of right fill of its tile.
+  static constexpr uint32_t kCopiedBytes = kRightAlongN ? kPieces * 8192 : kColumns * 128;
 
   const GemmSm90Params& p;
   const uint32_t shared;
@@ -37,9 +43,9 @@ struct GemmSm90 {
 
   __device__ GemmSm90(const GemmSm90Params& params, uint32_t base)
       : p(params),
-        shared(base),
+        shared(uniform(base)),
         tiles_m((params.m + kBlockM - 1) / kBlockM),
-        tiles_n((params.n + kBlockN - 1) / kBlockN) {}
+        tiles_n((params.n + kColumns - 1) / kColumns) {}
 
   __device__ bool has(uint32_t flag) const { return p.flags & flag; }
   __device__ uint32_t full(int stage) const { return shared + kBarriersAt + stage * 16; }
@@ -51,23 +57,30 @@ struct GemmSm90 {
     int m0, n0, low_steps, main_steps;
   };
 
-  // Every warp works out the tile for itself; all agree.
-  __device__ Tile tile_at(int index) const {
+  // Where tile `index` lies.
+  __device__ Tile place(int index) const {
     constexpr int kGroup = 8;
     const int per_group = kGroup * tiles_n, group = index / per_group;
     const int size = min(tiles_m - group * kGroup, kGroup), rest = index % per_group;
-    Tile t;
-    t.m0 = (group * kGroup + rest % size) * kBlockM;
-    t.n0 = rest / size * kBlockN;
+    return {(group * kGroup + rest % size) * kBlockM, rest / size * kColumns, 0, 0};
+  }
+
+  // What a tile multiplies follows from whether it has an active row.
+  __device__ void set_steps(Tile& t, bool active) const {
+    t.low_steps = active ? (p.r + kBlockK - 1) / kBlockK : 0;
+    t.main_steps = has(kActiveOnly) && !active ? 0 : (p.k + kBlockK - 1) / kBlockK;
+  }
+
+  // Every warp works out the tile for itself; all agree.
+  __device__ Tile tile_at(int index) const {
+    Tile t = place(index);
     bool active = false;
 #pragma unroll
     for (int i = 0; i < kBlockM / 32; ++i) {
       const int m = t.m0 + 32 * i + threadIdx.x % 32;
       active |= m < p.m && p.row_adapter[min(m, p.m - 1)] >= 0;
     }
-    const bool any = __any_sync(~0u, active);
-    t.low_steps = any ? (p.r + kBlockK - 1) / kBlockK : 0;
-    t.main_steps = has(kActiveOnly) && !any ? 0 : (p.k + kBlockK - 1) / kBlockK;
+    set_steps(t, __any_sync(~0u, active));
     return t;
   }
 
@@ -82,7 +95,7 @@ struct GemmSm90 {
   __device__ void copy_right(const TensorMap& map, int stage, int k0, int n0) {
     if constexpr (kRightAlongN) {
 #pragma unroll
-      for (int piece = 0; piece < kBlockN / 64; ++piece) {
+      for (int piece = 0; piece < kPieces; ++piece) {
         copy_tile_in(right_tile(stage) + piece * 8192, map, n0 + piece * 64, k0, full(stage));
       }
     } else {
@@ -90,22 +103,24 @@ struct GemmSm90 {
     }
   }
 
-  // One chunk of eight neighbours of `up` for each thread and turn, rounded to T.
-  __device__ void convert_up(int stage, int r0, int n0) {
+  // One chunk of eight neighbours of `up` for each thread and turn, rounded to T: steps r0 to
+  // r0 + depth - 1.
+  __device__ void convert_up(int stage, int r0, int n0, int depth) {
     const bool is_float = has(kAdapterFloat);
+    const int chunks = depth / 8;
 #pragma unroll 1
-    for (int i = threadIdx.x % 128; i < kBlockN * 8; i += 128) {
+    for (int i = threadIdx.x % 128; i < kColumns * chunks; i += 128) {
       if constexpr (kRightAlongN) {
-        const int r = i / (kBlockN / 8), chunk = i % (kBlockN / 8), n = n0 + chunk * 8;
+        const int r = i / (kColumns / 8), chunk = i % (kColumns / 8), n = n0 + chunk * 8;
         const int valid = r0 + r < p.r ? p.n - n : 0;
         store_shared(right_tile(stage) + chunk / 8 * 8192 + swizzle<128>(r, chunk % 8),
                      gather_adapter<T>(p.up_values, (r0 + r) * p.up_r + n * p.up_n, p.up_n, valid,
                                        is_float));
       } else {
-        const int n = n0 + i / 8, r = r0 + i % 8 * 8, valid = n < p.n ? p.r - r : 0;
-        store_shared(
-            right_tile(stage) + swizzle<128>(i / 8, i % 8),
-            gather_adapter<T>(p.up_values, r * p.up_r + n * p.up_n, p.up_r, valid, is_float));
+        const int n = n0 + i / chunks, chunk = i % chunks, r = r0 + chunk * 8;
+        store_shared(right_tile(stage) + swizzle<128>(i / chunks, chunk),
+                     gather_adapter<T>(p.up_values, r * p.up_r + n * p.up_n, p.up_r,
+                                       n < p.n ? p.r - r : 0, is_float));
       }
     }
   }
@@ -121,7 +136,7 @@ struct GemmSm90 {
       if (leads) barrier_wait(empty(ring.stage), ring.round ^ 1);
       if (convert) {
         sync_some<128>(1);
-        convert_up(ring.stage, step * kBlockK, t.n0);
+        convert_up(ring.stage, step * kBlockK, t.n0, kBlockK);
         fence_async_proxy();
         sync_some<128>(1);
       }
@@ -155,18 +170,27 @@ struct GemmSm90 {
   }
 
   // A tile of 128-byte rows, swizzled by 128 bytes. `leading` is the distance of its blocks of 64
-  // columns when rows are steps of the reduction; eight rows take 1024 bytes.
+  // columns when rows are steps of the reduction; eight rows take 1024 bytes. Shared memory ends
+  // below 256 KiB, so no field overflows into the next.
   static __device__ uint64_t descriptor(uint32_t address, uint32_t leading) {
-    return static_cast<uint64_t>((address & 0x3FFFF) >> 4) |
-           static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 |
-           static_cast<uint64_t>(1) << 62;
+    return (address >> 4) + (leading >> 4 << 16) +
+           (static_cast<uint64_t>(1024 >> 4 | 1u << 30) << 32);
+  }
+  // The same, `bytes` further on.
+  static __device__ uint64_t advance(uint64_t d, uint32_t bytes) {
+    return (d >> 32 << 32) | (static_cast<uint32_t>(d) + (bytes >> 4));
+  }
+  __device__ uint64_t left_step(int stage, int group, int step) const {
+    return advance(descriptor(left_tile(stage) + group * 8192, 16), step * 32);
+  }
+  __device__ uint64_t right_step(int stage, int step) const {
+    return advance(descriptor(right_tile(stage), kRightAlongN ? 8192 : 16),
+                   step * (kRightAlongN ? 2048 : 32));
   }
 
   __device__ void multiply_step(float (&acc)[kBlockN / 2], int stage, int group, int step) {
-    const uint64_t a = descriptor(left_tile(stage) + group * 8192 + step * 32, 16);
-    const uint64_t b = kRightAlongN ? descriptor(right_tile(stage) + step * 2048, 8192)
-                                    : descriptor(right_tile(stage) + step * 32, 16);
-    Wgmma<T, kBlockN>::template multiply<kRightAlongN>(acc, a, b);
+    Wgmma<T, kBlockN>::template multiply<kRightAlongN>(acc, left_step(stage, group, step),
+                                                       right_step(stage, step));
   }
 
   __device__ void release(int stage) {
@@ -204,7 +228,7 @@ struct GemmSm90 {
   }
 
   __device__ void consume() {
-    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
     const uint32_t out = shared + kOutAt + group * 2 * kOutBytes;
     Ring ring;
@@ -252,12 +276,13 @@ struct GemmSm90 {
       on[half] = inside[half] && p.row_adapter[min(m, p.m - 1)] >= 0;
     }
 #pragma unroll
-    for (int piece = 0; piece < kBlockN / 64; ++piece) {
+    for (int piece = 0; piece < kPieces; ++piece) {
+      const int width = min(64, kColumns - piece * 64);
       const uint32_t buffer = out + piece % 2 * kOutBytes;
       if (leads) wait_tiles_read<1>();  // the store that used this buffer has read it
       sync_some<128>(2 + group);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
+      for (int j = 0; j < width / 8; ++j) {
         const int column = piece * 64 + j * 8 + lane % 4 * 2, n = t.n0 + column;
         float bias[2] = {}, extra[2] = {};
 #pragma unroll
@@ -288,14 +313,28 @@ struct GemmSm90 {
       }
       fence_async_proxy();
       sync_some<128>(2 + group);
+      if (width < 64) store_narrow(t, group, piece * 64, width, buffer);
       if (leads) {
-        copy_tile_out(p.out, t.n0 + piece * 64, t.m0 + group * 64, buffer);
-        commit_tiles_out();
+        if (width == 64) copy_tile_out(p.out, t.n0 + piece * 64, t.m0 + group * 64, buffer);
+        commit_tiles_out();  // an empty group counts too: the buffers take turns
       }
     }
   }
 
-  __device__ void run() {
+  // The columns of out that are no whole box of its tensor map, by ordinary stores.
+  __device__ void store_narrow(const Tile& t, int group, int column, int width, uint32_t buffer) {
+#pragma unroll 1
+    for (int i = threadIdx.x % 128; i < 64 * (width / 8); i += 128) {
+      const int row = i / (width / 8), chunk = i % (width / 8);
+      const int m = t.m0 + group * 64 + row, n = t.n0 + column + chunk * 8;
+      if (m >= p.m || n >= p.n) continue;
+      store_row(static_cast<T*>(p.out_values) + m * p.out_m + n,
+                load_shared(buffer + swizzle<128>(row, chunk)), p.n - n, true);
+    }
+  }
+
+  // The block meets at a barrier before it uses them.
+  __device__ void init_barriers() {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         barrier_init(full(stage), 1);
@@ -303,6 +342,10 @@ struct GemmSm90 {
       }
       fence_barrier_init();
     }
+  }
+
+  __device__ void run() {
+    init_barriers();
     __syncthreads();
     // Everything above may overlap the end of the kernel before, which wrote `low`.
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -15,9 +15,11 @@ enum Flags : uint32_t {
   kVectorAdapter = 16,  // rows of the adapter operand allow 16-byte loads along the reduction
   kVectorOut = 32,      // rows of out allow 16-byte stores
   kFloatOut = 64,       // out is float32
-  kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
   kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
+  kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
+  kConvertDown = 512,   // the same for `down`
   kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
+  kAlongN = 2048,       // the inner dimension of `right` is N, not K
 };
 
 struct GemmParams {
@@ -49,19 +51,45 @@ struct alignas(64) TensorMap {
 struct GemmSm90Params {
   TensorMap left;   // [M, K], box 128 × 64
   TensorMap right;  // [N, K], box kBlockN × 64; or [K, N], box 64 × 64
-  TensorMap low;    // [M, R16], box 128 × 64; inactive rows hold zeros
+  TensorMap low;    // [M, R16], box 128 × 64, inactive rows hold zeros; in onepass unused
   TensorMap up;     // [N, R] or [R, N] like right; unless kConvertUp
   TensorMap out;    // [M, N], box 64 × 64
   const void* bias;
   const void* up_values;  // [R, N] by strides, adapter dtype; with kConvertUp
   const void* lora_bias;
-  const void* out_values;  // [M, N], read with kAdd
+  void* out_values;  // [M, N]: what `out` maps
   const int32_t* row_adapter;
   const int64_t* seed;
   int64_t up_r, up_n, out_m;
   int32_t m, n, k, r;
   float lora_bias_scale;
   uint32_t threshold, flags, unused;
+};
+
+// onepass of sm_90a: gemm as above; `low` is not mapped, boxes of `right` and `up` have 256 - R16
+// rows where K or R is their inner dimension.
+struct OnePassSm90Params {
+  TensorMap down;  // [R, K], box R16 × 64; unless kConvertDown
+  GemmSm90Params gemm;
+  const void* down_values;  // [R, K] by strides, adapter dtype; with kConvertDown
+  void* low_out;            // [M, R16] or null; active rows are written
+  int64_t down_r, down_k, low_m;
+  float scale;  // of left · downᵀ
+  uint32_t unused;
+};
+
+// The persistent kernel of sm_90a: gemm as above, whose `low` the kernel itself writes.
+struct FusedSm90Params {
+  TensorMap down;  // [R, K] or [K, R] like right, box 64 × 64; unless kConvertDown
+  GemmSm90Params gemm;
+  const void* down_values;  // [R, K] by strides, adapter dtype; with kConvertDown
+  void* low_out;            // [M, R16], what gemm.low maps; rows of active row blocks are written
+  const int32_t* active_rows;
+  const int32_t* active_count;
+  uint32_t* ready;  // [row blocks], zero; zero again afterwards
+  int64_t down_r, down_k, low_m;
+  float scale;  // of left · downᵀ
+  uint32_t unused;
 };
 
 struct DecodeParams {

@@ -56,7 +56,8 @@ def source_of(kernel: str) -> str:
     words = kernel.removeprefix("masked_lora_").removesuffix("_kernel").split("_")
     if words[0] == "gemm":
         return "gemm_sm90.cu" if "sm90" in words[2] else f"gemm_{words[2]}.cu"
-    return {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu"}.get(
+    return {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu",
+            "onepass": "onepass_sm90.cu"}.get(
         words[0], "grad.cu"
     )
 

@@ -138,6 +138,20 @@ class Launcher:
         on, seed, threshold = self._drop(dropout)
         bias, lora_bias = dense(bias), dense(lora_bias)
         adapter = up if up is not None else lora_bias
+        if self.arch == 90 and up is not None and down is not None and not on:
+            wide = planning.onepass_sm90(
+                left.dtype, m, n, k, up.shape[0], operand(left), operand(right), operand(up),
+                operand(down), operand(out), up.dtype != left.dtype, add, active_only,
+                self.multiprocessors,
+            )  # fmt: skip
+            if wide is not None:
+                self.send(wide, (
+                    down, left, right, None, up, out, bias, up, lora_bias, out,
+                    self.call.activation.row_adapter, None, *up.stride(), out.stride(0), m, n, k,
+                    up.shape[0], lora_bias_scale, 0, wide.flags, 0, down, low, *down.stride(),
+                    0 if low is None else low.stride(0), scale, 0,
+                ))  # fmt: skip
+                return
         if self.arch == 90 and down is None and self._gemm_sm90(
             left, right, out, bias, low, up, lora_bias, lora_bias_scale, on, seed, threshold, add,
             active_only,

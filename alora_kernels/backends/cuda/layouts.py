@@ -16,11 +16,13 @@ FLOAT_OUT = 64
 CONVERT_UP = 128
 PAIRS_ADAPTER = 256
 VECTOR_UP = 1024
+ALONG_N = 2048
 
 # Tensor maps, pointers, strides, 32-bit numbers, in the order of the fields.
 LAYOUTS = {
     "GemmParams": struct.Struct("=11Q11q4i2f2I"),
     "GemmSm90Params": struct.Struct("=128s128s128s128s128s6Q3q4if3I24x"),
+    "OnePassSm90Params": struct.Struct("=128s128s128s128s128s128s6Q3q4if3I24x2Q3qfI16x"),
     "DecodeParams": struct.Struct("=10Q7q5i2fI"),
     "ShrinkParams": struct.Struct("=5Q5q2i2I" + "Qif" * MAX_COLUMN_BLOCKS),
     "ExpandParams": struct.Struct("=7Q5q2if3I"),

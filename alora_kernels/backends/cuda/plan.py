@@ -16,6 +16,7 @@ from .layouts import (
     ACTIVE_ONLY,
     ADAPTER_FLOAT,
     ADD,
+    ALONG_N,
     CONVERT_UP,
     DROPOUT,
     FLOAT_OUT,
@@ -126,6 +127,53 @@ def _vector_up(up: Operand | None, n: int, rank: int, along_n: bool, adapter_flo
     return (up if along_n else up.turned).vector(4 if adapter_float else 2)
 
 
+def _right_map(depth: int, n: int, o: Operand, along_n: bool, columns: int) -> TensorMap:
+    """Of `[depth, N]`, in boxes of 64 steps and 64 columns, or of 64 steps and all `columns`."""
+    if along_n:
+        return TensorMap((n, depth), 2 * o.stride0, (64, SM90_STEP))
+    return TensorMap((depth, n), 2 * o.stride1, (SM90_STEP, columns))
+
+
+@functools.lru_cache(maxsize=4096)
+def onepass_sm90(
+    dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, right: Operand,
+    up: Operand, down: Operand, out: Operand, adapter_float: bool, add: bool, active_only: bool,
+    multiprocessors: int,
+) -> Plan | None:  # fmt: skip
+    """`onepass` by Hopper's kernel; None where the sm_80 one is better or the only one."""
+    along_n = not right.turned.vector()
+    if not (left.vector() and out.vector() and (right.vector() if along_n else True)) or k == 0:
+        return None
+    r16 = -(-rank // 16) * 16
+    columns = 256 - r16
+    tiles = -(-m // SM90_ROWS) * -(-n // columns)
+    if m <= 64 or rank > MAX_ONEPASS_RANK or tiles < multiprocessors // 2:
+        return None  # idle rows, no room for down, or a machine filled better by smaller tiles
+    convert_up = adapter_float or not (up if along_n else up.turned).vector()
+    # Blocks of 64 columns of right overlap columns of down, which therefore follow them.
+    convert_down = along_n or adapter_float or not down.vector()
+    vector = (down.turned if along_n else down).vector(4 if adapter_float else 2)
+    flags = ADAPTER_FLOAT * adapter_float | ADD * add | ACTIVE_ONLY * active_only
+    flags |= CONVERT_UP * convert_up | CONVERT_DOWN * convert_down | VECTOR_ADAPTER * vector
+    stages = SM90_STAGES[256]
+    return Plan(
+        f"masked_lora_onepass_{NAMES[dtype]}_sm90_{columns}_kernel",
+        "OnePassSm90Params",
+        (min(tiles, multiprocessors), 1, 1),
+        stages * (SM90_ROWS + 256) * 128 + 4 * 64 * 128 + stages * 24,
+        flags | ALONG_N * along_n,
+        block=384,
+        maps=(
+            None if convert_down else TensorMap((k, rank), 2 * down.stride0, (SM90_STEP, r16)),
+            TensorMap((k, m), 2 * left.stride0, (SM90_STEP, SM90_ROWS)),
+            _right_map(k, n, right, along_n, columns),
+            None,
+            None if convert_up else _right_map(rank, n, up, along_n, columns),
+            TensorMap((n, m), 2 * out.stride0, (64, 64)),
+        ),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def gemm_sm90(
     dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, right: Operand,
@@ -142,19 +190,13 @@ def gemm_sm90(
     columns = 256 if rows * -(-n // 256) >= multiprocessors else 128
     tiles = rows * -(-n // columns)
     convert = up is not None and (adapter_float or not (up if along_n else up.turned).vector())
-
-    def right_map(depth: int, o: Operand) -> TensorMap:
-        if along_n:
-            return TensorMap((n, depth), 2 * o.stride0, (64, SM90_STEP))
-        return TensorMap((depth, n), 2 * o.stride1, (SM90_STEP, columns))
-
     maps = (
         TensorMap((k, m), 2 * left.stride0, (SM90_STEP, SM90_ROWS)),
-        right_map(k, right),
+        _right_map(k, n, right, along_n, columns),
         None
         if low is None
         else TensorMap((-(-rank // 16) * 16, m), 2 * low.stride0, (SM90_STEP, SM90_ROWS)),
-        None if up is None or convert else right_map(rank, up),
+        None if up is None or convert else _right_map(rank, n, up, along_n, columns),
         TensorMap((n, m), 2 * out.stride0, (64, 64)),
     )
     flags = ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | ADD * add
