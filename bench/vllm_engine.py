@@ -53,7 +53,7 @@ class Engine:
         targets: Sequence[str],
         block_size: int,
         max_len: int,
-        cores: str,
+        cores: Sequence[int],
         log: Path,
         plugin: bool = True,
     ) -> None:
@@ -64,17 +64,21 @@ class Engine:
             "targets": list(targets),
             "block_size": block_size,
             "max_len": max_len,
+            "cores": list(cores),
         }
         env = {
             **os.environ,
-            "VLLM_CPU_OMP_THREADS_BIND": cores,
+            # One process and one OpenMP thread for each core. vLLM's own binding wants a worker
+            # process, which its engine then watches in a loop, on one of the same few cores.
+            "OMP_NUM_THREADS": str(len(cores)),
+            "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores),
+            "OMP_PROC_BIND": "true",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_LOGGING_LEVEL": "WARNING",
         }
-        env.pop("OMP_NUM_THREADS", None)
         if not plugin:
             env["VLLM_PLUGINS"] = ""
         self.log = log
@@ -135,6 +139,7 @@ def _serve(options: dict[str, Any]) -> None:
     # The answers' pipe is ours alone: whatever else prints goes to the log.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    os.sched_setaffinity(0, options["cores"])
     import vllm
     from vllm import LLM
     from vllm.lora.request import LoRARequest

@@ -125,9 +125,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=2)
     add("--requests", type=int, default=24, help="base requests to each engine (0: none)")
     add("--op-rows", type=int, default=1024, help="tokens of the LoRA ops' batch (0: none)")
-    add(
-        "--cores", default=f"0-{(os.cpu_count() or 1) - 1}", help="that vLLM's threads are bound to"
-    )
+    add("--cores", type=_cores, help="that an engine's threads are bound to (default: all)")
     add("--seed", type=int, default=0)
     add("--csv", type=Path, help="all figures; three tables one after another")
     add("--plot", type=Path, help="time to first token over the context length")
@@ -191,7 +189,9 @@ def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
 
 
 def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> None:
-    bound = "; ".join(f"{t['threads']} threads on cores {t['cores']}" for t in about["threads"])
+    bound = "; ".join(
+        f"{t['threads']} threads bound to cores {t['cores']}" for t in about["threads"]
+    )
     name = o.model or ("tiny model" if o.small else "Gemma 3 270M")
     for line in (
         describe_machine(torch.device("cpu")),
@@ -219,7 +219,7 @@ def _engine(
         targets=o.targets.split(","),
         block_size=block,
         max_len=max(o.context) + 64,
-        cores=o.cores,
+        cores=o.cores or sorted(os.sched_getaffinity(0)),
         log=scratch / f"engine-{block}-{plugin}.log",
         plugin=plugin,
     ) as engine:
@@ -457,6 +457,13 @@ def write_adapters(scratch: Path, sizes: dict[str, Any], o: argparse.Namespace) 
             (folder / "adapter_config.json").write_text(json.dumps(config))
             folders[folder.name] = str(folder)
     return folders
+
+
+def _cores(text: str) -> list[int]:
+    cores = [int(part) for part in text.split(",")]
+    if not set(cores) <= os.sched_getaffinity(0):
+        raise argparse.ArgumentTypeError(f"this machine has {sorted(os.sched_getaffinity(0))}")
+    return cores
 
 
 def _numbers(text: str) -> list[int]:
