@@ -13,6 +13,7 @@ def launch(
     device: int,
     stream: int,
     dependent: bool = False,
+    cooperative: bool = False,
 ) -> None: ...
 def tensor_map(
     address: int,

@@ -65,10 +65,12 @@ class DeviceGuard {
 };
 
 // `params` is the kernel's parameter struct. A `dependent` kernel may begin while the one before
-// it ends, and waits for it by griddepcontrol. The GIL is kept: nothing here waits for the device.
+// it ends, and waits for it by griddepcontrol. The blocks of a `cooperative` one wait for each
+// other: all of them are on the device at once, or the launch is an error. The GIL is kept: nothing
+// here waits for the device.
 void launch(std::string_view name, unsigned grid_x, unsigned grid_y, unsigned grid_z,
             unsigned block, int shared, std::string_view params, int device, uintptr_t stream,
-            bool dependent) {
+            bool dependent, bool cooperative) {
   const auto found = kernels().find(name);
   if (found == kernels().end()) {
     throw std::invalid_argument("alora_kernels: no kernel is called " + std::string(name));
@@ -97,12 +99,17 @@ void launch(std::string_view name, unsigned grid_x, unsigned grid_y, unsigned gr
   config.blockDim = dim3(block);
   config.dynamicSmemBytes = static_cast<size_t>(shared);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
   if (dependent) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+  }
+  if (cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   check(cudaLaunchKernelExC(&config, kernel.function, arguments), "launch of " + std::string(name));
 }
@@ -172,7 +179,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "Launches the CUDA kernels of alora_kernels by name.";
   module.def("launch", &launch, py::arg("name"), py::arg("grid_x"), py::arg("grid_y"),
              py::arg("grid_z"), py::arg("block"), py::arg("shared"), py::arg("params"),
-             py::arg("device"), py::arg("stream"), py::arg("dependent") = false);
+             py::arg("device"), py::arg("stream"), py::arg("dependent") = false,
+             py::arg("cooperative") = false);
   module.def("tensor_map", &tensor_map, py::arg("address"), py::arg("is_bf16"), py::arg("columns"),
              py::arg("rows"), py::arg("stride"), py::arg("box_columns"), py::arg("box_rows"));
   module.def("kernel_names", &kernel_names, "Names of all kernels, sorted.");
@@ -180,7 +188,11 @@ PYBIND11_MODULE(_cuda, module) {
   py::dict sizes;
   sizes["GemmParams"] = sizeof(GemmParams);
   sizes["GemmSm90Params"] = sizeof(GemmSm90Params);
+<<<<<<< csrc/binding.cpp
+  sizes["FusedSm90Params"] = sizeof(FusedSm90Params);
+=======
   sizes["OnePassSm90Params"] = sizeof(OnePassSm90Params);
+>>>>>>> /work/notes/persistent/new/csrc/binding.cpp
   sizes["DecodeParams"] = sizeof(DecodeParams);
   sizes["ShrinkParams"] = sizeof(ShrinkParams);
   sizes["ExpandParams"] = sizeof(ExpandParams);

@@ -62,7 +62,11 @@ struct GemmSm90 {
     constexpr int kGroup = 8;
     const int per_group = kGroup * tiles_n, group = index / per_group;
     const int size = min(tiles_m - group * kGroup, kGroup), rest = index % per_group;
+<<<<<<< csrc/gemm_sm90.cuh
+    return {(group * kGroup + rest % size) * kBlockM, rest / size * kBlockN, 0, 0};
+=======
     return {(group * kGroup + rest % size) * kBlockM, rest / size * kColumns, 0, 0};
+>>>>>>> /work/notes/persistent/new/csrc/gemm_sm90.cuh
   }
 
   // What a tile multiplies follows from whether it has an active row.
@@ -321,6 +325,8 @@ struct GemmSm90 {
     }
   }
 
+<<<<<<< csrc/gemm_sm90.cuh
+=======
   // The columns of out that are no whole box of its tensor map, by ordinary stores.
   __device__ void store_narrow(const Tile& t, int group, int column, int width, uint32_t buffer) {
 #pragma unroll 1
@@ -333,6 +339,7 @@ struct GemmSm90 {
     }
   }
 
+>>>>>>> /work/notes/persistent/new/csrc/gemm_sm90.cuh
   // The block meets at a barrier before it uses them.
   __device__ void init_barriers() {
     if (threadIdx.x == 0) {

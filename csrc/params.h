@@ -16,7 +16,10 @@ enum Flags : uint32_t {
   kVectorOut = 32,      // rows of out allow 16-byte stores
   kFloatOut = 64,       // out is float32
   kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
+<<<<<<< csrc/params.h
+=======
   kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
+>>>>>>> /work/notes/persistent/new/csrc/params.h
   kConvertDown = 512,   // the same for `down`
   kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
   kAlongN = 2048,       // the inner dimension of `right` is N, not K
@@ -66,6 +69,8 @@ struct GemmSm90Params {
   uint32_t threshold, flags, unused;
 };
 
+<<<<<<< csrc/params.h
+=======
 // onepass of sm_90a: gemm as above; `low` is not mapped, boxes of `right` and `up` have 256 - R16
 // rows where K or R is their inner dimension.
 struct OnePassSm90Params {
@@ -78,6 +83,7 @@ struct OnePassSm90Params {
   uint32_t unused;
 };
 
+>>>>>>> /work/notes/persistent/new/csrc/params.h
 // The persistent kernel of sm_90a: gemm as above, whose `low` the kernel itself writes.
 struct FusedSm90Params {
   TensorMap down;  // [R, K] or [K, R] like right, box 64 × 64; unless kConvertDown

@@ -38,6 +38,7 @@ class Case:
     reverse: bool = False  # order in which the blocks run
     machine: int = 8  # multiprocessors to plan for: few make large tiles
     arch: str = "sm_80"
+    order: str = "lockstep"  # of warps, where blocks wait for each other
 
 
 def mask_of(case: Case) -> Tensor:
@@ -137,7 +138,7 @@ def run(
         )
         return [*outs, *grads]
 
-    sender = PtxSender(case.arch, case.reverse, csrc)
+    sender = PtxSender(case.arch, case.reverse, csrc, case.machine, case.order)
     backend = CudaBackend()
     if not gpu:
         backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))

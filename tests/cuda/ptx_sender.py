@@ -54,6 +54,8 @@ def module(source: str, arch: str, csrc: Path) -> Module:
 def source_of(kernel: str) -> str:
     """The file of csrc that defines `kernel`."""
     words = kernel.removeprefix("masked_lora_").removesuffix("_kernel").split("_")
+    if words[0] == "fused":
+        return "persistent_sm90.cu"
     if words[0] == "gemm":
         return "gemm_sm90.cu" if "sm90" in words[2] else f"gemm_{words[2]}.cu"
     return {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu",
@@ -62,19 +64,32 @@ def source_of(kernel: str) -> str:
     )
 
 
+Sent = tuple[Plan, Sequence[Any]]
+
+
 class PtxSender:
     """Sends plans to the interpreter; CPU tensors are the device's memory.
 
-    `reverse` runs the blocks in the opposite order: a result that depends on it is a race.
+    `reverse` runs the blocks in the opposite order: a result that depends on it is a race. Of a
+    kernel whose blocks wait for each other `multiprocessors` run at once, as on that machine;
+    `order` is that of its warps.
     """
 
-    def __init__(self, arch: str = "sm_80", reverse: bool = False, csrc: Path = CSRC) -> None:
+    def __init__(
+        self, arch: str = "sm_80", reverse: bool = False, csrc: Path = CSRC,
+        multiprocessors: int = 132, order: str = "lockstep",
+    ) -> None:  # fmt: skip
         self.arch, self.reverse, self.csrc = arch, reverse, csrc
+        self.multiprocessors, self.order = multiprocessors, order
         self.kernels: list[str] = []
         self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
         self.reports: dict[str, Any] = {}
 
     def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
+        self.together([(plan, fields)])
+
+    def together(self, launches: Sequence[Sent], seed: int | None = None) -> None:
+        """Run launches side by side, as those of several streams may, taking turns by `seed`."""
         machine = Machine(1 << 27)
         places: dict[int, tuple[int, Tensor]] = {}
 
@@ -87,27 +102,36 @@ class PtxSender:
                 places[key] = machine.put(flat.numpy()), flat
             return places[key][0] + tensor.data_ptr() - key
 
-        values: list[Any] = [
-            b""
-            if spec is None
-            else machine.tensor_map(address(t), spec.dims, [spec.stride], spec.box, 2, 3).tobytes()
-            for spec, t in zip(plan.maps, fields)
-        ]
-        for v in fields[len(plan.maps) :]:
-            values.append(0 if v is None else address(v) if isinstance(v, Tensor) else v)
-        blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
-        loaded = module(source_of(plan.kernel), self.arch, self.csrc)
-        kernel = loaded.kernels[plan.kernel]
-        assert kernel.params[0][2] == len(blob), "params.h and layouts.py disagree"
-        machine.launch(
-            loaded, plan.kernel, plan.grid, plan.block, [blob], smem=plan.shared,
-            reverse=self.reverse,
-        )  # fmt: skip
+        running = {}
+        for i, (plan, fields) in enumerate(launches):
+            values: list[Any] = [
+                b"" if spec is None else machine.tensor_map(
+                    address(t), spec.dims, [spec.stride], spec.box, 2, 3
+                ).tobytes()
+                for spec, t in zip(plan.maps, fields)
+            ]  # fmt: skip
+            for v in fields[len(plan.maps) :]:
+                values.append(0 if v is None else address(v) if isinstance(v, Tensor) else v)
+            blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
+            loaded = module(source_of(plan.kernel), self.arch, self.csrc)
+            kernel = loaded.kernels[plan.kernel]
+            assert kernel.params[0][2] == len(blob), "params.h and layouts.py disagree"
+            running[i] = machine.running(
+                loaded, plan.kernel, plan.grid, plan.block, [blob], smem=plan.shared,
+                reverse=self.reverse, order=self.order if plan.cooperative else "lockstep",
+                resident=self.multiprocessors if plan.cooperative else None,
+            )  # fmt: skip
+        draw = np.random.default_rng(seed)
+        while running:
+            i = int(draw.choice(list(running)))
+            if next(running[i], running) is running:  # it has ended
+                del running[i]
         for base, flat in places.values():
             flat.copy_(torch.from_numpy(machine.get(base)))
-        self.kernels.append(plan.kernel)
-        self.counts[plan.kernel] = dict(machine.count)
-        self.reports[plan.kernel] = machine.reports[-1]
+        for (plan, _), report in zip(launches, machine.reports):
+            self.kernels.append(plan.kernel)
+            self.counts[plan.kernel] = dict(machine.count)
+            self.reports[plan.kernel] = report
 
     def traffic(self, kernel: str, opcode: str, what: str) -> int:
         """Sum of `what` ("bytes", "wavefronts", "ideal") over instructions that begin so."""

@@ -68,16 +68,34 @@ def test_grad_reads_shared_memory_without_bank_conflicts(seed: int) -> None:
 
 
 def test_hopper_copies_whole_tiles_once(seed: int) -> None:
-    sender = run(Case("tail", active="all", arch="sm_90a", machine=1, **SIZES), seed, False)
-    gemm = launched(sender, "sm90")
+    case = Case("tail", active="all", arch="sm_90a", machine=1, dropout=0.3, **SIZES)
+    sender = run(case, seed, False)
+    gemm = launched(sender, "gemm")
     moved = sender.traffic(gemm, "cp.async.bulk.tensor.2d.shared", "bytes")
     assert moved == 2 * (M * K + N * K + M * R + N * R)
     assert sender.traffic(gemm, "cp.async.bulk.tensor.2d.global", "bytes") == 2 * M * N
 
 
+@pytest.mark.parametrize("active, rows", [("all", 2 * M), ("half_tile", M)])
+def test_the_persistent_kernel_makes_low_of_active_row_blocks_alone(
+    active: str, rows: int, seed: int
+) -> None:
+    sizes = {**SIZES, "m": 2 * M}
+    sender = run(Case("tail", active=active, arch="sm_90a", machine=1, **sizes), seed, False)
+    fused = launched(sender, "sm90")
+    moved = sender.traffic(fused, "cp.async.bulk.tensor.2d.shared", "bytes")
+    # Per row block the ordinary tile, and where it is active a narrow one and the R steps.
+    ordinary, blocks = 2 * (M * K + N * K), rows // M
+    assert moved == 2 * ordinary + blocks * 2 * (M * K + R * K + M * R + N * R)
+    assert sender.traffic(fused, "st.global", "bytes") == blocks * 2 * M * R
+    assert sender.traffic(fused, "cp.async.bulk.tensor.2d.global", "bytes") == 2 * 2 * M * N
+
+
 def test_hopper_reads_each_operand_once_a_tile_pass(seed: int) -> None:
     m, n, k, r = 256, 512, 64, 64
-    case = Case("tail", m=m, n=n, k=k, r=r, active="one", bias="none", machine=1, arch="sm_90a")
+    case = Case(
+        "tail", m=m, n=n, k=k, r=r, active="one", bias="none", machine=1, arch="sm_90a", dropout=0.3
+    )
     sender = run(case, seed, backward=False)
     gemm = launched(sender, "sm90nk_256")  # 2 × 2 tiles; one row of them is active
     main = 2 * (2 * m * k + 2 * n * k)

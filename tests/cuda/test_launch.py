@@ -36,7 +36,16 @@ def call_and_tensors(m: int, k: int, n: int, r: int) -> tuple[Call, torch.Tensor
     return Call(Activation.all(m), (1.5,)), x, Projection(weight, None, a, b, None)
 
 
-def test_a_launch_carries_the_plan_and_the_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "multiprocessors, kernels",
+    [
+        (1, ["fused_bf16_sm90nk"]),
+        (2, ["shrink_bf16_vector_32", "gemm_bf16_sm90nk_128_tail"]),
+    ],
+)
+def test_a_launch_carries_the_plan_and_the_addresses(
+    multiprocessors: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder()
     monkeypatch.setitem(sys.modules, "alora_kernels._cuda", recorder)  # type: ignore[arg-type]
     monkeypatch.setattr(alora_kernels, "_cuda", recorder, raising=False)
@@ -48,14 +57,11 @@ def test_a_launch_carries_the_plan_and_the_addresses(monkeypatch: pytest.MonkeyP
         plans.append((plan, fields))
         launch.send_to_gpu(plan, fields)
 
-    (y,), _ = CudaBackend(send, (1, 90)).forward(call, "tail", x, [p], None, False)
-    assert [a[0] for a in recorder.launches] == [
-        "masked_lora_shrink_bf16_vector_32_kernel",
-        "masked_lora_gemm_bf16_sm90nk_256_tail_kernel",
-    ]
+    (y,), _ = CudaBackend(send, (multiprocessors, 90)).forward(call, "tail", x, [p], None, False)
+    assert [a[0] for a in recorder.launches] == [f"masked_lora_{k}_kernel" for k in kernels]
     for (plan, fields), args in zip(plans, recorder.launches):
         assert args[1:6] == (*plan.grid, plan.block, plan.shared) and args[8] == 77
-        assert args[9] == ("sm90" in plan.kernel)
+        assert args[9:] == ("gemm" in plan.kernel, "fused" in plan.kernel)
         values = LAYOUTS[plan.params].unpack(args[6])
         for value, field, spec in zip(values, fields, [*plan.maps] + [None] * len(values)):
             if isinstance(spec, TensorMap):
@@ -65,7 +71,7 @@ def test_a_launch_carries_the_plan_and_the_addresses(monkeypatch: pytest.MonkeyP
                 assert value == field.data_ptr()
             else:
                 assert value == (0 if field is None else pytest.approx(field))
-    assert plans[-1][1][4] is y
+    assert plans[-1][1][len(plans[-1][0].maps) - 1] is y
 
 
 def test_counters_are_one_tensor_a_stream_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:

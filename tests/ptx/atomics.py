@@ -9,6 +9,7 @@ import numpy as np
 from .formats import PACKED, WIDTH, numbers, packed
 from .memory import UINT, Memory, gather
 from .parser import Instr
+from .racecheck import FENCED, FENCED_GLOBAL
 from .registers import Mask
 
 Fn = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -62,7 +63,9 @@ class Atomics(Memory):
         rows = np.unique(self.row[self.lanes(act)])
         if mods and mods[0] == "proxy":
             if "async" in mods or any(q.startswith("async::") for q in mods):
-                self.clocks.proxy_fence(rows)
+                last = mods[-1].split("::")[0]  # the one memory that the fence is for
+                parts = {"shared": (FENCED,), "global": (FENCED_GLOBAL,)}
+                self.clocks.proxy_fence(rows, parts.get(last, (FENCED, FENCED_GLOBAL)))
             return
         if mods and mods[0] == "mbarrier_init":
             for row in rows.tolist():

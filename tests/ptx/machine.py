@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,12 @@ class Machine:
 
     # ---- launch -------------------------------------------------------------------------------
 
-    def launch(
+    def launch(self, mod: Module, name: str, *args: Any, **options: Any) -> None:
+        """Run a grid: `running` from beginning to end."""
+        for _ in self.running(mod, name, *args, **options):
+            pass
+
+    def running(
         self,
         mod: Module,
         name: str,
@@ -130,15 +135,18 @@ class Machine:
         seed: int = 0,
         resident: int | None = None,
         shared_init: bool = True,
-    ) -> None:
-        """Run the grid. `args` follow the kernel's parameters: numbers, addresses or bytes.
+    ) -> Iterator[None]:
+        """Run the grid, yielding where another launch may go on.
+
+        `args` follow the kernel's parameters: numbers, addresses or bytes.
 
         `resident` blocks run side by side, the rest after them; by default as many as make some
         thousands of threads, and no fewer than an H100 has processors where blocks wait for each
         other. `reverse` begins with the last block. `order` schedules warps: `lockstep` (all in
         step, fast), `round_robin`, `reverse` (the last warp first) or `random` with `seed`.
         `shared_init=False` lets threads read shared memory that nobody wrote, as some correct
-        kernels do for rows that they never store. Raises PtxError at the first fault.
+        kernels do for rows that they never store. Raises PtxError at the first fault. Races between
+        two launches are not looked for, and `last` sums over both.
         """
         kernel = mod.kernels[name]
         if kernel.local:
@@ -169,12 +177,15 @@ class Machine:
         counters = self.counters = Counters(kernel, self.count)
         counters.grid, counters.threads, counters.text = grid3, per, mod.header
         self.reports.append(counters)
+        mine = self.shared_init, self.grain, self.between, self.races, self.counters
         waves = [blocks[i : i + side] for i in range(0, len(blocks), side)]
         rng = np.random.default_rng(seed)
         for wave in reversed(waves) if reverse else waves:
             run = Wave(self, kernel, launch, wave[::-1] if reverse and group == 1 else wave)
             counters.wave_warps = run.n // 32
-            run.run(max_steps, order, rng)
+            for _ in run.bursts(max_steps, order, rng):
+                yield
+                self.shared_init, self.grain, self.between, self.races, self.counters = mine
         self.last = self.count - before
         if Machine.on_launch is not None:
             Machine.on_launch(self)

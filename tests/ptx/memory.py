@@ -206,7 +206,7 @@ class Memory(Registers):
 
     def global_race(
         self, at: np.ndarray, lanes: np.ndarray, size: int, write: bool, atomic: bool = False,
-        changes: np.ndarray | None = None,
+        changes: np.ndarray | None = None, bulk: bool = False,
     ) -> None:  # fmt: skip
         g = self.m.races.grain
         count = max(1, size // g)
@@ -216,7 +216,7 @@ class Memory(Registers):
             where = (where[:, None] + np.arange(count)).reshape(-1)
             rows = np.repeat(rows, count)
             changes = None if changes is None else np.repeat(changes, count)
-        found = self.m.races.access(self.clocks, where, rows, write, atomic, changes)
+        found = self.m.races.access(self.clocks, where, rows, write, atomic, changes, bulk)
         if found:
             i = found[0]
             raise self.fault(found[1], lanes[i // count], GBASE + int(where[i]) * g)
@@ -229,13 +229,14 @@ class Memory(Registers):
         return gather(self.m.mem, at, size)
 
     def global_write(
-        self, addr: np.ndarray, lanes: np.ndarray, data: np.ndarray, atomic: bool = False
-    ) -> None:
+        self, addr: np.ndarray, lanes: np.ndarray, data: np.ndarray, atomic: bool = False,
+        bulk: bool = False,
+    ) -> None:  # fmt: skip
         size = data.shape[1]
         at = self.global_index(addr, lanes, size, False)
         changes = (gather(self.m.mem, at, size) != data).any(1)
         self.progress += int(changes.any())
-        self.global_race(at, lanes, size, True, atomic, changes)
+        self.global_race(at, lanes, size, True, atomic, changes, bulk)
         self.m.mem.reshape(-1, size)[at // size] = data
         self.m.init.reshape(-1, size)[at // size] = 1
 

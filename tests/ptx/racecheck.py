@@ -5,20 +5,22 @@ or writes shared memory on its own: the wgmma unit of each warpgroup, the bulk-s
 warp and each mbarrier (whose copies write). An access is ordered when the accessing warp's clock
 has seen the epoch of every conflicting one; barriers, mbarriers and flags pass clocks on.
 
-Every clock has parts: what is known; what is known *and* lies behind a proxy fence, where an access
-through the async proxy must find ordinary writes; and, when blocks order each other through global
-memory, what lies behind a memory fence (a relaxed flag passes on that alone) and what relaxed reads
-of flags have shown (the next fence makes it known). Fences are cumulative, as on hardware: what a
-warp has fenced, another may publish after a barrier.
+Every clock has parts: what is known; what is known *and* lies behind a proxy fence for shared or
+for global memory, where an access through the async proxy must find ordinary writes; and, when
+blocks order each other through global memory, what lies behind a memory fence (a relaxed flag
+passes on that alone) and what relaxed reads of flags have shown (the next fence makes it known).
+Fences are cumulative, as on hardware: what a warp has fenced, another may publish after a barrier.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from .formats import GBASE
 
-SEEN, FENCED, PUBLISHED, PENDING = 0, 1, 2, 3
+SEEN, FENCED, FENCED_GLOBAL, PUBLISHED, PENDING = 0, 1, 2, 3, 4
 MBARRIERS = 64  # pseudo-agents for mbarriers of one block; more of them share
 
 
@@ -41,7 +43,7 @@ class Clocks:
         self.mbarriers = self.readers
         self.local = self.readers + cluster * MBARRIERS
         self.columns = self.local + (total_blocks * warps if between else 0)
-        self.parts = 4 if between else 2
+        self.parts = 5 if between else 3
         self.clock = np.zeros((blocks * warps, self.parts, self.columns), np.int32)
         slot = np.repeat(np.arange(blocks), warps)
         warp = np.tile(np.arange(warps), blocks)
@@ -84,9 +86,10 @@ class Clocks:
         self.bump(rows)
         self.sync[rows] += 1
 
-    def proxy_fence(self, rows: np.ndarray) -> None:
-        """What `rows` know is now visible to the async proxy too."""
-        self.clock[rows, FENCED] = np.maximum(self.clock[rows, FENCED], self.clock[rows, SEEN])
+    def proxy_fence(self, rows: np.ndarray, parts: Sequence[int]) -> None:
+        """What `rows` know is now visible to the async proxy too, in the memories of `parts`."""
+        for part in parts:
+            self.clock[rows, part] = np.maximum(self.clock[rows, part], self.clock[rows, SEEN])
         self.bump(rows)
 
     def memory_fence(self, rows: np.ndarray) -> None:
@@ -237,13 +240,16 @@ class GlobalRaces:
         self.writer = np.zeros(count, np.int32)  # agent + 1
         self.written = np.zeros(count, np.int32)
         self.atomic = np.zeros(count, np.bool_)
+        self.bulk = np.zeros(count, np.bool_)  # written through the async proxy
         # The last reader, and one of another block than that.
         self.reader = np.zeros((2, count), np.int32)
         self.read_at = np.zeros((2, count), np.int32)
         self.flags: dict[int, tuple[int, np.ndarray]] = {}  # what was released at an address
 
-    def _late(self, c: Clocks, rows: np.ndarray, who: np.ndarray, when: np.ndarray) -> np.ndarray:
-        """Accesses (agent + 1, epoch) that `rows` have not seen."""
+    def _late(
+        self, c: Clocks, rows: np.ndarray, who: np.ndarray, when: np.ndarray, part: int = SEEN
+    ) -> np.ndarray:
+        """Accesses (agent + 1, epoch) that `rows` have not seen, or not behind a proxy fence."""
         there = np.nonzero(who)[0]
         out = np.zeros(len(who), np.bool_)
         if not len(there):
@@ -251,9 +257,9 @@ class GlobalRaces:
         agent, rows, when = who[there] - 1, rows[there], when[there]
         same = agent // self.warps == c.agent[rows] // self.warps
         mine = c.own[rows] // c.warps * c.warps + agent % self.warps
-        seen = c.clock[rows, SEEN, np.where(same, mine, 0)]
+        seen = c.clock[rows, part, np.where(same, mine, 0)]
         if c.between:
-            seen = np.where(same, seen, c.clock[rows, SEEN, c.local + agent])
+            seen = np.where(same, seen, c.clock[rows, part, c.local + agent])
         else:
             seen = np.where(same, seen, 0)
         out[there] = seen < when
@@ -261,10 +267,18 @@ class GlobalRaces:
 
     def access(
         self, c: Clocks, at: np.ndarray, rows: np.ndarray, write: bool, atomic: bool,
-        changes: np.ndarray | None = None,
+        changes: np.ndarray | None = None, bulk: bool = False,
     ) -> tuple[int, str] | None:  # fmt: skip
-        """Record accesses to granules `at`; (index, conflict) of the first race found."""
+        """Record accesses to granules `at`; (index, conflict) of the first race found.
+
+        `bulk`: through the async proxy.
+        """
         late = self._late(c, rows, self.writer[at], self.written[at])
+        unfenced = False
+        if bulk and not write and not late.any():
+            late = self._late(c, rows, self.writer[at], self.written[at], FENCED_GLOBAL)
+            late &= ~self.bulk[at]
+            unfenced = bool(late.any())
         if atomic:
             late &= ~self.atomic[at]
         other = self.writer[at]
@@ -279,6 +293,7 @@ class GlobalRaces:
         agent, epoch = c.agent[rows] + 1, c.epoch(rows)
         if write:
             self.writer[at], self.written[at], self.atomic[at] = agent, epoch, atomic
+            self.bulk[at] = bulk
         elif not atomic:
             last = self.reader[0][at]
             moved = (last != 0) & ((last - 1) // self.warps != (agent - 1) // self.warps)
@@ -294,6 +309,8 @@ class GlobalRaces:
             who = f"warp {warp} of this block"
         else:
             who = f"another block (number {block})"
+        if unfenced:
+            return i, f"no proxy fence between the write by {who} and this read by a bulk copy"
         what = "write of what" if write else "read of what"
         return i, f"global race: {what} {who} accessed, without any ordering in between"
 

@@ -141,15 +141,22 @@ class TensorCopies(AsyncCopies):
         self.sinit.reshape(-1, unit)[at // unit] = IN_FLIGHT
         self.smem.reshape(-1, unit)[at // unit] = 0xCD
 
+        # The copy may read at once, so what it reads must be there, and seen, when it is issued.
+        where = None
+        if source is None and inside.any():
+            assert address is not None
+            lanes = np.full(int(inside.sum()), lane)
+            where = self.global_index(address[inside], lanes, unit, True)
+            self.global_race(where, lanes, unit, False, bulk=True)
+
         def land() -> None:
             before, self.ins = self.ins, ins
             data = np.zeros((len(at), unit), np.uint8)
             if source is not None:
                 data[:] = gather(self.smem, source, unit)
-            elif inside.any():
+            elif where is not None:
                 assert address is not None
-                lanes = np.full(int(inside.sum()), lane)
-                data[inside] = self.global_read(address[inside], lanes, unit)
+                data[inside] = gather(self.m.mem, where, unit)
                 sectors = len(np.unique(address[inside] // 32))
                 self.m.counters.bulk(ins, True, len(lanes) * unit, sectors)
             self.smem.reshape(-1, unit)[at // unit] = data
@@ -202,7 +209,7 @@ class TensorCopies(AsyncCopies):
             data = store.data
             if store.reduce:
                 data = self._reduced(store, lanes)
-            self.global_write(store.target, lanes, data, bool(store.reduce))
+            self.global_write(store.target, lanes, data, bool(store.reduce), bulk=True)
             sectors = len(np.unique(store.target // 32))
             self.m.counters.bulk(store.ins, False, len(lanes) * store.unit, sectors)
         self.ins = before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .arithmetic import Arithmetic
@@ -35,7 +37,8 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
     pc runs first, so threads that parted meet again where their paths do.
     """
 
-    def run(self, max_steps: int, order: str, rng: np.random.Generator) -> None:
+    def bursts(self, max_steps: int, order: str, rng: np.random.Generator) -> Iterator[None]:
+        """Runs to the end, and yields where another wave may run."""
         self.bars, self.mbars, self.columns, self.initialised = {}, {}, {}, {}
         self.leave, self.expired = None, False
         self.groups: dict[int, np.ndarray] = {0: np.ones(self.n, np.bool_)}
@@ -48,11 +51,14 @@ class Wave(Arithmetic, Tcgen05, TensorCopies):
             if ins.fn is None:
                 ins.fn = "op_" + ins.op[0]
                 ins.collective = is_collective(ins)
-        with np.errstate(all="ignore"):
-            while self.groups or self.wake():
+        while True:
+            with np.errstate(all="ignore"):
+                if not self.groups and not self.wake():
+                    break
                 self.burst(*self.pick())
-                if self.step > max_steps:
-                    raise self.fault("step limit: a loop that never ends?")
+            if self.step > max_steps:
+                raise self.fault("step limit: a loop that never ends?")
+            yield
         self.check_end()
         self.m.count["steps"] += self.step
 

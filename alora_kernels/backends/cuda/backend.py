@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
 from .launch import Column, Launcher, Send, send_to_gpu
-from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES
+from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES, Plan
 
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
 
@@ -126,6 +126,10 @@ class CudaBackend:
     ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
         launch = self._launcher(call, x)
         begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
+        if strategy == "tail" and base_outs is None and len(projections) == 1:
+            done = _fused_forward(launch, x, projections[0], total)
+            if done is not None:
+                return [done[0]], done[1] if save else None
         onepass = strategy == "onepass" and base_outs is None
         xa = _low(launch, strategy, x, total) if save or not onepass else None
         if not onepass:
@@ -167,10 +171,20 @@ class CudaBackend:
         # onepass makes dya on the way to dx; a layer whose x needs no gradient has no such way.
         onepass = strategy == "onepass" and needs.x and projections[0].weight is not None
         dya = None
+        fused: list[Plan | None] = [None] * len(projections)
+        if strategy == "tail" and needs.x:
+            fused = [
+                launch.plan_fused(
+                    dy, p.weight, p.lora_a, p.lora_b.t(), total, i > 0, not call.prefix_grad
+                )
+                for i, (p, dy) in enumerate(zip(projections, dys))
+            ]
         if needs.x or any(needs.lora_a):
-            dya = _low(launch, strategy, x, total)
+            dya = _low(launch, strategy, x, total, None in fused)
         if dya is not None and not onepass:
             for i, (p, dy) in enumerate(zip(projections, dys)):
+                if fused[i] is not None:
+                    continue
                 scale = call.scalings[i] / (1.0 - call.dropout_p)
                 right = p.lora_b.t()
                 columns = [(right, r, scale) for r in range(0, right.shape[0], 16)]
@@ -178,7 +192,7 @@ class CudaBackend:
         dx = None
         if needs.x:
             assert dya is not None
-            dx = self._dx(launch, strategy, x, projections, dya, dys, onepass)
+            dx = self._dx(launch, strategy, x, projections, dya, dys, onepass, fused)
         grads: tuple[list[Tensor | None], ...] = ([], [], [])
         for i, (p, dy) in enumerate(zip(projections, dys)):
             da = db = dbias = None
@@ -200,13 +214,21 @@ class CudaBackend:
 
     def _dx(
         self, launch: Launcher, strategy: str, x: Tensor, projections: Sequence[Projection],
-        dya: Tensor, dys: Sequence[Tensor], onepass: bool,
+        dya: Tensor, dys: Sequence[Tensor], onepass: bool, persistent: Sequence[Plan | None],
     ) -> Tensor:  # fmt: skip
         begins, _ = saved_columns([p.lora_a.shape[0] for p in projections])
         prefix = not launch.call.prefix_grad
         dx = x.new_zeros(x.shape) if projections[0].weight is None else x.new_empty(x.shape)
         for i, (p, dy) in enumerate(zip(projections, dys)):
             low = dya[:, begins[i] :]
+            plan = persistent[i]
+            if plan is not None:
+                assert p.weight is not None
+                launch.fused(
+                    plan, dy, p.weight, dx, bias=None, low=low, up=p.lora_a, down=p.lora_b.t(),
+                    scale=launch.call.scalings[i],
+                )  # fmt: skip
+                continue
             fused = strategy != "delta" and p.weight is not None
             if p.weight is not None and (fused or prefix):
                 launch.gemm(
@@ -221,10 +243,30 @@ class CudaBackend:
         return dx
 
 
-def _low(launch: Launcher, strategy: str, x: Tensor, columns: int) -> Tensor:
-    """Memory for xa or dya. Tensor maps read whole tiles of it, so inactive rows must be zero."""
-    make = x.new_zeros if launch.arch == 90 and strategy == "tail" else x.new_empty
-    return make(x.shape[0], columns)
+def _low(launch: Launcher, strategy: str, x: Tensor, columns: int, given: bool = True) -> Tensor:
+    """Memory for xa or dya. Tensor maps read whole tiles of it, so inactive rows must be zero.
+
+    Not `given`: the kernel that reads it also writes it, inactive rows included.
+    """
+    zero = launch.arch == 90 and strategy == "tail" and given
+    return (x.new_zeros if zero else x.new_empty)(x.shape[0], columns)
+
+
+def _fused_forward(
+    launch: Launcher, x: Tensor, p: Projection, columns: int
+) -> tuple[Tensor, Tensor] | None:
+    """(y, xa) by one launch, where there is one."""
+    up, scaling = p.lora_b.t(), launch.call.scalings[0]
+    weight = None if p.weight is None else p.weight.t()
+    plan = launch.plan_fused(x, weight, up, p.lora_a, columns)
+    if plan is None or weight is None:
+        return None
+    xa, y = x.new_empty(x.shape[0], columns), x.new_empty(x.shape[0], weight.shape[1])
+    launch.fused(
+        plan, x, weight, y, bias=p.bias, low=xa, up=up, down=p.lora_a, scale=scaling,
+        lora_bias=p.lora_bias, lora_bias_scale=scaling,
+    )  # fmt: skip
+    return y, xa
 
 
 def _shrink_group(

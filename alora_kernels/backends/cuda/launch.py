@@ -18,7 +18,7 @@ from ...reference import dropout_threshold
 from .. import Call
 from . import plan as planning
 from .layouts import LAYOUTS, MAX_COLUMN_BLOCKS
-from .plan import Plan, operand
+from .plan import Operand, Plan, operand
 
 Send = Callable[[Plan, Sequence[Any]], None]
 Column = tuple[Tensor, int, float]  # right, its first row, scale
@@ -48,7 +48,15 @@ def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     data = LAYOUTS[plan.params].pack(*values)
     stream = torch._C._cuda_getCurrentRawStream(device)
     _cuda.launch(
-        plan.kernel, *plan.grid, plan.block, plan.shared, data, device, stream, plan.dependent
+        plan.kernel,
+        *plan.grid,
+        plan.block,
+        plan.shared,
+        data,
+        device,
+        stream,
+        plan.dependent,
+        plan.cooperative,
     )
 
 
@@ -172,6 +180,41 @@ class Launcher:
             *((0, 0) if down is None else down.stride()), out.stride(0),
             0 if low_out is None else low_out.stride(0), m, n, k,
             0 if up is None else up.shape[0], scale, lora_bias_scale, threshold, plan.flags,
+        ))  # fmt: skip
+
+    def plan_fused(
+        self, left: Tensor, right: Tensor | None, up: Tensor, down: Tensor, columns: int,
+        add: bool = False, active_only: bool = False,
+    ) -> Plan | None:  # fmt: skip
+        """The plan of `fused` with a fresh low `[M, columns]` and out, if it takes the problem."""
+        m, k = left.shape
+        if self.arch != 90 or self.call.dropout_p > 0.0 or right is None:
+            return None
+        n, rank = right.shape[1], up.shape[0]
+        if 0 in (m, n, self.call.activation.max_active):
+            return None
+        return planning.fused_sm90(
+            left.dtype, m, n, k, rank, operand(left), operand(right), Operand(columns, 1, True),
+            operand(up), operand(down), Operand(n, 1, True), up.dtype != left.dtype, add,
+            active_only, self.multiprocessors,
+        )  # fmt: skip
+
+    def fused(
+        self, plan: Plan, left: Tensor, right: Tensor, out: Tensor, *, bias: Tensor | None,
+        low: Tensor, up: Tensor, down: Tensor, scale: float, lora_bias: Tensor | None = None,
+        lora_bias_scale: float = 1.0,
+    ) -> None:  # fmt: skip
+        """low = scale · left · downᵀ on active rows, and gemm with it, by one launch.
+
+        Operands as for `gemm`, down `[R, K]`; low may hold anything before, and is zero in the
+        inactive rows of row blocks that have an active one.
+        """
+        (m, k), n, act = left.shape, right.shape[1], self.call.activation
+        self.send(plan, (
+            down, left, right, low, up, out, dense(bias), up, dense(lora_bias), out,
+            act.row_adapter, None, *up.stride(), out.stride(0), m, n, k, up.shape[0],
+            lora_bias_scale, 0, plan.flags, 0, down, low, act.active_rows, act.active_count,
+            arrival_counters(left.device, plan.counters), *down.stride(), low.stride(0), scale, 0,
         ))  # fmt: skip
 
     def decode(

@@ -6,6 +6,7 @@ execution of the kernel's PTX in the tests.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +17,11 @@ from .layouts import (
     ACTIVE_ONLY,
     ADAPTER_FLOAT,
     ADD,
+<<<<<<< alora_kernels/backends/cuda/plan.py
+    CONVERT_DOWN,
+=======
     ALONG_N,
+>>>>>>> /work/notes/persistent/new/alora_kernels/backends/cuda/plan.py
     CONVERT_UP,
     DROPOUT,
     FLOAT_OUT,
@@ -34,6 +39,8 @@ GEMM_COLUMNS, GEMM_STEP, GEMM_STAGES = 128, 32, 4
 GEMM_ROWS = (128, 32)  # row tiles, the larger first
 SM90_ROWS, SM90_STEP = 128, 64
 SM90_STAGES = {256: 4, 128: 6}  # columns of the tile: stages of the ring
+FUSED_ROW_BLOCKS = 4096  # of 128 rows: bits of the kernel's map of those with an active row
+FUSED_READERS = 0xFFFF  # column tiles: what half a word counts to
 DECODE_ROWS, DECODE_COLUMNS, DECODE_STEP = 16, 64, 512  # a step of all eight warps
 GRAD_P, GRAD_R, GRAD_SHARED = 128, 64, 4 * (32 * 128 + 32 * 64) * 2
 GRAD_ROWS = 128  # least rows of one split
@@ -61,8 +68,10 @@ class Plan:
     flags: int
     block: int = THREADS
     dependent: bool = False  # may begin while the kernel before it ends
+    cooperative: bool = False  # blocks wait for each other: all must be on the device at once
     split: int = 0  # grad and reduce: rows that one part adds up; decode: steps of K of a slice
     workspace: tuple[int, ...] = ()  # shape of a float32 workspace
+    counters: int = 0  # words that are zero before and after
     maps: tuple[TensorMap | None, ...] = ()  # the first fields of the parameter struct
 
 
@@ -211,6 +220,50 @@ def gemm_sm90(
         block=384,
         dependent=True,
         maps=maps,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def fused_sm90(
+    dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, right: Operand,
+    low: Operand, up: Operand, down: Operand, out: Operand, adapter_float: bool, add: bool,
+    active_only: bool, multiprocessors: int,
+) -> Plan | None:  # fmt: skip
+    """`tail` in one launch of Hopper's persistent kernel, which also makes `low`.
+
+    `down` `[R, K]`. None where its large tiles do not fill the machine, so that a shrink beside
+    smaller ones ends sooner, or where its counters end.
+    """
+    gemm = gemm_sm90(
+        dtype, m, n, k, rank, left, right, low, up, out, adapter_float, False, add, active_only,
+        multiprocessors,
+    )  # fmt: skip
+    if gemm is None or "_256_" not in gemm.kernel:
+        return None
+    row_blocks = -(-m // SM90_ROWS)
+    if row_blocks > FUSED_ROW_BLOCKS or -(-n // 256) > FUSED_READERS:
+        return None
+    along_n = "sm90kn" in gemm.kernel
+    across = Operand(down.stride1, down.stride0, down.aligned)
+    convert = adapter_float or not (across if along_n else down).vector()
+    down_map = None
+    if not convert and along_n:
+        down_map = TensorMap((rank, k), 2 * down.stride1, (64, SM90_STEP))
+    elif not convert:
+        down_map = TensorMap((k, rank), 2 * down.stride0, (SM90_STEP, 64))
+    flags = gemm.flags | CONVERT_DOWN * convert
+    if k % 8 == 0 and down.vector(4 if adapter_float else 2):
+        flags |= VECTOR_ADAPTER
+    return dataclasses.replace(
+        gemm,
+        kernel=f"masked_lora_fused_{NAMES[dtype]}_sm90{'kn' if along_n else 'nk'}_kernel",
+        params="FusedSm90Params",
+        shared=gemm.shared + FUSED_ROW_BLOCKS // 8 + 16,
+        flags=flags,
+        dependent=False,
+        cooperative=True,
+        counters=row_blocks,
+        maps=(down_map, *gemm.maps),
     )
 
 
