@@ -37,22 +37,23 @@ def problem_of(
     backward: bool,
 ) -> Problem:
     """What the choice depends on."""
-    first = projections[0]
+    (rows, depth), device = x.shape, x.device
+    kind = device.type
     return Problem(
-        rows=x.shape[0],
-        in_features=x.shape[1],
-        out_features=tuple([p.lora_b.shape[0] for p in projections]),
-        ranks=tuple([p.lora_a.shape[0] for p in projections]),
-        active=call.activation.planned_active,
-        dtype=x.dtype,
-        adapter_dtype=first.lora_a.dtype,
-        device=x.device.type,
-        arch=_arch(x.device) if x.device.type == "cuda" else 0,
-        backward=backward,
-        base_given=base_given,
-        dropout=call.dropout_p > 0.0,
-        adapter_precision=call.adapter_precision,
-        strict_inactive=call.strict_inactive,
+        rows,
+        depth,
+        tuple([p.lora_b.shape[0] for p in projections]),
+        tuple([p.lora_a.shape[0] for p in projections]),
+        call.activation.planned_active,
+        x.dtype,
+        projections[0].lora_a.dtype,
+        kind,
+        _arch(device) if kind == "cuda" else 0,
+        backward,
+        base_given,
+        call.dropout_p > 0.0,
+        call.adapter_precision,
+        call.strict_inactive,
     )
 
 
@@ -75,10 +76,11 @@ def choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]
         ValueError: an unknown name.
         RuntimeError: nothing that was asked for can run; lists every reason.
     """
-    if backend == "auto":
-        backend = os.environ.get("ALORA_BACKEND", "auto")
-    if strategy == "auto":
-        strategy = os.environ.get("ALORA_STRATEGY", "auto")
+    # `in` is several times faster than a `get` that finds nothing.
+    if backend == "auto" and "ALORA_BACKEND" in os.environ:
+        backend = os.environ["ALORA_BACKEND"]
+    if strategy == "auto" and "ALORA_STRATEGY" in os.environ:
+        strategy = os.environ["ALORA_STRATEGY"]
     return _choose(problem, backend, strategy)
 
 
@@ -117,6 +119,11 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
         _warn_once(problem.device, tuple(reasons))
     logger.info("%s: %s/%s", problem, name, picked)
     return BACKENDS[name], picked
+
+
+def forget() -> None:
+    """Choose anew: what the choice depends on besides the problem has changed."""
+    _choose.cache_clear()
 
 
 @functools.cache

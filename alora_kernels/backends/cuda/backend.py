@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
 from .launch import Column, Launcher, Send, send_to_gpu
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES, Plan
+from .replay import Replays
 
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
 
@@ -86,6 +87,7 @@ class CudaBackend:
     def __init__(self, send: Send = send_to_gpu, machine: tuple[int, int] | None = None) -> None:
         self._send = send
         self._fixed_machine = machine
+        self._replays = Replays()
 
     def why_not_here(self) -> str | None:
         return None if self._send is not send_to_gpu else _why_not_here()
@@ -117,14 +119,51 @@ class CudaBackend:
             return "with dropout the adapter reads another x than the base: use 'tail' or 'delta'"
         return None
 
-    def _launcher(self, call: Call, x: Tensor) -> Launcher:
-        return Launcher(self._send, call, *(self._fixed_machine or _machine(x.device)))
-
     def forward(
         self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
         base_outs: Sequence[Tensor] | None, save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
-        launch = self._launcher(call, x)
+        if self._send is not send_to_gpu:
+            return self._forward(self._send, call, strategy, x, projections, base_outs, save)
+        laid_out, plain = _inputs(call, x, projections)
+        if base_outs is not None:
+            laid_out += base_outs
+
+        def run(send: Send) -> list[Tensor | None]:
+            outs, xa = self._forward(send, call, strategy, x, projections, base_outs, save)
+            return [*outs, xa]
+
+        key = (call[1:3], call[4:7], call.activation.max_active, strategy, save, base_outs is None)
+        *outs, xa = self._replays.run(key, laid_out, plain, run)
+        return outs, xa  # type: ignore[return-value]
+
+    def backward(
+        self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
+        xa: Tensor | None, dys: Sequence[Tensor], needs: Needs,
+    ) -> Gradients:  # fmt: skip
+        if self._send is not send_to_gpu:
+            return self._backward(self._send, call, strategy, x, projections, xa, dys, needs)
+        count = len(projections)
+        laid_out, plain = _inputs(call, x, projections)
+        laid_out += (xa, *dys)
+
+        def run(send: Send) -> list[Tensor | None]:
+            grads = self._backward(send, call, strategy, x, projections, xa, dys, needs)
+            return [grads.x, *grads.lora_a, *grads.lora_b, *grads.lora_bias]
+
+        # All of the call and its activation that is no tensor and that kernels depend on.
+        key = (call[1:3], call[4:7], call.activation.max_active, strategy, needs)
+        dx, *rest = self._replays.run(key, laid_out, plain, run)
+        return Gradients(dx, rest[:count], rest[count : 2 * count], rest[2 * count :])
+
+    def _launcher(self, send: Send, call: Call, x: Tensor) -> Launcher:
+        return Launcher(send, call, *(self._fixed_machine or _machine(x.device)))
+
+    def _forward(
+        self, send: Send, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
+        base_outs: Sequence[Tensor] | None, save: bool,
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        launch = self._launcher(send, call, x)
         begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
         if strategy == "tail" and base_outs is None and len(projections) == 1:
             done = _fused_forward(launch, x, projections[0], total)
@@ -156,17 +195,17 @@ class CudaBackend:
                     lora_bias_scale=scaling,
                 )  # fmt: skip
             else:
-                y = F.linear(x, p.weight, p.bias) if base_outs is None else base_outs[i]  # type: ignore[arg-type]
+                y = base_outs[i] if base_outs else launch.vendor(F.linear, x, p.weight, p.bias)
                 assert low is not None
                 launch.expand_add(low, up, y, p.lora_bias, scaling)
             outs.append(y)
         return outs, xa if save else None
 
-    def backward(
-        self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
+    def _backward(
+        self, send: Send, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
         xa: Tensor | None, dys: Sequence[Tensor], needs: Needs,
     ) -> Gradients:  # fmt: skip
-        launch = self._launcher(call, x)
+        launch = self._launcher(send, call, x)
         begins, total = saved_columns([p.lora_a.shape[0] for p in projections])
         # onepass makes dya on the way to dx; a layer whose x needs no gradient has no such way.
         onepass = strategy == "onepass" and needs.x and projections[0].weight is not None
@@ -237,10 +276,24 @@ class CudaBackend:
                     scale=launch.call.scalings[i], dropout=fused, add=i > 0, active_only=prefix,
                 )  # fmt: skip
             elif p.weight is not None:
-                dx = dy @ p.weight if i == 0 else dx.addmm_(dy, p.weight)
+                if i == 0:
+                    dx = launch.vendor(torch.mm, dy, p.weight)
+                else:
+                    launch.vendor(Tensor.addmm_, dx, dy, p.weight)
             if not fused:
                 launch.expand_add(low, p.lora_a, dx, None, 1.0, dropout=True)
         return dx
+
+
+def _inputs(
+    call: Call, x: Tensor, projections: Sequence[Projection]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """All tensors of a call: those whose layout matters, and those of one layout alone."""
+    laid_out: list[Tensor | None] = [x]
+    for p in projections:
+        laid_out += p
+    act = call.activation
+    return laid_out, [act.row_adapter, act.active_rows, act.active_count, call.seed]
 
 
 def _low(launch: Launcher, strategy: str, x: Tensor, columns: int, given: bool = True) -> Tensor:

@@ -47,17 +47,17 @@ def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     values += [address_or_number(v) for v in fields[maps:]]
     data = LAYOUTS[plan.params].pack(*values)
     stream = torch._C._cuda_getCurrentRawStream(device)
-    _cuda.launch(
-        plan.kernel,
-        *plan.grid,
-        plan.block,
-        plan.shared,
-        data,
-        device,
-        stream,
-        plan.dependent,
-        plan.cooperative,
-    )
+    _cuda.launch(*launch_head(plan), data, device, stream, *launch_options(plan))
+
+
+def launch_head(plan: Plan) -> tuple[Any, ...]:
+    """The arguments of `_cuda.launch` before the parameters."""
+    return (plan.kernel, *plan.grid, plan.block, plan.shared)
+
+
+def launch_options(plan: Plan) -> tuple[bool, ...]:
+    """The arguments of `_cuda.launch` after the stream."""
+    return (plan.dependent, plan.cooperative)
 
 
 _arrived: dict[tuple[torch.device, int], Tensor] = {}
@@ -79,6 +79,11 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
     return found
 
 
+def is_counters(tensor: Tensor) -> bool:
+    """Whether `tensor` is what `arrival_counters` gave outside a graph."""
+    return any(tensor is found for found in _arrived.values())
+
+
 def dense(vector: Tensor | None) -> Tensor | None:
     """`vector` as the kernels read it: elements side by side."""
     return vector if vector is None or vector.is_contiguous() else vector.contiguous()
@@ -92,6 +97,11 @@ class Launcher:
     call: Call
     multiprocessors: int
     arch: int
+
+    def vendor(self, function: Callable[..., Tensor], *operands: Tensor | None) -> Tensor:
+        """`function(*operands)`, a product by the vendor's library."""
+        watched = getattr(self.send, "vendor", None)
+        return function(*operands) if watched is None else watched(function, *operands)
 
     def _drop(self, wanted: bool) -> tuple[bool, Tensor | None, int]:
         on = wanted and self.call.dropout_p > 0.0
