@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Engine:
         cores: Sequence[int],
         log: Path,
         plugin: bool = True,
+        clock: str = "wall",
     ) -> None:
         options = {
             "model": str(model),
@@ -65,6 +66,7 @@ class Engine:
             "block_size": block_size,
             "max_len": max_len,
             "cores": list(cores),
+            "clock": clock,
         }
         env = {
             **os.environ,
@@ -171,11 +173,12 @@ def _serve(options: dict[str, Any]) -> None:
         "threads": engine.collective_rpc(_threads),
     }
     print(json.dumps(about), file=answers)
+    clock = time.process_time if options["clock"] == "cpu" else time.perf_counter
     for line in sys.stdin:
         message = json.loads(line)
         what = message.pop("do")
         if what == "run":
-            result: Any = _run(engine, adapters, **message)
+            result: Any = _run(engine, adapters, clock, **message)
         elif what == "reset":
             result = bool(engine.reset_prefix_cache())
         elif what == "ops":
@@ -193,11 +196,14 @@ def _threads(worker: Any) -> dict[str, Any]:
 
 
 def _run(
-    engine: Any, adapters: dict[str, Any], requests: Sequence[dict[str, Any]]
+    engine: Any,
+    adapters: dict[str, Any],
+    clock: Callable[[], float],
+    requests: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     from vllm import SamplingParams
 
-    began = time.perf_counter()
+    began = clock()
     found: dict[str, dict[str, Any]] = {}
     for number, r in enumerate(requests):
         _run.count += 1
@@ -210,7 +216,7 @@ def _run(
         engine.add_request(key, {"prompt_token_ids": r["ids"]}, parameters, lora_request=request)
     while engine.has_unfinished_requests():
         for out in engine.step():
-            now = time.perf_counter() - began
+            now = clock() - began
             entry = found[out.request_id]
             entry.setdefault("first", now)
             if out.finished:

@@ -126,6 +126,12 @@ def parser() -> argparse.ArgumentParser:
     add("--requests", type=int, default=24, help="base requests to each engine (0: none)")
     add("--op-rows", type=int, default=1024, help="tokens of the LoRA ops' batch (0: none)")
     add("--cores", type=_cores, help="that an engine's threads are bound to (default: all)")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: the engine's CPU time, for a machine that others use too; with one core",
+    )
     add("--seed", type=int, default=0)
     add("--csv", type=Path, help="all figures; three tables one after another")
     add("--plot", type=Path, help="time to first token over the context length")
@@ -138,6 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     o = p.parse_args(arguments)
     if min(o.adapters, o.tokens, o.rank, o.rounds) < 1:
         p.error("--adapters, --tokens, --rank and --rounds must be at least 1")
+    if o.clock == "cpu" and len(o.cores or os.sched_getaffinity(0)) > 1:
+        p.error("--clock cpu adds up the threads of a CPU: it needs --cores with one core")
     if 0 < o.requests < 20:
         p.error("--requests: at least 20, or 0 for none; fewer say nothing about 2 %")
     contexts = o.context or [1024, 2048, 4096]
@@ -197,7 +205,7 @@ def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> Non
         describe_machine(torch.device("cpu")),
         f"vLLM {about['vllm']}, {bound}, at most {about['batched_tokens']} tokens a step",
         f"{name}, float32, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
-        f"{o.tokens} tokens, invocations of {INVOCATION_LENGTH}, seed {o.seed}",
+        f"{o.tokens} tokens, invocations of {INVOCATION_LENGTH}, {o.clock} time, seed {o.seed}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -222,6 +230,7 @@ def _engine(
         cores=o.cores or sorted(os.sched_getaffinity(0)),
         log=scratch / f"engine-{block}-{plugin}.log",
         plugin=plugin,
+        clock=o.clock,
     ) as engine:
         yield engine
 

@@ -27,29 +27,13 @@ RANK = 8
 
 
 def make_model(folder: Path) -> Path:
-    """A Llama of 2 layers in float32 with a byte-level tokenizer that knows Gemma's turns."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
-    inner = Tokenizer(models.BPE({c: i + len(special) for i, c in enumerate(letters)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(special)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
-    )
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=192, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    """The tiny model of the examples."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from tiny_model import make_tiny_model
+    finally:
+        sys.path.pop(0)
+    return make_tiny_model(folder)
 
 
 def make_adapter(
