@@ -117,12 +117,16 @@ def _examine(folder: str, files: list[str], lora_config: Any, model_config: Any)
         raise BadAdapter(f"{folder} holds no {CONFIG}", missing=True)
     try:
         with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-            if not isinstance(json.load(file), dict):
-                raise ValueError("expected a JSON object")
+            config = json.load(file)
+        if not isinstance(config, dict):
+            raise ValueError("expected a JSON object")
+        if type(config.get("r")) is not int:
+            raise ValueError(f"expected a whole number as rank r, got {config.get('r')!r}")
         helper = PEFTHelper.from_local_dir(folder, None)
         helper.validate_legal(lora_config)
     except Exception as error:
-        raise BadAdapter(f"{os.path.join(folder, CONFIG)}: {error}") from error
+        # The server writes "<path>" for whatever looks like one: the file's name stands apart.
+        raise BadAdapter(f"{CONFIG} of {folder}: {error}") from error
     if TENSORS in files:
         shapes = _shapes(os.path.join(folder, TENSORS))
         _examine_tensors(folder, shapes, helper, _layers(_By(model_config)))
@@ -140,7 +144,10 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
-        raise BadAdapter(f"{path} is not a readable safetensors file: {error}") from error
+        folder, name = os.path.split(path)
+        raise BadAdapter(
+            f"{name} of {folder} is not a readable safetensors file: {error}"
+        ) from error
 
 
 def _examine_pickle(folder: str, files: list[str], helper: Any, model_config: Any) -> None:
@@ -152,7 +159,10 @@ def _examine_pickle(folder: str, files: list[str], helper: Any, model_config: An
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     except Exception as error:
-        raise BadAdapter(f"{path} is not a readable file of tensors: {error}") from error
+        name = os.path.basename(path)
+        raise BadAdapter(
+            f"{name} of {folder} is not a readable file of tensors: {error}"
+        ) from error
     _examine_tensors(folder, shapes, helper, _layers(_By(model_config)))
 
 

@@ -51,7 +51,7 @@ BAD: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "no configuration": (lambda f: (f / CONFIG).unlink(), 404, "holds no adapter_config.json"),
     "not JSON": (lambda f: (f / CONFIG).write_text("{"), 400, "adapter_config.json"),
     "a JSON list": (lambda f: (f / CONFIG).write_text("[1]"), 400, "expected a JSON object"),
-    "no rank": (lambda f: _config(f, r=None), 400, "adapter_config.json"),
+    "no rank": (lambda f: _config(f, r=None), 400, "expected a whole number as rank r"),
     "too high a rank": (lambda f: _config(f, r=64), 400, "LoRA rank 64 is greater"),
     "DoRA": (lambda f: _config(f, use_dora=True), 400, "DoRA"),
     "an empty invocation": (
