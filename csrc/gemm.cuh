@@ -15,239 +15,57 @@
 // A ring of four stages of 32 steps is filled by cp.async three stages ahead. Tiles without an
 // active row skip all R steps. Blocks walk the tiles in groups of eight row tiles for L2 reuse.
 //
-// Shared memory: 4 × (left 32·kMI × 64 B, right 8 KiB, onepass: down 4 KiB), then reused as the
-// out tile [32·kMI][128]. All tiles are swizzled so that ldmatrix and the copies are free of bank
-// conflicts.
+// Shared memory: gemm_operands.cuh; the ring is reused as the out tile [32·kMI][128].
 #pragma once
 
-#include "common.cuh"
+#include "gemm_operands.cuh"
 
 namespace alora {
 
-enum class Layout { kNK, kKN, kStrided };  // right: K contiguous, N contiguous, anything
+template <typename T, int kMI>
+struct Gemm : GemmOperands<T, kMI> {
+  using Operands = GemmOperands<T, kMI>;
+  using Operands::kBlockK, Operands::kBlockM, Operands::kBlockN, Operands::kLeftBytes;
+  using Operands::kStageBytes, Operands::kStages, Operands::kThreads;
+  using Operands::lane, Operands::m0, Operands::n0, Operands::p, Operands::ring, Operands::tid;
+  using Operands::stage_at, Operands::down_tile, Operands::has, Operands::is_active;
+  static constexpr int kWarpsN = 4, kNI = 4;
+  static_assert(Operands::kMaxOnePassR == 16 * kWarpsN, "sixteen columns of low for each warp");
 
-template <typename T, Layout kLayout, int kMI, bool kOnePass>
-struct Gemm {
-  static constexpr int kThreads = 256, kWarpsN = 4, kNI = 4;
-  static constexpr int kBlockM = 32 * kMI, kBlockN = 128, kBlockK = 32, kStages = 4;
-  static constexpr int kMaxOnePassR = 16 * kWarpsN;
-  static constexpr uint32_t kLeftBytes = kBlockM * kBlockK * 2, kRightBytes = kBlockN * kBlockK * 2;
-  static constexpr uint32_t kDownBytes = kOnePass ? kMaxOnePassR * kBlockK * 2 : 0;
-  static constexpr uint32_t kStageBytes = kLeftBytes + kRightBytes + kDownBytes;
-  static constexpr uint32_t kRingBytes = kStages * kStageBytes;
-  static constexpr uint32_t kSharedBytes = kRingBytes + 16;  // and the active words
-  static_assert(kBlockM * kBlockN * 2 <= kRingBytes, "the out tile reuses the ring");
-  static_assert(kSharedBytes <= 99 * 1024, "must fit the 99 KiB of sm_86, sm_89 and sm_120");
-  static_assert(kMaxOnePassR <= 2 * kBlockK, "onepass keeps low in two stages");
-
-  const GemmParams& p;
-  const uint32_t ring;
-  uint32_t* const active;  // shared [kMI]: one bit for each row of the tile
-  const int tid, lane, warp_m, warp_n;
-  int m0, n0;
+  const int warp_m, warp_n;
   float acc[kMI][kNI][4] = {};
-  float low_acc[kOnePass ? kMI : 1][2][4] = {};
-  float4 held[2];  // a chunk of a float32 `down` on its way
-  static constexpr int kLeftChunks = (kBlockM * 4 + kThreads - 1) / kThreads;
-  static constexpr int kRightChunks = kBlockN * 4 / kThreads;
-  const T *left_next[kLeftChunks], *right_next[kRightChunks];
-  bool left_valid[kLeftChunks], right_valid[kRightChunks];
+  float low_acc[kMI][2][4] = {};
 
-  __device__ Gemm(const GemmParams& params, uint32_t shared, uint32_t* active_words)
-      : p(params),
-        ring(shared),
-        active(active_words),
-        tid(threadIdx.x),
-        lane(threadIdx.x % 32),
+  __device__ Gemm(const GemmParams& params, uint8_t* shared)
+      : Operands(params, shared),
         warp_m(threadIdx.x / 32 / kWarpsN),
-        warp_n(threadIdx.x / 32 % kWarpsN) {
-    constexpr int kGroup = 8;
-    const int tiles_m = (p.m + kBlockM - 1) / kBlockM, tiles_n = (p.n + kBlockN - 1) / kBlockN;
-    const int per_group = kGroup * tiles_n, group = blockIdx.x / per_group;
-    const int size = min(tiles_m - group * kGroup, kGroup), rest = blockIdx.x % per_group;
-    m0 = (group * kGroup + rest % size) * kBlockM;
-    n0 = rest / size * kBlockN;
-  }
+        warp_n(threadIdx.x / 32 % kWarpsN) {}
 
-  __device__ uint32_t left_tile(int slot) const { return ring + slot * kStageBytes; }
-  __device__ uint32_t right_tile(int slot) const { return left_tile(slot) + kLeftBytes; }
-  __device__ uint32_t down_tile(int slot) const { return right_tile(slot) + kRightBytes; }
-  __device__ bool has(uint32_t flag) const { return p.flags & flag; }
-  __device__ bool is_active(int row) const { return active[row / 32] >> (row & 31) & 1; }
-
-  __device__ bool find_active() {
-    if (tid < kBlockM) {
-      const int m = m0 + tid;
-      const bool on = m < p.m && p.row_adapter[min(m, p.m - 1)] >= 0;
-      const uint32_t word = __ballot_sync(~0u, on);
-      if (lane == 0) active[tid / 32] = word;
-    }
-    __syncthreads();
-    uint32_t any = 0;
-#pragma unroll
-    for (int i = 0; i < kMI; ++i) any |= active[i];
-    return any != 0;
-  }
-
-  // Active rows of `low`, 32 columns from r0.
-  __device__ void load_low(uint32_t tile, int r0) {
-    const int columns = (p.r + 15) / 16 * 16;
-#pragma unroll 1
-    for (int i = tid; i < kBlockM * 4; i += kThreads) {
-      const int row = i / 4, r = r0 + i % 4 * 8;
-      const bool valid = is_active(row) && r < columns;
-      const T* src = static_cast<const T*>(p.low) + (valid ? (m0 + row) * p.low_m + r : 0);
-      copy_async(tile + swizzle64(row, i % 4), src, valid);
-    }
-  }
-
-  // One element of a right tile, at step k of the stage and column n of the tile.
-  __device__ uint32_t right_at(uint32_t tile, int k, int n) const {
-    if constexpr (kLayout == Layout::kKN) return tile + swizzle<256>(k, n / 8) + n % 8 * 2;
-    return tile + swizzle64(n, k / 8) + k % 8 * 2;
-  }
-
-  __device__ void load_up(uint32_t tile, int r0) {
+  // acc += left tile · right tile of one stage; with kLow, low_acc += left tile · down tileᵀ.
+  // Sixteen rows, or sixteen steps along N, further on the swizzle is the same; the other half of
+  // 32 steps, or of a warp's columns along N, is two chunks away, which the swizzle leaves a xor.
+  template <Layout kLayout, bool kLow>
+  __device__ void multiply_stage(uint32_t stage) {
     constexpr bool kAlongN = kLayout == Layout::kKN;
-    if (has(kVectorUp)) {
-#pragma unroll 1
-      for (int i = tid; i < kBlockN * kBlockK / 8; i += kThreads) {
-        const int k = kAlongN ? i / 16 : i % 4 * 8, n = kAlongN ? i % 16 * 8 : i / 4;
-        copy_adapter<T>(right_at(tile, k, n), p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n,
-                        r0 + k < p.r && n0 + n < p.n, has(kAdapterFloat));
-      }
-      return;
-    }
-#pragma unroll 4
-    for (int i = tid; i < kBlockN * kBlockK; i += kThreads) {
-      const int k = kAlongN ? i / kBlockN : i % kBlockK, n = kAlongN ? i % kBlockN : i / kBlockK;
-      T v = from_float<T>(0.f);
-      if (r0 + k < p.r && n0 + n < p.n) {
-        v = adapter_at<T>(p.up, (r0 + k) * p.up_r + (n0 + n) * p.up_n, has(kAdapterFloat));
-      }
-      store_shared_element(right_at(tile, k, n), v);
-    }
-  }
-
-  // Where this thread's chunks of the two main operands begin; load_main moves on from there.
-  __device__ void start_main() {
-    const T *left = static_cast<const T*>(p.left), *right = static_cast<const T*>(p.right);
-#pragma unroll
-    for (int i = 0; i < kLeftChunks; ++i) {
-      const int row = tid / 4 + i * (kThreads / 4);
-      left_valid[i] = row < kBlockM && m0 + row < p.m;
-      left_next[i] = left + (m0 + row) * p.left_m + tid % 4 * 8;
-    }
-#pragma unroll
-    for (int i = 0; i < kRightChunks; ++i) {
-      if constexpr (kLayout == Layout::kKN) {
-        const int row = tid / 16 + i * (kThreads / 16), n = n0 + tid % 16 * 8;
-        right_valid[i] = n < p.n;
-        right_next[i] = right + row * p.right_k + n;
-      } else {
-        const int row = tid / 4 + i * (kThreads / 4);
-        right_valid[i] = n0 + row < p.n;
-        right_next[i] = right + (n0 + row) * p.right_n + tid % 4 * 8;
-      }
-    }
-  }
-
-  // The next 32 steps of K, from k0 on. A copy of an invalid chunk writes zeros and reads nothing.
-  __device__ void load_main(int slot, int k0) {
-    if constexpr (kLayout == Layout::kStrided) {
-      load_strided(slot, k0);
-    } else {
-      const bool inside = k0 + tid % 4 * 8 < p.k;
-#pragma unroll
-      for (int i = 0; i < kLeftChunks; ++i) {
-        const int row = tid / 4 + i * (kThreads / 4);
-        if (kBlockM % (kThreads / 4) == 0 || row < kBlockM) {
-          copy_async(left_tile(slot) + swizzle64(row, tid % 4), left_next[i],
-                     left_valid[i] && inside);
-        }
-        left_next[i] += kBlockK;
-      }
-#pragma unroll
-      for (int i = 0; i < kRightChunks; ++i) {
-        if constexpr (kLayout == Layout::kKN) {
-          const int row = tid / 16 + i * (kThreads / 16);
-          copy_async(right_tile(slot) + swizzle<256>(row, tid % 16), right_next[i],
-                     right_valid[i] && k0 + row < p.k);
-          right_next[i] += kBlockK * p.right_k;
-        } else {
-          const int row = tid / 4 + i * (kThreads / 4);
-          copy_async(right_tile(slot) + swizzle64(row, tid % 4), right_next[i],
-                     right_valid[i] && inside);
-          right_next[i] += kBlockK;
-        }
-      }
-    }
-  }
-
-  __device__ void load_strided(int slot, int k0) {
-    const T *left = static_cast<const T*>(p.left), *right = static_cast<const T*>(p.right);
-#pragma unroll 1
-    for (int i = tid; i < kBlockM * 4; i += kThreads) {
-      const int m = m0 + i / 4, k = k0 + i % 4 * 8, valid = m < p.m ? p.k - k : 0;
-      store_shared(left_tile(slot) + swizzle64(i / 4, i % 4),
-                   gather(left + m * p.left_m + k * p.left_k, p.left_k, valid));
-    }
-#pragma unroll 1
-    for (int i = tid; i < kBlockN * 4; i += kThreads) {
-      const int n = n0 + i / 4, k = k0 + i % 4 * 8, valid = n < p.n ? p.k - k : 0;
-      store_shared(right_tile(slot) + swizzle64(i / 4, i % 4),
-                   gather(right + n * p.right_n + k * p.right_k, p.right_k, valid));
-    }
-  }
-
-  // `down` for onepass: one chunk of eight for each thread. What cannot go by cp.async is fetched
-  // before the products of the current stage and stored after them.
-  __device__ bool down_waits() const { return has(kVectorAdapter) && has(kAdapterFloat); }
-  __device__ void fetch_down(int slot, int k0) {
-    const int r = tid / 4, k = k0 + tid % 4 * 8;
-    const bool valid = r < p.r && k < p.k;
-    const uint32_t at = down_tile(slot) + swizzle64(r, tid % 4);
-    if (down_waits()) {
-      const float4* src = reinterpret_cast<const float4*>(static_cast<const float*>(p.down) +
-                                                          (valid ? r * p.down_r + k : 0));
-      held[0] = held[1] = make_float4(0.f, 0.f, 0.f, 0.f);
-      if (valid) held[0] = src[0], held[1] = src[1];
-    } else if (has(kVectorAdapter)) {
-      copy_async(at, static_cast<const T*>(p.down) + (valid ? r * p.down_r + k : 0), valid);
-    } else {
-      store_shared(at, gather_adapter<T>(p.down, r * p.down_r + k * p.down_k, p.down_k,
-                                         valid ? p.k - k : 0, has(kAdapterFloat)));
-    }
-  }
-  __device__ void store_down(int slot) {
-    if (!down_waits()) return;
-    store_shared(down_tile(slot) + swizzle64(tid / 4, tid % 4),
-                 make_uint4(pack<T>(held[0].x, held[0].y), pack<T>(held[0].z, held[0].w),
-                            pack<T>(held[1].x, held[1].y), pack<T>(held[1].z, held[1].w)));
-  }
-
-  // acc += left tile · right tile of one stage; with `low`, low_acc += left tile · down tileᵀ.
-  __device__ void multiply_stage(int slot, bool low) {
-    const uint32_t left = left_tile(slot), right = right_tile(slot);
+    // Rows of a K-contiguous operand that this lane addresses, and its chunk.
+    const int row = (lane & 7) + (lane >> 4) * 8, chunk = lane >> 3 & 1;
+    const uint32_t left = swizzle64(warp_m * kMI * 16 + lane % 16, lane / 16);
+    const uint32_t right = kAlongN ? swizzle<256>(lane & 15, warp_n * 4 + lane / 16)
+                                   : swizzle64(warp_n * 32 + row, chunk);
 #pragma unroll
     for (int half = 0; half < kBlockK / 16; ++half) {
       uint32_t a[kMI][4];
 #pragma unroll
       for (int mi = 0; mi < kMI; ++mi) {
-        const int row = (warp_m * kMI + mi) * 16 + lane % 16;
-        load_matrices(a[mi], left + swizzle64(row, half * 2 + lane / 16));
+        load_matrices(a[mi], stage + (left ^ half * 32) + mi * 1024);
       }
-      // Rows of a K-contiguous operand that this lane addresses, and its chunk.
-      const int row = (lane & 7) + (lane >> 4) * 8, chunk = half * 2 + (lane >> 3 & 1);
 #pragma unroll
       for (int pair = 0; pair < kNI / 2; ++pair) {
         uint32_t b[4];
-        const int n = warp_n * 32 + pair * 16;
-        if constexpr (kLayout == Layout::kKN) {
-          const int k = half * 16 + (lane & 15);
-          load_matrices_transposed(b, right + swizzle<256>(k, n / 8 + lane / 16));
+        if constexpr (kAlongN) {
+          load_matrices_transposed(b, stage + (right ^ pair * 32) + kLeftBytes + half * 4096);
         } else {
-          load_matrices(b, right + swizzle64(n + row, chunk));
+          load_matrices(b, stage + (right ^ half * 32) + kLeftBytes + pair * 1024);
         }
 #pragma unroll
         for (int mi = 0; mi < kMI; ++mi) {
@@ -255,10 +73,10 @@ struct Gemm {
           multiply<T>(acc[mi][2 * pair + 1], a[mi], b[2], b[3]);
         }
       }
-      if constexpr (kOnePass) {
-        if (low && warp_n * 16 < p.r) {
+      if constexpr (kLow) {
+        if (warp_n * 16 < p.r) {
           uint32_t b[4];
-          load_matrices(b, down_tile(slot) + swizzle64(warp_n * 16 + row, chunk));
+          load_matrices(b, down_tile(stage) + swizzle64(warp_n * 16 + row, half * 2 + chunk));
 #pragma unroll
           for (int mi = 0; mi < kMI; ++mi) {
             multiply<T>(low_acc[mi][0], a[mi], b[0], b[1]);
@@ -308,7 +126,7 @@ struct Gemm {
       const uint32_t two =
           on ? pack<T>(low_acc[mi][ni][half * 2] * p.scale, low_acc[mi][ni][half * 2 + 1] * p.scale)
              : 0u;
-      store_shared(left_tile(column / 32) + swizzle64(row, column % 32 / 8) + column % 8 * 2, two);
+      store_shared(stage_at(column / 32) + swizzle64(row, column % 32 / 8) + column % 8 * 2, two);
       if (on && p.low_out != nullptr && n0 == 0 && warp_n * 16 < p.r) {
         T* at = static_cast<T*>(p.low_out) + (m0 + row) * p.low_out_m + column;
         *reinterpret_cast<uint32_t*>(at) = two;
@@ -371,91 +189,98 @@ struct Gemm {
     }
   }
 
-  __device__ void run() {
-    const bool any = find_active();
-    const bool low = any && p.up != nullptr;
-    const int low_steps = !kOnePass && low ? (p.r + kBlockK - 1) / kBlockK : 0;
-    const int main_steps = has(kActiveOnly) && !any ? 0 : (p.k + kBlockK - 1) / kBlockK;
+  // All products of the tile. tail: the ring first carries the R steps. With kLow (onepass, a tile
+  // with active rows) they follow, from low_acc.
+  template <Layout kLayout, bool kLow>
+  __device__ void accumulate(int low_steps, int main_steps) {
     const int steps = low_steps + main_steps;
     const auto load = [&](int step) {
-      const int slot = step % kStages;
+      const uint32_t stage = stage_at(step % kStages);
+      const int k0 = (step - low_steps) * kBlockK;
       if (step < low_steps) {
-        load_low(left_tile(slot), step * kBlockK);
-        load_up(right_tile(slot), step * kBlockK);
+        this->load_low(stage, step * kBlockK);
+        this->template load_up<kLayout>(stage + kLeftBytes, step * kBlockK);
       } else if (step < steps) {
-        load_main(slot, (step - low_steps) * kBlockK);
-        if constexpr (kOnePass) {
-          if (low) fetch_down(slot, (step - low_steps) * kBlockK);
-        }
+        this->template load_main<kLayout>(stage, k0);
+        if (kLow) this->fetch_down(stage, k0);
       }
       commit_copies();
     };
-    const auto settle = [&](int step) {
-      if constexpr (kOnePass) {
-        if (low && step < steps) store_down(step % kStages);
-      }
-    };
-    start_main();
+    this->template start_main<kLayout>();
 #pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) {
       load(step);
-      settle(step);
+      if (kLow && step < steps) this->store_down(stage_at(step));
     }
-    int step = 0;
 #pragma unroll 1
-    for (; step < low_steps; ++step) {
+    for (int step = 0; step < low_steps; ++step) {
       wait_copies<kStages - 2>();
       __syncthreads();
       load(step + kStages - 1);
-      multiply_stage(step % kStages, false);
+      multiply_stage<kLayout, false>(stage_at(step % kStages));
     }
     if (low_steps > 0 && has(kDropout)) drop_low_product();
-    // The rest is the main loop: nothing but copies of K steps, fragments and products.
-    int slot = step % kStages, next = (step + kStages - 1) % kStages;
-    int k0 = (step + kStages - 1 - low_steps) * kBlockK;
+    // The rest is the main loop: nothing but copies of K steps, fragments and products. Copies past
+    // the end of K write zeros that nobody reads.
+    constexpr int kAhead = (kStages - 1) * kBlockK;
+    const int end = main_steps > 0 ? p.k + kAhead : 0;
+    uint32_t stage = stage_at(low_steps % kStages),
+             next = stage_at((low_steps + kStages - 1) % kStages);
 #pragma unroll 1
-    for (; step < steps; ++step) {
+    for (int k0 = kAhead; k0 < end; k0 += kBlockK) {
       wait_copies<kStages - 2>();
       __syncthreads();
-      const bool more = k0 < p.k;
-      if (more) {
-        load_main(next, k0);
-        if constexpr (kOnePass) {
-          if (low) fetch_down(next, k0);
-        }
-      }
+      if (kLayout != Layout::kStrided || k0 < p.k) this->template load_main<kLayout>(next, k0);
+      if (kLow && k0 < p.k) this->fetch_down(next, k0);
       commit_copies();
-      multiply_stage(slot, low);
-      if constexpr (kOnePass) {
-        if (low && more) store_down(next);
-      }
-      k0 += kBlockK;
-      slot = slot + 1 == kStages ? 0 : slot + 1;
-      next = next + 1 == kStages ? 0 : next + 1;
+      multiply_stage<kLayout, kLow>(stage);
+      if (kLow && k0 < p.k) this->store_down(next);
+      next = stage;
+      stage = stage + kStageBytes == stage_at(kStages) ? ring : stage + kStageBytes;
     }
     wait_copies<0>();
-    if constexpr (kOnePass) {
-      if (low) {
-        __syncthreads();
-        place_low();
-        for (int piece = 0; piece * kBlockK < p.r; ++piece) {
-          load_up(right_tile(piece), piece * kBlockK);
-        }
-        commit_copies();
-        wait_copies<0>();
-        __syncthreads();
-        for (int piece = 0; piece * kBlockK < p.r; ++piece) multiply_stage(piece, false);
+    if constexpr (kLow) {
+      __syncthreads();
+      place_low();
+      for (int piece = 0; piece * kBlockK < p.r; ++piece) {
+        this->template load_up<kLayout>(stage_at(piece) + kLeftBytes, piece * kBlockK);
       }
+      commit_copies();
+      wait_copies<0>();
+      __syncthreads();
+      for (int piece = 0; piece * kBlockK < p.r; ++piece) {
+        multiply_stage<kLayout, false>(stage_at(piece));
+      }
+    }
+  }
+
+  template <Layout kLayout>
+  __device__ void accumulate() {
+    const bool any = this->find_active(), low = any && p.up != nullptr;
+    const int main_steps = has(kActiveOnly) && !any ? 0 : (p.k + kBlockK - 1) / kBlockK;
+    if (low && has(kOnePass)) {
+      accumulate<kLayout, true>(0, main_steps);
+    } else {
+      accumulate<kLayout, false>(low ? (p.r + kBlockK - 1) / kBlockK : 0, main_steps);
+    }
+  }
+
+  __device__ void run() {
+    if (has(kAlongN)) {
+      accumulate<Layout::kKN>();
+    } else if (has(kStrided)) {
+      accumulate<Layout::kStrided>();
+    } else {
+      accumulate<Layout::kNK>();
     }
     finish();
   }
 };
 
-template <typename T, Layout kLayout, int kMI, bool kOnePass>
+template <typename T, int kMI>
 __device__ __forceinline__ void gemm(const GemmParams& p) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  using Kernel = Gemm<T, kLayout, kMI, kOnePass>;
-  Kernel(p, shared_address(shared), reinterpret_cast<uint32_t*>(shared + Kernel::kRingBytes)).run();
+  Gemm<T, kMI>(p, shared).run();
 }
 
 }  // namespace alora

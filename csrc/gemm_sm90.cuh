@@ -62,11 +62,7 @@ struct GemmSm90 {
     constexpr int kGroup = 8;
     const int per_group = kGroup * tiles_n, group = index / per_group;
     const int size = min(tiles_m - group * kGroup, kGroup), rest = index % per_group;
-<<<<<<< csrc/gemm_sm90.cuh
-    return {(group * kGroup + rest % size) * kBlockM, rest / size * kBlockN, 0, 0};
-=======
     return {(group * kGroup + rest % size) * kBlockM, rest / size * kColumns, 0, 0};
->>>>>>> /work/notes/persistent/new/csrc/gemm_sm90.cuh
   }
 
   // What a tile multiplies follows from whether it has an active row.
@@ -283,7 +279,13 @@ struct GemmSm90 {
     for (int piece = 0; piece < kPieces; ++piece) {
       const int width = min(64, kColumns - piece * 64);
       const uint32_t buffer = out + piece % 2 * kOutBytes;
-      if (leads) wait_tiles_read<1>();  // the store that used this buffer has read it
+      if (leads) {  // the store that used this buffer has read it
+        if (kPieces % 2 == 1 && piece == 0) {
+          wait_tiles_read<0>();  // it was the last one of the tile before
+        } else {
+          wait_tiles_read<1>();
+        }
+      }
       sync_some<128>(2 + group);
 #pragma unroll
       for (int j = 0; j < width / 8; ++j) {
@@ -325,8 +327,6 @@ struct GemmSm90 {
     }
   }
 
-<<<<<<< csrc/gemm_sm90.cuh
-=======
   // The columns of out that are no whole box of its tensor map, by ordinary stores.
   __device__ void store_narrow(const Tile& t, int group, int column, int width, uint32_t buffer) {
 #pragma unroll 1
@@ -339,7 +339,6 @@ struct GemmSm90 {
     }
   }
 
->>>>>>> /work/notes/persistent/new/csrc/gemm_sm90.cuh
   // The block meets at a barrier before it uses them.
   __device__ void init_barriers() {
     if (threadIdx.x == 0) {

@@ -16,13 +16,12 @@ enum Flags : uint32_t {
   kVectorOut = 32,      // rows of out allow 16-byte stores
   kFloatOut = 64,       // out is float32
   kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
-<<<<<<< csrc/params.h
-=======
   kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
->>>>>>> /work/notes/persistent/new/csrc/params.h
   kConvertDown = 512,   // the same for `down`
   kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
   kAlongN = 2048,       // the inner dimension of `right` is N, not K
+  kStrided = 4096,      // no dimension of `left` or `right` allows 16-byte pieces
+  kOnePass = 8192,      // low comes from `down` in the main loop
 };
 
 struct GemmParams {
@@ -69,8 +68,6 @@ struct GemmSm90Params {
   uint32_t threshold, flags, unused;
 };
 
-<<<<<<< csrc/params.h
-=======
 // onepass of sm_90a: gemm as above; `low` is not mapped, boxes of `right` and `up` have 256 - R16
 // rows where K or R is their inner dimension.
 struct OnePassSm90Params {
@@ -83,7 +80,6 @@ struct OnePassSm90Params {
   uint32_t unused;
 };
 
->>>>>>> /work/notes/persistent/new/csrc/params.h
 // The persistent kernel of sm_90a: gemm as above, whose `low` the kernel itself writes.
 struct FusedSm90Params {
   TensorMap down;  // [R, K] or [K, R] like right, box 64 × 64; unless kConvertDown

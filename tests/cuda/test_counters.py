@@ -39,7 +39,7 @@ def test_tail_reads_each_operand_once_a_tile_pass(
     m, n, k, r = 300, 264, 72, 24
     sizes = {"m": m, "n": n, "k": k, "r": r, "bias": "none", "machine": 1}
     sender = run(Case("tail", adapter=adapter, active=active, **sizes), seed, backward=False)
-    gemm, size = launched(sender, "gemm_bf16_nk_128"), 4 if adapter == "fp32" else 2
+    gemm, size = launched(sender, "gemm_bf16_128"), 4 if adapter == "fp32" else 2
     main = 2 * (3 * m * k + 3 * n * k)  # x for each column of tiles, weight for each row of them
     low, up = 2 * 3 * rows * 32, row_tiles * size * n * r
     copied = sender.traffic(gemm, "cp.async", "bytes")

@@ -30,13 +30,13 @@ DECODE = Case("onepass", m=4, k=1032, n=72, r=16, machine=4)
 
 MUTANTS = [
     Mutant("reads a stage too early", "gemm.cuh",
-           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      const bool more",
-           "      wait_copies<kStages - 1>();\n      __syncthreads();\n      const bool more",
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
+           "      wait_copies<kStages - 1>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
            TAIL, "has not been waited for"),
     Mutant("overwrites a stage in use", "gemm.cuh",
-           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      const bool more",
-           "      wait_copies<kStages - 2>();\n      const bool more", TAIL, "race"),
-    Mutant("reads low of inactive rows", "gemm.cuh", "is_active(row) && r < columns",
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
+           "      wait_copies<kStages - 2>();\n      if (kLayout != Layout::kStrided", TAIL, "race"),
+    Mutant("reads low of inactive rows", "gemm_operands.cuh", "is_active(row) && r < columns",
            "m0 + row < p.m && r < columns", TAIL, "y has NaN"),
     Mutant("hands a stage back before its products end", "gemm_sm90.cuh",
            "      wgmma_commit();\n      wgmma_wait<0>();\n      release(ring.stage);",

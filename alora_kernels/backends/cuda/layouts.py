@@ -18,6 +18,8 @@ PAIRS_ADAPTER = 256
 CONVERT_DOWN = 512
 VECTOR_UP = 1024
 ALONG_N = 2048
+STRIDED = 4096
+ONEPASS = 8192
 
 # Tensor maps, pointers, strides, 32-bit numbers, in the order of the fields.
 LAYOUTS = {

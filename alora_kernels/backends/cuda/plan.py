@@ -26,7 +26,9 @@ from .layouts import (
     DROPOUT,
     FLOAT_OUT,
     MAX_COLUMN_BLOCKS,
+    ONEPASS,
     PAIRS_ADAPTER,
+    STRIDED,
     VECTOR_ADAPTER,
     VECTOR_OUT,
     VECTOR_UP,
@@ -104,12 +106,10 @@ def gemm(
     add: bool, active_only: bool, multiprocessors: int,
 ) -> Plan:  # fmt: skip
     """left `[M, K]`, right `[K, N]`, out `[M, N]`, up `[R, N]`; `down` `[R, K]`: `onepass`."""
-    layout = "strided"
-    if left.vector() and k % 8 == 0:
-        if right.turned.vector():
-            layout = "nk"
-        elif right.vector() and n % 8 == 0:
-            layout = "kn"
+    vector = left.vector() and k % 8 == 0
+    along_k = vector and right.turned.vector()
+    along_n = vector and not along_k and right.vector() and n % 8 == 0
+    strided = not along_k and not along_n
     columns = -(-n // GEMM_COLUMNS)
     large, small = GEMM_ROWS
     rows = large if m > small and -(-m // large) * columns >= multiprocessors // 2 else small
@@ -118,10 +118,10 @@ def gemm(
     flags |= ACTIVE_ONLY * active_only | VECTOR_OUT * out.vector()
     if down is not None and k % 8 == 0 and down.vector(4 if adapter_float else 2):
         flags |= VECTOR_ADAPTER
-    flags |= VECTOR_UP * _vector_up(up, n, rank, layout == "kn", adapter_float)
-    kind = "tail" if down is None else "onepass"
+    flags |= VECTOR_UP * _vector_up(up, n, rank, along_n, adapter_float)
+    flags |= ALONG_N * along_n | STRIDED * strided | ONEPASS * (down is not None)
     return Plan(
-        f"masked_lora_gemm_{NAMES[dtype]}_{layout}_{rows}_{kind}_kernel",
+        f"masked_lora_gemm_{NAMES[dtype]}_{rows}_kernel",
         "GemmParams",
         (-(-m // rows) * columns, 1, 1),
         GEMM_STAGES * stage + 16,
