@@ -188,11 +188,8 @@ PYBIND11_MODULE(_cuda, module) {
   py::dict sizes;
   sizes["GemmParams"] = sizeof(GemmParams);
   sizes["GemmSm90Params"] = sizeof(GemmSm90Params);
-<<<<<<< csrc/binding.cpp
   sizes["FusedSm90Params"] = sizeof(FusedSm90Params);
-=======
   sizes["OnePassSm90Params"] = sizeof(OnePassSm90Params);
->>>>>>> /work/notes/persistent/new/csrc/binding.cpp
   sizes["DecodeParams"] = sizeof(DecodeParams);
   sizes["ShrinkParams"] = sizeof(ShrinkParams);
   sizes["ExpandParams"] = sizeof(ExpandParams);

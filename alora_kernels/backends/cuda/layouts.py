@@ -25,11 +25,8 @@ ONEPASS = 8192
 LAYOUTS = {
     "GemmParams": struct.Struct("=11Q11q4i2f2I"),
     "GemmSm90Params": struct.Struct("=128s128s128s128s128s6Q3q4if3I24x"),
-<<<<<<< alora_kernels/backends/cuda/layouts.py
     "FusedSm90Params": struct.Struct("=128s128s128s128s128s128s6Q3q4if3I24x5Q3qfI56x"),
-=======
     "OnePassSm90Params": struct.Struct("=128s128s128s128s128s128s6Q3q4if3I24x2Q3qfI16x"),
->>>>>>> /work/notes/persistent/new/alora_kernels/backends/cuda/layouts.py
     "DecodeParams": struct.Struct("=10Q7q5i2fI"),
     "ShrinkParams": struct.Struct("=5Q5q2i2I" + "Qif" * MAX_COLUMN_BLOCKS),
     "ExpandParams": struct.Struct("=7Q5q2if3I"),

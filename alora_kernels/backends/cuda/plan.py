@@ -17,11 +17,8 @@ from .layouts import (
     ACTIVE_ONLY,
     ADAPTER_FLOAT,
     ADD,
-<<<<<<< alora_kernels/backends/cuda/plan.py
-    CONVERT_DOWN,
-=======
     ALONG_N,
->>>>>>> /work/notes/persistent/new/alora_kernels/backends/cuda/plan.py
+    CONVERT_DOWN,
     CONVERT_UP,
     DROPOUT,
     FLOAT_OUT,
