@@ -1,6 +1,7 @@
-"""Builds the package, with the extension alora_kernels._cuda where nvcc is found.
+"""Builds the package: alora_kernels._cpu where a C++ compiler works, alora_kernels._cuda where
+nvcc is found.
 
-ALORA_BUILD_CUDA      unset: build it when a usable nvcc is found, else install pure Python
+ALORA_BUILD_CUDA      unset: build it when a usable nvcc is found, else install without it
                       1: a missing or unusable nvcc is an error; 0: never build it
 TORCH_CUDA_ARCH_LIST  what to build for, as PyTorch reads it ("8.0 9.0a 12.0+PTX")
 
@@ -25,6 +26,7 @@ CSRC = ROOT / "csrc"
 OLDEST_NVCC = (12, 0)
 OLDEST_ARCH = 80
 DEFAULT_ARCHS = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_80")
+CUDA = "alora_kernels._cuda"
 REPORT = "_cuda_build.json"
 
 
@@ -255,6 +257,7 @@ def _quoted(path: object) -> str:
 
 
 def main() -> None:
+    import pybind11
     from setuptools import Extension, setup
     from setuptools.command.build_ext import build_ext
 
@@ -264,10 +267,13 @@ def main() -> None:
     decision = decide(os.environ, toolkit)
     print(decision.message, file=sys.stderr)
 
-    class BuildCuda(build_ext):
-        """Builds the one extension by ninja and keeps the compiler's report beside it."""
+    class Build(build_ext):
+        """Builds the CUDA extension by ninja and keeps the compiler's report beside it."""
 
         def build_extension(self, ext: Extension) -> None:
+            if ext.name != CUDA:
+                super().build_extension(ext)
+                return
             assert toolkit is not None
             target = Path(self.get_ext_fullpath(ext.name))
             folder = Path(self.build_temp) / "cuda"
@@ -280,8 +286,19 @@ def main() -> None:
             if built.exists():
                 shutil.copy(built, ROOT / "alora_kernels" / REPORT)
 
-    extensions = [Extension("alora_kernels._cuda", sources=[])] if decision.build else []
-    setup(ext_modules=extensions, cmdclass={"build_ext": BuildCuda})
+    extensions = [
+        Extension(
+            "alora_kernels._cpu",
+            ["csrc/cpu/philox.cpp"],
+            include_dirs=[pybind11.get_include()],
+            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            language="c++",
+            optional=True,  # without a compiler torch draws the drop masks
+        )
+    ]
+    if decision.build:
+        extensions.append(Extension(CUDA, sources=[]))
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from importlib import metadata
 import torch
 
 from . import __version__
+from .backends import philox
 from .dispatch import BACKENDS
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "accelerate", "vllm")
@@ -37,6 +38,8 @@ def report() -> str:
     for name, backend in BACKENDS.items():
         reason = backend.why_not_here()
         lines.append(f"{name:<13} {'yes' if reason is None else f'no: {reason}'}")
+    drawn = "by torch: no C++ compiler was found at install" if philox._cpu is None else "compiled"
+    lines.append(f"CPU dropout   {drawn}")
     return "\n".join(lines)
 
 

@@ -24,7 +24,7 @@ from .philox import DropMask
 
 SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
 FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
-SLICE = 8  # rows of a gradient that are widened at once
+SLICE = 8  # rows of a gradient that are widened or transposed at once
 
 WHOLE = slice(None)
 
@@ -72,7 +72,8 @@ class CpuBackend:
         if not parts:
             return ys, xa if save else None
         lora_a = [cast_frozen(p.lora_a, dtype, cache=not save) for p in projections]
-        for part, rows_x, _ in _inputs(call, x, parts, dtype):
+        for part, drop in _chunks(call, x, parts):
+            rows_x = _dropped(x, part.rows, drop, dtype)
             for a, column, scaling in zip(lora_a, begins, call.scalings):
                 out = _block(xa, part, column, a.shape[0])
                 _scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
@@ -95,14 +96,27 @@ class CpuBackend:
     ) -> Gradients:
         parts = _parts(call.activation)
         dx = _base_dx(call, x, projections, dys, parts) if needs.x else None
-        dya: list[Tensor | None] = []
-        lora_b, lora_bias = [], []
-        for i, dy in enumerate(dys):
-            dya.append(_dya(call, projections, i, dy, parts, needs))
-            lora_b.append(_grad_b(call, projections, i, dy, parts, xa) if needs.lora_b[i] else None)
-            wanted = needs.lora_bias[i] and projections[i].lora_bias is not None
-            lora_bias.append(_grad_bias(call, projections[i], i, dy, parts) if wanted else None)
-        lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
+        dya = [_dya(call, projections, i, dy, parts, needs) for i, dy in enumerate(dys)]
+
+        def grads_of_b() -> list[Tensor | None]:
+            return [
+                _grad_b(projections, i, dy, parts, xa) if needs.lora_b[i] else None
+                for i, dy in enumerate(dys)
+            ]
+
+        # dB needs room for its transpose, and dropout for masked rows: each while the other
+        # gradient does not exist yet.
+        if call.dropout_p == 0.0:
+            lora_b = grads_of_b()
+            lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
+        else:
+            lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
+            del dya
+            lora_b = grads_of_b()
+        lora_bias = [
+            _grad_bias(call, p, i, dy, parts) if needs.lora_bias[i] else None
+            for i, (p, dy) in enumerate(zip(projections, dys))
+        ]
         return Gradients(dx, lora_a, lora_b, lora_bias)
 
 
@@ -161,7 +175,6 @@ def _dya(
 
 
 def _grad_b(
-    call: Call,
     projections: Sequence[Projection],
     i: int,
     dy: Tensor,
@@ -177,11 +190,18 @@ def _grad_b(
         total.add_product(_block(xa, part, begin, _rank(p)).t(), rows)  # [R, N]
     if total.total is None:
         return total.result(p.lora_b)
-    return total.total.t().to(p.lora_b.dtype, memory_format=torch.contiguous_format)
+    grad = dy.new_empty(p.lora_b.shape, dtype=p.lora_b.dtype)
+    # In slices, because torch transposes a whole matrix through a buffer.
+    for columns, rows in zip(grad.split(SLICE, 1), total.total.split(SLICE)):
+        columns.copy_(rows.t())
+    return grad
 
 
-def _grad_bias(call: Call, p: Projection, i: int, dy: Tensor, parts: Sequence[Part]) -> Tensor:
-    assert p.lora_bias is not None
+def _grad_bias(
+    call: Call, p: Projection, i: int, dy: Tensor, parts: Sequence[Part]
+) -> Tensor | None:
+    if p.lora_bias is None:
+        return None
     dtype = saved_dtype(dy.dtype, call.adapter_precision)
     total = _Sum()
     for part in parts:
@@ -202,22 +222,23 @@ def _grad_a_and_dx(
     """What pairs dya with the inputs: dA = dyaᵀ·x, and the adapter's part of dx, added to it."""
     dtype = saved_dtype(x.dtype, call.adapter_precision)
     totals = [_Sum() for _ in projections]
-    dropout, values = call.dropout_p > 0.0, any(needs.lora_a)
+    dropout = call.dropout_p > 0.0
     lora_a: list[Tensor | None] = [None] * len(projections)
     if dx is not None and not dropout:
         _add_to_dx(dx, projections, parts, dya, dtype)
     elif dx is not None:
         lora_a = [cast_frozen(p.lora_a, dtype, cache=False) for p in projections]
-    if values or (dx is not None and dropout):
-        for part, rows_x, drop in _inputs(call, x, parts, dtype, values=values):
-            for i, (a, whole) in enumerate(zip(lora_a, dya)):
-                if whole is None:
-                    continue
-                low = whole[part.begin : part.end]  # [n, R]
-                if needs.lora_a[i]:
-                    totals[i].add_product(low.t(), rows_x)  # [R, K]
-                if dx is not None and a is not None and drop is not None:
-                    _add_rows(dx, part.rows, (low @ a).masked_fill_(drop, 0))
+    for part, drop in _chunks(call, x, parts):
+        lows = [None if whole is None else whole[part.begin : part.end] for whole in dya]  # [n, R]
+        for a, low in zip(lora_a, lows):
+            if a is not None and low is not None and dx is not None and drop is not None:
+                _add_rows(dx, part.rows, (low @ a).masked_fill_(drop, 0))
+        if any(needs.lora_a):
+            rows_x = _dropped(x, part.rows, drop, dtype)
+            for total, low, wanted in zip(totals, lows, needs.lora_a):
+                if wanted and low is not None:
+                    total.add_product(low.t(), rows_x)  # [R, K]
+            del rows_x  # before the next chunk's product is made
     return [
         total.result(p.lora_a) if wanted else None
         for total, p, wanted in zip(totals, projections, needs.lora_a)
@@ -339,17 +360,15 @@ def _block(low: Tensor, part: Part, column: int, rank: int) -> Tensor:
     return low[part.begin : part.end, column : column + rank]
 
 
-def _inputs(
-    call: Call, x: Tensor, parts: Sequence[Part], dtype: torch.dtype, values: bool = True
-) -> Iterator[tuple[Part, Tensor, Tensor | None]]:
-    """Over the active rows: the part, dropout(x) without its 1/(1−p), and the drop mask.
+def _chunks(call: Call, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor | None]]:
+    """The active rows and their drop masks.
 
-    Without dropout a part is read where it lies. With dropout parts come in cache-sized chunks,
-    and a mask lives until the next one. Without `values` the middle item means nothing.
+    Without dropout these are the parts. With dropout parts come in cache-sized chunks, and a mask
+    lives until the next one.
     """
     if call.dropout_p == 0.0:
         for part in parts:
-            yield part, _take(x, part.rows).to(dtype), None
+            yield part, None
         return
     assert call.seed is not None
     mask = DropMask(int(call.seed), call.dropout_p, x.shape[1])
@@ -360,8 +379,13 @@ def _inputs(
             here = (
                 slice(rows.start + lo, rows.start + hi) if isinstance(rows, slice) else rows[lo:hi]
             )
-            kept = x[here].to(dtype).masked_fill(drop, 0) if values else x
-            yield Part(here, part.begin + lo, part.begin + hi), kept, drop
+            yield Part(here, part.begin + lo, part.begin + hi), drop
+
+
+def _dropped(x: Tensor, rows: slice | Tensor, drop: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dropout(x) on these rows, without its 1/(1−p); read where it lies when nothing is dropped."""
+    taken = _take(x, rows).to(dtype)
+    return taken if drop is None else taken.masked_fill(drop, 0)
 
 
 def _scaled_product(left: Tensor, right: Tensor, factor: float, out: Tensor) -> None:

@@ -1,20 +1,30 @@
-"""Philox4x32-10 drop masks on the CPU, in cache-sized chunks of int64 arithmetic.
+"""Philox4x32-10 drop masks on the CPU, in cache-sized chunks.
 
-The definition is `reference.keep_mask`. Here the first two rounds are done on vectors, because
-the counter's last two words are zero: after them each word depends on the row alone, on the column
-alone, or is the exclusive or of two such words.
+The definition is `reference.keep_mask`. The extension `alora_kernels._cpu` (csrc/cpu/philox.cpp)
+draws the words where it was built. Elsewhere int64 arithmetic of torch does, about ten times
+slower: it does the first two rounds on vectors, because the counter's last two words are zero, so
+that after them each word depends on the row alone, on the column alone, or is the exclusive or of
+two such words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference import PHILOX_M0, PHILOX_M1, PHILOX_W0, PHILOX_W1, dropout_threshold
 
+_cpu: Any
+try:
+    from .. import _cpu  # type: ignore[no-redef]
+except ImportError:  # no C++ compiler when the package was installed
+    _cpu = None
+
 LOW = 0xFFFFFFFF
+COUNTERS_COMPILED = 12288  # the rows of x that they mask, in float32, fit a 256 KiB cache
 COUNTERS_PER_THREAD = 32768  # six int64 words of each fit a 2 MiB cache; also torch's grain size
 
 
@@ -22,10 +32,51 @@ class DropMask:
     """Drop masks of one seed for a matrix with `num_columns` columns, some rows at a time."""
 
     def __init__(self, seed: int, dropout_p: float, num_columns: int) -> None:
-        self.threshold = dropout_threshold(dropout_p)
         self.num_columns = num_columns
-        self.groups = groups = -(-num_columns // 4)
-        self.rows_per_chunk = max(1, COUNTERS_PER_THREAD * torch.get_num_threads() // groups)
+        self.groups = -(-num_columns // 4)
+        self.draw: Compiled | Int64Rounds
+        threshold = dropout_threshold(dropout_p)
+        if _cpu is not None:
+            counters = COUNTERS_COMPILED
+            self.draw = Compiled(seed, threshold)
+        else:
+            counters = COUNTERS_PER_THREAD * torch.get_num_threads()
+            self.draw = Int64Rounds(seed, threshold, self.groups)
+        self.rows_per_chunk = max(1, counters // self.groups)
+
+    def chunks(self, rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Over `rows` (int64 `[n]`, absolute): begin, end, and the mask of `rows[begin:end]`.
+
+        The mask is bool `[end − begin, num_columns]`, true where dropped; the next step of the
+        iteration overwrites it.
+        """
+        rows = rows.contiguous()
+        step = min(self.rows_per_chunk, len(rows))
+        drop = torch.empty(step, self.groups, 4, dtype=torch.bool)
+        for begin in range(0, len(rows), step):
+            end = min(begin + step, len(rows))
+            here = drop[: end - begin]
+            self.draw(rows[begin:end], here)
+            yield begin, end, here.view(end - begin, -1)[:, : self.num_columns]
+
+
+class Compiled:
+    """The extension's rounds: uint32 in registers, one thread."""
+
+    def __init__(self, seed: int, threshold: int) -> None:
+        self.seed, self.threshold = seed & 2**64 - 1, threshold
+
+    def __call__(self, rows: Tensor, drop: Tensor) -> None:
+        """Fill `drop` `[n, groups, 4]`, contiguous, for `rows` `[n]`."""
+        count, groups, _ = drop.shape
+        _cpu.drop_mask(self.seed, self.threshold, rows.data_ptr(), count, groups, drop.data_ptr())
+
+
+class Int64Rounds:
+    """The same rounds in int64 tensors."""
+
+    def __init__(self, seed: int, threshold: int, groups: int) -> None:
+        self.threshold = threshold
         k0, k1 = seed & LOW, seed >> 32 & LOW
         self.keys = [((k0 + i * PHILOX_W0) & LOW, (k1 + i * PHILOX_W1) & LOW) for i in range(10)]
         # Rounds one and two, the part that depends on the column alone.
@@ -34,24 +85,13 @@ class DropMask:
         self.column_c0 = _high(p1) ^ self.keys[1][0]
         self.column_c1 = p1
         self.column_c3 = (p0 & LOW) ^ self.keys[1][1]
+        self.words = torch.empty(0, dtype=torch.int64)
 
-    def chunks(self, rows: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """Over `rows` (int64 `[n]`, absolute): begin, end, and the mask of `rows[begin:end]`.
-
-        The mask is bool `[end − begin, num_columns]`, true where dropped; the next step of the
-        iteration overwrites it.
-        """
-        step = min(self.rows_per_chunk, len(rows))
-        words = torch.empty(6, step, self.groups, dtype=torch.int64)
-        drop = torch.empty(step, self.groups, 4, dtype=torch.bool)
-        for begin in range(0, len(rows), step):
-            end = min(begin + step, len(rows))
-            here = drop[: end - begin]
-            self._fill(rows[begin:end], words[:, : end - begin], here)
-            yield begin, end, here.view(end - begin, -1)[:, : self.num_columns]
-
-    def _fill(self, rows: Tensor, words: Tensor, drop: Tensor) -> None:
-        c0, c1, c2, c3, p0, p1 = words.unbind()
+    def __call__(self, rows: Tensor, drop: Tensor) -> None:
+        """Fill `drop` `[n, groups, 4]` for `rows` `[n]`."""
+        if self.words.shape[1:2] < (len(rows),):
+            self.words = torch.empty(6, *drop.shape[:2], dtype=torch.int64)
+        c0, c1, c2, c3, p0, p1 = self.words[:, : len(rows)].unbind()
         # The rest of rounds one and two, the part that depends on the row.
         q0 = ((rows ^ self.keys[0][0]) * PHILOX_M0).unsqueeze(1)
         c0.copy_(self.column_c0)
