@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import tuning
 from .backends import STRATEGIES, Backend, Call, Problem, Projection
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
@@ -75,7 +76,8 @@ def _arch(device: torch.device) -> int:
 def choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]:
     """The backend and strategy for `problem`.
 
-    "auto" picks the pair with the least estimated time among those that have no reason to refuse;
+    "auto" picks the pair with the least expected time among those that have no reason to refuse:
+    the cost model's estimate, corrected by measurements where this GPU was tuned.
     `ALORA_BACKEND` and `ALORA_STRATEGY` stand in for an "auto". A backend that is asked for by name
     never falls back.
 
@@ -115,7 +117,7 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
         for wanted in strategies:
             reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
             if reason is None:
-                able.append((seconds(problem, wanted), name, wanted))
+                able.append((expected_seconds(BACKENDS[name], problem, wanted), name, wanted))
             else:
                 reasons.append(f"{name}/{wanted}: {reason}")
     # The reference is the definition, not a contender: it serves what nothing else can.
@@ -134,9 +136,26 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     return BACKENDS[name], picked
 
 
+def expected_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
+    """The cost model's time with the backend's own tiles, corrected by what was measured here."""
+    if problem.device != "cuda":
+        return seconds(problem, strategy)
+    own = model_seconds(backend, problem, strategy)
+    return own * tuning.correction(problem, backend.name, strategy)
+
+
+def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
+    """The cost model's time with the backend's own tiles."""
+    schedules = getattr(backend, "schedules", None)
+    known = () if schedules is None else schedules(problem, strategy)
+    return seconds(problem, strategy, known or None)
+
+
 def forget() -> None:
     """Choose anew: what the choice depends on besides the problem has changed."""
     _choose.cache_clear()
+    tuning.read.cache_clear()
+    tuning.key_here.cache_clear()
 
 
 @functools.cache

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...cost import Schedule, rates_of
 from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
 from .launch import Column, Launcher, Send, send_to_gpu
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES, Plan
 from .replay import Replays
+from .schedule import schedules
 
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
 
@@ -70,12 +72,18 @@ def _version(number: int) -> str:
 
 
 @functools.cache
+def _hopper() -> bool:
+    """Whether Hopper's own kernels were built."""
+    return "sm_90a" in build_report().get("archs", [])
+
+
+@functools.cache
 def _machine(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, arch)"""
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
-    if arch == 90 and "sm_90a" not in build_report().get("archs", []):
-        arch = 80  # Hopper's own kernels were not built
+    if arch == 90 and not _hopper():
+        arch = 80
     return properties.multi_processor_count, arch
 
 
@@ -118,6 +126,11 @@ class CudaBackend:
         if strategy == "onepass" and problem.dropout:
             return "with dropout the adapter reads another x than the base: use 'tail' or 'delta'"
         return None
+
+    def schedules(self, problem: Problem, strategy: str) -> tuple[Schedule, ...]:
+        """What the cost model asks for: the GEMM of each projection."""
+        arch = 80 if problem.arch == 90 and not _hopper() else problem.arch
+        return schedules(problem, strategy, self._fixed_machine or (rates_of(arch).sms, arch))
 
     def forward(
         self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],

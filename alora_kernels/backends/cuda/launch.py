@@ -50,12 +50,12 @@ def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     _cuda.launch(*launch_head(plan), data, device, stream, *launch_options(plan))
 
 
-def launch_head(plan: Plan) -> tuple[Any, ...]:
+def launch_head(plan: Plan) -> tuple[str, int, int, int, int, int]:
     """The arguments of `_cuda.launch` before the parameters."""
     return (plan.kernel, *plan.grid, plan.block, plan.shared)
 
 
-def launch_options(plan: Plan) -> tuple[bool, ...]:
+def launch_options(plan: Plan) -> tuple[bool, bool]:
     """The arguments of `_cuda.launch` after the stream."""
     return (plan.dependent, plan.cooperative)
 

@@ -72,6 +72,7 @@ class Plan:
     workspace: tuple[int, ...] = ()  # shape of a float32 workspace
     counters: int = 0  # words that are zero before and after
     maps: tuple[TensorMap | None, ...] = ()  # the first fields of the parameter struct
+    tile: tuple[int, int] = (0, 0)  # rows and columns of the output, of one block at a time
 
 
 class Operand(NamedTuple):
@@ -123,6 +124,7 @@ def gemm(
         (-(-m // rows) * columns, 1, 1),
         GEMM_STAGES * stage + 16,
         flags,
+        tile=(rows, GEMM_COLUMNS),
     )
 
 
@@ -177,6 +179,7 @@ def onepass_sm90(
             None if convert_up else _right_map(rank, n, up, along_n, columns),
             TensorMap((n, m), 2 * out.stride0, (64, 64)),
         ),
+        tile=(SM90_ROWS, columns),
     )
 
 
@@ -217,6 +220,7 @@ def gemm_sm90(
         block=384,
         dependent=True,
         maps=maps,
+        tile=(SM90_ROWS, columns),
     )
 
 
@@ -289,6 +293,7 @@ def decode(
         flags,
         split=k_slice,
         workspace=(slices, tiles, DECODE_ROWS, DECODE_COLUMNS) if slices > 1 else (),
+        tile=(DECODE_ROWS, DECODE_COLUMNS),
     )
 
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...cost import Schedule
 from .. import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
 from . import target
 from .configs import MAX_ONEPASS_RANK, MAX_RANK, both_in_one_pass
+from .schedule import schedules
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,6 +71,10 @@ class TritonBackend:
                     f"rank {rank} is above the {MAX_ONEPASS_RANK} columns that 'onepass' can hold"
                 )
         return None
+
+    def schedules(self, problem: Problem, strategy: str) -> tuple[Schedule, ...]:
+        """What the cost model asks for: the GEMM of each projection."""
+        return schedules(problem, strategy)
 
     def forward(
         self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
