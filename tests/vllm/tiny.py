@@ -36,16 +36,16 @@ SIZES = {
 }
 
 
-def config(family: str):
+def config(family: str, **sizes: int):
     """The configuration of a tiny model of a family."""
     from transformers import LlamaConfig, MistralConfig, Qwen3Config
 
     if family == "llama":
-        return LlamaConfig(**SIZES)
+        return LlamaConfig(**SIZES | sizes)
     if family == "qwen3":
-        return Qwen3Config(**SIZES, head_dim=32)
+        return Qwen3Config(**SIZES | sizes, head_dim=32)
     assert family == "mistral"
-    return MistralConfig(**SIZES, head_dim=32, sliding_window=None)
+    return MistralConfig(**SIZES | sizes, head_dim=32, sliding_window=None)
 
 
 def save_tokenizer(folder: Path) -> None:
@@ -78,17 +78,13 @@ class Tiny:
 
     def answer(self, adapter: str | None, prompt: list[int], new: int) -> list[int]:
         """PEFT's greedy tokens, all recomputed for each of them, without a cache."""
-        return list(answer(self, adapter, tuple(prompt), new)[0])
-
-    def gaps(self, adapter: str | None, prompt: list[int], new: int) -> list[float]:
-        """Between the best two logits, for each token of the answer."""
-        return list(answer(self, adapter, tuple(prompt), new)[1])
+        return list(answer(self, adapter, tuple(prompt), new))
 
     def __hash__(self) -> int:
         return hash(self.folder)
 
 
-def make(family: str, folder: Path, seed: int = 0) -> Tiny:
+def make(family: str, folder: Path, **sizes: int) -> Tiny:
     """A model with adapters: two aLoRAs with one invocation, one with another, and a plain LoRA.
 
     `plain` has the very tensors of `first`; `other` has another invocation and rank.
@@ -96,8 +92,8 @@ def make(family: str, folder: Path, seed: int = 0) -> Tiny:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config(family), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(family, **sizes), dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name:  # larger than at birth, so that answers vary
@@ -201,15 +197,9 @@ def logits(
 
 
 @lru_cache(maxsize=4096)
-def answer(
-    tiny: Tiny, adapter: str | None, prompt: tuple[int, ...], new: int
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """Greedy tokens and the gaps of their best two logits."""
+def answer(tiny: Tiny, adapter: str | None, prompt: tuple[int, ...], new: int) -> tuple[int, ...]:
+    """Greedy tokens."""
     tokens: list[int] = []
-    gaps: list[float] = []
     for _ in range(new):
-        now = logits(tiny, adapter, prompt, tokens)
-        best = torch.topk(now, 2).values
-        gaps.append(float(best[0] - best[1]))
-        tokens.append(int(now.argmax()))
-    return tuple(tokens), tuple(gaps)
+        tokens.append(int(logits(tiny, adapter, prompt, tokens).argmax()))
+    return tuple(tokens)
