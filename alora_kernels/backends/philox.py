@@ -1,7 +1,7 @@
 """Philox4x32-10 drop masks on the CPU, in cache-sized chunks.
 
 The definition is `reference.keep_mask`. The extension `alora_kernels._cpu` (csrc/cpu/philox.cpp)
-draws the words where it was built. Elsewhere int64 arithmetic of torch does, about ten times
+draws the words where it was built. Elsewhere int64 arithmetic of torch does, about eight times
 slower: it does the first two rounds on vectors, because the counter's last two words are zero, so
 that after them each word depends on the row alone, on the column alone, or is the exclusive or of
 two such words.
