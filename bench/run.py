@@ -3,6 +3,8 @@
     python bench/run.py                                     the small models, under three minutes
     python bench/run.py --model Mistral-7B --active 0.1,0.5
     python bench/run.py --mode cpu-targets                  the package's CPU targets, measured
+    python bench/run.py --mode host                         the host's part of a call
+    python bench/run.py --tune                              measure this GPU for dispatch
     python bench/run.py --csv out.csv --plot out.png
 
 docs/benchmark.md says what is measured and how.
@@ -38,6 +40,7 @@ from report import Result, print_results, result_of, with_ratios, write_csv, wri
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tune import NO_GPU, SHAPES, TuningError, grid, measurer, run_tune
 from variants import BaseLinear, ByHand, Package, PeftLayer, Variant
 
 from alora_kernels.backends import STRATEGIES, Call, Projection
@@ -50,6 +53,7 @@ PASSES = {"fwd": (False,), "fwd+bwd": (True,), "both": (False, True)}
 # What two CPU cores measure within three minutes.
 SMALL = {"Gemma-3-270M": tuple(MODELS["Gemma-3-270M"]), "Llama-3.2-3B": ("q,o", "k,v")}
 DEFAULT_SECONDS = {"layer": 60.0, "cpu-targets": 150.0}
+TUNE_SECONDS = 180.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,6 +108,9 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="of the operands (default: a fresh one, printed)")
     add("--csv", type=Path, help="write all figures to this file")
     add("--plot", type=Path, help="draw the time over the base linear into this file")
+    add(
+        "--tune", action="store_true", help="time every strategy on this GPU for dispatch, and quit"
+    )
     return p
 
 
@@ -143,6 +150,8 @@ def _other_mode(mode: str, arguments: Sequence[str]) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     device = torch.device(options.device)
+    if options.tune and (device.type != "cuda" or not torch.cuda.is_available()):
+        raise UsageError(NO_GPU)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {options.device}: this machine has no CUDA GPU that torch sees")
     if device.type not in ("cpu", "cuda"):
@@ -156,6 +165,8 @@ def _run(options: argparse.Namespace) -> int:
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(describe_machine(device) + f" | seed {seed}", highlight=False, soft_wrap=True)
     seconds = options.seconds or DEFAULT_SECONDS[options.mode]
+    if options.tune:
+        return _tune(options, device, console, seed)
     if options.mode == "cpu-targets":
         if device.type != "cpu":
             raise UsageError("--mode cpu-targets measures the CPU: add --device cpu")
@@ -183,6 +194,27 @@ def _run(options: argparse.Namespace) -> int:
         write_plot(options.plot, results, describe_machine(device))
     print_results(console, results)
     return 1 if wrong else 0
+
+
+def _tune(options: argparse.Namespace, device: torch.device, console: Console, seed: int) -> int:
+    cases = grid(device, shapes=options.shape or SHAPES)
+    clocks = [CudaClock(device, graph) for graph in (True, False)]
+    share = (options.seconds or TUNE_SECONDS) / len(cases)
+    major, minor = torch.cuda.get_device_capability(device)
+    try:
+        run_tune(
+            console,
+            cases,
+            measurer(clocks, share, seed),
+            device="cuda",
+            arch=10 * major + minor,
+            device_name=torch.cuda.get_device_name(device),
+            progress=_progress(),
+        )
+    except TuningError as error:
+        console.print(f"[bold red]nothing is written:[/] {escape(str(error))}", soft_wrap=True)
+        return 1
+    return 0
 
 
 def measure_all(

@@ -1,0 +1,243 @@
+"""`python bench/run.py --tune`: time every strategy on this GPU, so that dispatch knows.
+
+A small grid of layers is checked and timed with the benchmark's own code (CUDA graphs, an L2 cache
+that holds no operand, medians of interleaved rounds). The times go to a json file that dispatch
+prefers to its cost model; a table shows where the model alone would have picked a slower strategy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from cases import Case, layer_cases, make_tensors, rows_from_fraction
+from check import check_all
+from measure import Clock, interleave
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+from variants import Package
+
+from alora_kernels import dispatch, tuning
+from alora_kernels.backends import STRATEGIES, Problem
+from alora_kernels.tuning import Measurement
+
+SHAPES = (
+    (4096, 4096),
+    (4096, 14336),
+)  # in_features, out_features: attention and MLP of an 8B model
+ROWS = ((1, 1.0), (16, 1.0), (256, 1.0), (2048, 0.1), (2048, 1.0), (8192, 0.1), (8192, 1.0))
+RANKS = (16, 64)
+NO_GPU = (
+    "--tune needs a GPU: it times the kernels on the GPU that will run them, and torch sees none "
+    "here. Run it on that machine. Without a tuning, dispatch uses its cost model, which "
+    "`python bench/model.py --predict` shows."
+)
+
+Pair = tuple[str, str]  # backend, strategy
+Measure = Callable[[Case, Sequence[Package]], dict[str, float]]  # seconds by the variants' names
+
+
+class TuningError(Exception):
+    """A result was wrong, or there is nothing to measure."""
+
+
+class Line(NamedTuple):
+    """A case with what was measured and what the model expects, by pair, in seconds."""
+
+    case: Case
+    measured: dict[Pair, float]
+    expected: dict[Pair, float]
+
+    @property
+    def fastest(self) -> Pair:
+        return min(self.measured, key=self.measured.__getitem__)
+
+    @property
+    def picked(self) -> Pair:
+        """What the model alone would pick among those measured."""
+        return min(self.measured, key=self.expected.__getitem__)
+
+    @property
+    def loss(self) -> float:
+        """Time of the model's pick over that of the fastest."""
+        return self.measured[self.picked] / self.measured[self.fastest]
+
+
+def grid(
+    device: torch.device,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    rows: Sequence[tuple[int, float]] = ROWS,
+    ranks: Sequence[int] = RANKS,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[Case]:
+    """What is measured: forward, and forward + backward where there are rows to train on."""
+    found = []
+    batches = [rows_from_fraction(1, m, f, device) for m, f in rows]
+    named = [("tune", f"{k}x{n}", k, n) for k, n in shapes]
+    for rank in ranks:
+        cases = layer_cases(named, batches, rank=rank, dtypes=[dtype], adapter_dtype=torch.float32)
+        for case in cases:
+            found.append(case.but(backward=False))
+            if case.rows.num_rows > 16:
+                found.append(case)
+    return found
+
+
+def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
+    """Check and time; `seconds` for one case. A call that a clock cannot take goes to the next."""
+
+    def measure(case: Case, variants: Sequence[Package]) -> dict[str, float]:
+        tensors = make_tensors(case, seed)
+        wrong = check_all(variants, [case], tensors)
+        if wrong:
+            raise TuningError("\n".join(wrong.values()))
+        found: dict[str, float] = {}
+        with torch.set_grad_enabled(case.backward):
+            left = {v.name: v.build(case, tensors) for v in variants}
+            for clock in clocks:
+                timings, refused = interleave(left, clock, seconds=seconds)
+                found.update({name: t.median for name, t in timings.items()})
+                left = {name: left[name] for name in refused}
+                if not left:
+                    break
+        return found
+
+    return measure
+
+
+def problem_of(case: Case, device: str, arch: int, backward: bool) -> Problem:
+    """The dispatcher's view of one pass of a case."""
+    return Problem(
+        rows=case.rows.num_rows,
+        in_features=case.in_features,
+        out_features=(case.out_features,),
+        ranks=(case.rank,),
+        active=case.rows.num_active,
+        dtype=case.dtype,
+        adapter_dtype=case.adapter_dtype,
+        device=device,
+        arch=arch,
+        backward=backward,
+    )
+
+
+def able(case: Case, device: str, arch: int) -> list[Pair]:
+    """The pairs that can run a case."""
+    found = []
+    passes = (False, True) if case.backward else (False,)
+    for name, backend in dispatch.BACKENDS.items():
+        if name == "reference" or backend.why_not_here() is not None:
+            continue
+        for strategy in STRATEGIES:
+            problems = [problem_of(case, device, arch, backward) for backward in passes]
+            if all(backend.why_not(p, strategy) is None for p in problems):
+                found.append((name, strategy))
+    return found
+
+
+def expected(case: Case, pair: Pair, device: str, arch: int) -> float:
+    """The cost model's time of a case: forward, or forward + backward."""
+    backend = dispatch.BACKENDS[pair[0]]
+    return sum(
+        dispatch.model_seconds(backend, problem_of(case, device, arch, backward), pair[1])
+        for backward in ((False, True) if case.backward else (False,))
+    )
+
+
+def tune(
+    cases: Sequence[Case], measure: Measure, device: str, arch: int, progress: Progress
+) -> list[Line]:
+    """Measure all pairs in all cases."""
+    lines = []
+    task = progress.add_task("tuning", total=len(cases))
+    with progress:
+        for case in cases:
+            rows = case.rows.num_rows
+            progress.update(task, description=f"{case.layer} M={rows} {case.pass_name}")
+            pairs = {Package(*pair).name: pair for pair in able(case, device, arch)}
+            times = measure(case, [Package(*pair) for pair in pairs.values()]) if pairs else {}
+            measured = {pairs[name]: seconds for name, seconds in times.items()}
+            if measured:
+                model = {pair: expected(case, pair, device, arch) for pair in measured}
+                lines.append(Line(case, measured, model))
+            progress.advance(task)
+    return lines
+
+
+def measurements(lines: Sequence[Line]) -> list[Measurement]:
+    """What the file keeps."""
+    return [
+        Measurement(
+            *pair,
+            rows=line.case.rows.num_rows,
+            in_features=line.case.in_features,
+            out_features=line.case.out_features,
+            rank=line.case.rank,
+            active=line.case.rows.num_active,
+            dtype=str(line.case.dtype).removeprefix("torch."),
+            backward=line.case.backward,
+            seconds=seconds,
+            model_seconds=line.expected[pair],
+        )
+        for line in lines
+        for pair, seconds in line.measured.items()
+    ]
+
+
+def print_lines(console: Console, lines: Sequence[Line]) -> None:
+    """Where the model was wrong, and how far its times are off on the whole."""
+    wrong = [line for line in lines if line.picked != line.fastest]
+    if wrong:
+        table = Table(
+            title="Where the cost model alone picks a slower strategy",
+            title_justify="left",
+            title_style="bold",
+        )
+        for name in ("M", "K", "N", "R", "active", "pass"):
+            table.add_column(name, justify="left" if name == "pass" else "right", no_wrap=True)
+        for name in ("fastest", "µs", "model's pick", "µs", "slower by"):
+            side = "right" if name in ("µs", "slower by") else "left"
+            table.add_column(name, justify=side, no_wrap=True)
+        for line in wrong:
+            case = line.case
+            sizes = (case.rows.num_rows, case.in_features, case.out_features, case.rank)
+            table.add_row(
+                *map(str, (*sizes, case.rows.num_active)),
+                case.pass_name,
+                "/".join(line.fastest),
+                f"{line.measured[line.fastest] * 1e6:.1f}",
+                "/".join(line.picked),
+                f"{line.measured[line.picked] * 1e6:.1f}",
+                f"{line.loss - 1:.1%}",
+            )
+        console.print(table)
+    right = len(lines) - len(wrong)
+    console.print(f"The model's pick was the fastest in {right} of {len(lines)} cases.")
+    for pair in dict.fromkeys(pair for line in lines for pair in line.measured):
+        logs = [
+            math.log(line.measured[pair] / line.expected[pair])
+            for line in lines
+            if pair in line.measured
+        ]
+        ratio = math.exp(sum(logs) / len(logs))
+        console.print(f"{'/'.join(pair)}: {ratio:.2f} × the model's time (geometric mean)")
+
+
+def run_tune(
+    console: Console, cases: Sequence[Case], measure: Measure, *, device: str, arch: int,
+    device_name: str, progress: Progress,
+) -> list[Line]:  # fmt: skip
+    """Measure, write the file, print the table."""
+    lines = tune(cases, measure, device, arch, progress)
+    if not lines:
+        raise TuningError("no backend can run here; python -m alora_kernels says why")
+    file = tuning.path()
+    tuning.write(file, tuning.key_of(device_name), measurements(lines))
+    dispatch.forget()
+    print_lines(console, lines)
+    console.print(f"written for {escape(device_name)}: {escape(str(file))}", soft_wrap=True)
+    return lines
