@@ -10,7 +10,8 @@
 //
 // `down` comes by tensor map, or, where its dtype or layout allows none, through the registers of
 // the producer warpgroup: kLag steps behind the copies, when those have landed, because blocks of
-// right along N overlap its columns. Then a second barrier tells that the stage is whole.
+// right along N, where this is always the way, overlap its columns. Then a second barrier tells
+// that the stage is whole.
 //
 // Shared memory: that of GemmSm90 with kBlockN = 256, then the second barriers. In a right tile
 // rows (columns along N) kColumns .. 255 are `down`'s; the last stage of a tile holds `up`.
@@ -138,17 +139,18 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     }
   }
 
-  // acc += left · [right ∣ downᵀ], or left · right alone by narrower instructions.
-  template <int kN>
+  // acc += left · [right ∣ downᵀ], or left · right alone by narrower instructions. The producer has
+  // seen a stage's copies land before it calls the stage whole.
+  template <int kN, bool kConverted>
   __device__ void multiply_main(float (&acc)[128], Ring& ring, Ring& second, const Tile& t,
                                 int group) {
-    const bool waits = kN == 256 && converts(t);
 #pragma unroll 1
     for (int step = 0; step < t.main_steps; ++step, ring.step()) {
-      barrier_wait(full(ring.stage), ring.round);
-      if (waits) {
+      if constexpr (kConverted) {
         barrier_wait(whole(second.stage), second.round);
         second.step();
+      } else {
+        barrier_wait(full(ring.stage), ring.round);
       }
       wgmma_fence();
 #pragma unroll
@@ -200,11 +202,15 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
       float acc[128];
 #pragma unroll
       for (int i = 0; i < 128; ++i) acc[i] = 0.f;
-      if (t.low_steps > 0) {
-        multiply_main<256>(acc, ring, second, t, group);
-        add_low(acc, ring, t, group, row);
+      if (t.low_steps == 0) {
+        multiply_main<kColumns, false>(acc, ring, second, t, group);
       } else {
-        multiply_main<kColumns>(acc, ring, second, t, group);
+        if (has(kConvertDown)) {
+          multiply_main<256, true>(acc, ring, second, t, group);
+        } else if constexpr (!kRightAlongN) {
+          multiply_main<256, false>(acc, ring, second, t, group);
+        }
+        add_low(acc, ring, t, group, row);
       }
       this->finish(acc, t, group, row, out);
     }

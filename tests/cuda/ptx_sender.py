@@ -58,10 +58,8 @@ def source_of(kernel: str) -> str:
         return "persistent_sm90.cu"
     if words[0] == "gemm":
         return "gemm_sm90.cu" if "sm90" in words[2] else f"gemm_{words[2]}.cu"
-    return {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu",
-            "onepass": "onepass_sm90.cu"}.get(
-        words[0], "grad.cu"
-    )
+    files = {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu"}
+    return {**files, "onepass": "onepass_sm90.cu"}.get(words[0], "grad.cu")
 
 
 Sent = tuple[Plan, Sequence[Any]]

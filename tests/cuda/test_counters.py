@@ -103,6 +103,20 @@ def test_hopper_reads_each_operand_once_a_tile_pass(seed: int) -> None:
     assert moved == main + 2 * (2 * 128 * r + n * r)
 
 
+@pytest.mark.parametrize("active", ["all", "none"])
+def test_onepass_of_hopper_multiplies_down_where_rows_are_active(active: str, seed: int) -> None:
+    m, n, k, r = 128, 192, 128, 64
+    case = Case("onepass", active=active, m=m, n=n, k=k, r=r, bias="none", arch="sm_90a", machine=1)
+    sender = run(case, seed, backward=False)
+    onepass = launched(sender, "sm90_192")
+    moved = sender.traffic(onepass, "cp.async.bulk.tensor.2d.shared", "bytes")
+    flops = sender.counts[onepass]["mma_flops"]
+    on = active == "all"
+    assert moved == 2 * (m * k + n * k + (r * k + n * r if on else 0))
+    assert flops == 2 * m * (n * k + (r * k + n * r if on else 0))
+    assert sender.traffic(onepass, "cp.async.bulk.tensor.2d.global", "bytes") == 2 * m * n
+
+
 @pytest.mark.parametrize("m, machine", [(1, 1), (9, 4), (16, 1000)])
 def test_decode_reads_the_weight_once(m: int, machine: int, seed: int) -> None:
     """Whatever the number of slices: no byte of it is read twice, and no sector in part."""

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from alora_kernels.backends.cuda import launch
+from alora_kernels.activation import Activation
+from alora_kernels.backends import Call, Projection
+from alora_kernels.backends.cuda import CudaBackend, launch
 
 from .cases import Case, run
 from .covering import Row, pairwise, product
+from .ptx_sender import PtxSender
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("poisoned")]
 
@@ -55,6 +58,23 @@ SM90_FACTORS: dict[str, list[Any]] = {
     "machine": [1, 3, 1000],
 }
 
+# onepass of Hopper: each R16 has a kernel with tiles of its own width.
+ONEPASS_SM90_FACTORS: dict[str, list[Any]] = {
+    "dtype": [torch.bfloat16, torch.float16],
+    "adapter": ["same", "fp32"],
+    "m": [65, 130],
+    "k": [8, 264],  # the ring goes round
+    "n": [16, 200, 264],
+    "r": [1, 8, 24, 48, 64],
+    "active": ["none", "one", "some", "half_tile", "all"],
+    "layout": ["plain", "weight_t"],
+    "prefix_grad": [True, False],
+    "bias": ["none", "base", "both"],
+    "reverse": [False, True],
+    "count": [1, 2],
+    "machine": [1, 3],
+}
+
 DECODE_FACTORS: dict[str, list[Any]] = {
     "dtype": [torch.bfloat16, torch.float16],
     "adapter": ["same", "fp32"],
@@ -77,7 +97,8 @@ def allowed(row: Row) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     part = metafunc.config.getoption("--exhaustive")
     for name, factors in (
-        ("row", FACTORS), ("sm90_row", SM90_FACTORS), ("decode_row", DECODE_FACTORS)
+        ("row", FACTORS), ("sm90_row", SM90_FACTORS), ("decode_row", DECODE_FACTORS),
+        ("onepass_sm90_row", ONEPASS_SM90_FACTORS),
     ):  # fmt: skip
         if name in metafunc.fixturenames:
             rows = product(factors, allowed, part) if part else pairwise(factors, allowed)
@@ -93,6 +114,35 @@ def test_hopper_matches_reference(sm90_row: Row, seed: int) -> None:
     sender = run(Case("tail", arch="sm_90a", **sm90_row), seed)
     gemms = {k for k in sender.kernels if "gemm" in k or "fused" in k}
     assert gemms and all("sm90" in k for k in gemms)
+
+
+def test_onepass_of_hopper_matches_reference(onepass_sm90_row: Row, seed: int) -> None:
+    sender = run(Case("onepass", arch="sm_90a", **onepass_sm90_row), seed)
+    columns = 256 - -(-onepass_sm90_row["r"] // 16) * 16
+    wide = {k for k in sender.kernels if k.endswith(f"_sm90_{columns}_kernel")}
+    assert wide and not [k for k in sender.kernels if "gemm" in k or "shrink" in k]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_onepass_selects_low_of_active_rows(arch: str, seed: int) -> None:
+    """An inactive row whose x · lora_aᵀ overflows keeps the base's finite result."""
+    m, n, k, r = 130, 264, 72, 24
+    mask = torch.arange(m) % 3 == 0
+    x = torch.randn(m, k).bfloat16()
+    x[~mask] = 1e38
+    weight = (torch.randn(n, k) * 1e-3).bfloat16()
+    lora_a, lora_b = torch.full((r, k), 8.0).bfloat16(), torch.randn(n, r).bfloat16()
+    act = Activation.from_mask(mask)
+    backend = CudaBackend(PtxSender(arch), (1, int(arch[3:5])))
+    projection = Projection(weight, None, lora_a, lora_b, None)
+    (y,), _ = backend.forward(
+        Call(act, (1.0,), 0.0, None, True), "onepass", x, [projection], None, True
+    )
+    base = x.double() @ weight.double().t()
+    assert ((y - base)[~mask].abs() <= 0.01 * base[~mask].abs() + 1e34).all()
+    low = (x.double() @ lora_a.double().t())[mask].bfloat16().double()
+    exact = base[mask] + low @ lora_b.double().t()
+    assert (y[mask] - exact).norm() <= 0.01 * exact.norm()
 
 
 def test_decode_matches_reference(decode_row: Row, seed: int) -> None:

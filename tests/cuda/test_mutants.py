@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -26,16 +27,17 @@ class Mutant(NamedTuple):
 
 TAIL = Case("tail", m=40, k=200, n=136, r=16)
 HOPPER = Case("tail", m=130, k=72, n=136, r=16, arch="sm_90a", machine=1)
+ONEPASS = Case("onepass", m=130, k=264, n=400, r=64, arch="sm_90a", machine=1, adapter="fp32")
 DECODE = Case("onepass", m=4, k=1032, n=72, r=16, machine=4)
 
 MUTANTS = [
     Mutant("reads a stage too early", "gemm.cuh",
-           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
-           "      wait_copies<kStages - 1>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout",
+           "      wait_copies<kStages - 1>();\n      __syncthreads();\n      if (kLayout",
            TAIL, "has not been waited for"),
     Mutant("overwrites a stage in use", "gemm.cuh",
-           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout != Layout::kStrided",
-           "      wait_copies<kStages - 2>();\n      if (kLayout != Layout::kStrided", TAIL, "race"),
+           "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout",
+           "      wait_copies<kStages - 2>();\n      if (kLayout", TAIL, "race"),
     Mutant("reads low of inactive rows", "gemm_operands.cuh", "is_active(row) && r < columns",
            "m0 + row < p.m && r < columns", TAIL, "y has NaN"),
     Mutant("hands a stage back before its products end", "gemm_sm90.cuh",
@@ -45,6 +47,19 @@ MUTANTS = [
     Mutant("stores a tile without the proxy fence", "gemm_sm90.cuh",
            "      fence_async_proxy();\n      sync_some<128>(2 + group);",
            "      sync_some<128>(2 + group);", HOPPER, "proxy"),
+    Mutant("overwrites the last piece of the tile before", "gemm_sm90.cuh",
+           "wait_tiles_read<0>();  // it was", "wait_tiles_read<1>();  // it was", ONEPASS, "race"),
+    Mutant("takes a stage for whole when its copies landed", "onepass_sm90.cuh",
+           "        barrier_wait(whole(second.stage), second.round);",
+           "        barrier_wait(full(ring.stage), ring.round);", ONEPASS, ""),
+    Mutant("converts without the proxy fence", "onepass_sm90.cuh",
+           "      fence_async_proxy();\n      barrier_arrive(whole(",
+           "      barrier_arrive(whole(", ONEPASS, "proxy"),
+    Mutant("writes down's columns before the block they overlap has landed", "onepass_sm90.cuh",
+           "      barrier_wait(full(behind.stage), behind.round);\n", "",
+           dataclasses.replace(ONEPASS, layout="weight_t", r=24), "race"),
+    Mutant("lets inactive rows keep low", "onepass_sm90.cuh",
+           "const uint32_t two = on ? pack", "const uint32_t two = true ? pack", ONEPASS, "y"),
     Mutant("reads parts before they are there", "decode.cu",
            "    if (!last) return;\n", "", DECODE, ""),
     Mutant("leaves the counter as it is", "decode.cu",
