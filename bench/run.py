@@ -47,7 +47,13 @@ from alora_kernels.backends import STRATEGIES, Call, Projection
 from alora_kernels.dispatch import BACKENDS, choose, problem_of
 
 # Modes that stand in a module of their own beside this file, each with `main(arguments) -> int`.
-OTHER_MODES = {"host": "host", "train": "train", "serve": "serve", "vllm": "vllm_serving"}
+OTHER_MODES = {
+    "host": "host",
+    "predict": "predict",
+    "train": "train",
+    "serve": "serve",
+    "vllm": "vllm_serving",
+}
 MODES = ("layer", "cpu-targets", *OTHER_MODES)
 PASSES = {"fwd": (False,), "fwd+bwd": (True,), "both": (False, True)}
 # What two CPU cores measure within three minutes.

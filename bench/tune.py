@@ -34,7 +34,7 @@ RANKS = (16, 64)
 NO_GPU = (
     "--tune needs a GPU: it times the kernels on the GPU that will run them, and torch sees none "
     "here. Run it on that machine. Without a tuning, dispatch uses its cost model, which "
-    "`python bench/model.py --predict` shows."
+    "`python bench/run.py --mode predict` shows."
 )
 
 Pair = tuple[str, str]  # backend, strategy
