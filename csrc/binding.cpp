@@ -194,6 +194,7 @@ PYBIND11_MODULE(_cuda, module) {
   sizes["ShrinkParams"] = sizeof(ShrinkParams);
   sizes["ExpandParams"] = sizeof(ExpandParams);
   sizes["GradParams"] = sizeof(GradParams);
+  sizes["GradBParams"] = sizeof(GradBParams);
   sizes["ReduceParams"] = sizeof(ReduceParams);
   module.attr("param_sizes") = sizes;
 }

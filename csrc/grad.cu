@@ -1,5 +1,6 @@
 // grad: part[s, p, r] = Σ keep ⊙ wide[row, p] · low[row, r] over the active rows of split s
-// reduce: out[p, r] = Σ_s part[s, p, r], in the order of s
+// reduce: out[p, r] = scale · Σ_s part[s, p, r], in the order of s; for dya, row p of the parts is
+// the p-th active row of out
 //
 //   wide [M, P], low [M, R16], part [S, P, R16] float, out [P, R] by strides
 //   dB from dy and xa (out = dB), dA from x and dya (out = dAᵀ)
@@ -18,7 +19,7 @@
 namespace alora {
 namespace {
 
-template <typename T, bool kFast>
+template <typename T>
 __device__ __forceinline__ void grad(const GradParams& p) {
   constexpr int kStages = 4, kRows = 32, kP = 128, kR = 64, kThreads = 256;
   constexpr uint32_t kWideBytes = kRows * kP * 2, kStageBytes = kWideBytes + kRows * kR * 2;
@@ -31,7 +32,7 @@ __device__ __forceinline__ void grad(const GradParams& p) {
   if (first >= last) return;  // reduce does not read this part
   const int tid = threadIdx.x, lane = tid % 32, warp_p = tid / 64, warp_r = tid / 32 % 2;
   const int p0 = blockIdx.x * kP, r0 = blockIdx.y * kR;
-  const bool dropout = p.flags & kDropout;
+  const bool dropout = p.flags & kDropout, vector = !(p.flags & kStrided);
   const int64_t seed = dropout ? *p.seed : 0;
   const int steps = (last - first + kRows - 1) / kRows;
 
@@ -56,13 +57,13 @@ __device__ __forceinline__ void grad(const GradParams& p) {
         const bool valid = rows[i] >= 0 && column < p.p;
         const T* from =
             static_cast<const T*>(p.wide) + (valid ? rows[i] * p.wide_m + column * p.wide_p : 0);
-        if (kFast && !dropout) {
+        if (vector && !dropout) {
           copy_async(to, from, valid);
         } else {
           uint4 v = make_uint4(0, 0, 0, 0);
           if (valid) {
-            v = kFast ? *reinterpret_cast<const uint4*>(from)
-                      : gather(from, p.wide_p, p.p - column);
+            v = vector ? *reinterpret_cast<const uint4*>(from)
+                       : gather(from, p.wide_p, p.p - column);
             if (dropout) v = drop(v, seed, p.threshold, column, rows[i]);
           }
           store_shared(to, v);
@@ -127,17 +128,21 @@ __device__ __forceinline__ void grad(const GradParams& p) {
 
 template <typename T>
 __device__ __forceinline__ void reduce(const ReduceParams& p) {
-  const int splits = (*p.active_count + p.split_rows - 1) / p.split_rows;
-  const int64_t total = static_cast<int64_t>(p.p) * p.r, size = static_cast<int64_t>(p.p) * p.r16;
+  allow_dependents();
+  const int count = *p.active_count, rows = p.active_rows == nullptr ? p.p : count;
+  const int splits = p.split_rows == 0 ? p.splits : (count + p.split_rows - 1) / p.split_rows;
+  const int64_t total = static_cast<int64_t>(rows) * p.r, size = static_cast<int64_t>(p.p) * p.r16;
   for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < total; i += gridDim.x * 256ll) {
     // Neighbouring threads write neighbouring elements.
-    const int row = static_cast<int>(p.out_p == 1 ? i % p.p : i / p.r);
-    const int r = static_cast<int>(p.out_p == 1 ? i / p.p : i % p.r);
+    const int row = static_cast<int>(p.out_p == 1 ? i % rows : i / p.r);
+    const int r = static_cast<int>(p.out_p == 1 ? i / rows : i % p.r);
     float sum = 0.f;
     for (int s = 0; s < splits; ++s) {
       sum += p.part[s * size + static_cast<int64_t>(row) * p.r16 + r];
     }
-    const int64_t at = row * p.out_p + r * p.out_r;
+    sum *= p.scale;
+    const int to = p.active_rows == nullptr ? row : p.active_rows[row];
+    const int64_t at = to * p.out_p + r * p.out_r;
     if (p.flags & kFloatOut) {
       static_cast<float*>(p.out)[at] = sum;
     } else {
@@ -149,12 +154,10 @@ __device__ __forceinline__ void reduce(const ReduceParams& p) {
 }  // namespace
 }  // namespace alora
 
-#define ALORA_GRAD(type)                                                            \
-  ALORA_KERNEL(masked_lora_grad_##type##_vector_kernel, alora::GradParams, 256, 2,  \
-               alora::grad<alora::type, true>)                                      \
-  ALORA_KERNEL(masked_lora_grad_##type##_strided_kernel, alora::GradParams, 256, 2, \
-               alora::grad<alora::type, false>)                                     \
-  ALORA_KERNEL(masked_lora_reduce_##type##_kernel, alora::ReduceParams, 256, 2,     \
+#define ALORA_GRAD(type)                                                        \
+  ALORA_KERNEL(masked_lora_grad_##type##_kernel, alora::GradParams, 256, 2,     \
+               alora::grad<alora::type>)                                        \
+  ALORA_KERNEL(masked_lora_reduce_##type##_kernel, alora::ReduceParams, 256, 2, \
                alora::reduce<alora::type>)
 
 ALORA_GRAD(bf16)

@@ -20,7 +20,7 @@ enum Flags : uint32_t {
   kConvertDown = 512,   // the same for `down`
   kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
   kAlongN = 2048,       // the inner dimension of `right` is N, not K
-  kStrided = 4096,      // no dimension of `left` or `right` allows 16-byte pieces
+  kStrided = 4096,      // `left` and `right`, or grad's `wide`, do not allow 16-byte pieces
   kOnePass = 8192,      // low comes from `down` in the main loop
 };
 
@@ -158,12 +158,29 @@ struct GradParams {
   uint32_t threshold, flags, unused;
 };
 
+struct GradBParams {
+  const void* dy;   // [M, N], rows of 16-byte pieces
+  const void* low;  // [M, R16]; padding columns hold zeros
+  const void* up;   // lora_b [N, R] by strides, adapter dtype
+  float* part;      // [G, N, R16]
+  float* low_part;  // [H, slots, R16]
+  const int32_t* active_rows;
+  const int32_t* active_count;
+  int64_t dy_m, low_m, up_n, up_r;
+  int32_t n, r, r16, split_rows, slots;
+  uint32_t flags;
+};
+
 struct ReduceParams {
-  const float* part;  // [S, P, R16]
-  void* out;          // [P, R] by strides; float32 or the kernel's dtype
+  const float* part;           // [S, P, R16]
+  void* out;                   // [P, R] by strides; float32 or the kernel's dtype
+  const int32_t* active_rows;  // where row p of `part` goes, or null: to row p
   const int32_t* active_count;
   int64_t out_p, out_r;
-  int32_t p, r, r16, split_rows;
+  int32_t p, r, r16;
+  int32_t split_rows;  // active rows of a part; 0: there are `splits` parts of the active rows
+  int32_t splits;
+  float scale;
   uint32_t flags, unused;
 };
 

@@ -58,6 +58,8 @@ def source_of(kernel: str) -> str:
         return "persistent_sm90.cu"
     if words[0] == "gemm":
         return "gemm_sm90.cu" if "sm90" in words[2] else f"gemm_{words[2]}.cu"
+    if words[:2] == ["grad", "b"]:
+        return "grad_b.cu"
     files = {"shrink": "shrink.cu", "expand": "expand_add.cu", "decode": "decode.cu"}
     return {**files, "onepass": "onepass_sm90.cu"}.get(words[0], "grad.cu")
 
@@ -82,6 +84,7 @@ class PtxSender:
         self.kernels: list[str] = []
         self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
         self.reports: dict[str, Any] = {}
+        self.results: dict[str, Tensor] = {}  # what the case made, by name
 
     def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
         self.together([(plan, fields)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from alora_kernels.backends.cuda.plan_grads import one_pass_bytes
+
 from .cases import Case, run
 from .ptx_sender import PtxSender
 
@@ -60,11 +62,28 @@ def test_gemm_reads_shared_memory_without_bank_conflicts(seed: int) -> None:
             assert waves == sender.traffic(gemm, "ldmatrix", "ideal") > 0
 
 
-def test_grad_reads_shared_memory_without_bank_conflicts(seed: int) -> None:
-    sender = run(Case("tail", active="all", **SIZES), seed)
-    grad = launched(sender, "grad")
-    waves = sender.traffic(grad, "ldmatrix", "wavefronts")
-    assert waves == sender.traffic(grad, "ldmatrix", "ideal") > 0
+def test_grads_read_shared_memory_without_bank_conflicts(seed: int) -> None:
+    sender = run(Case("tail", active="all", **{**SIZES, "n": 264}), seed)
+    for grad in ("masked_lora_grad_bf16_kernel", "masked_lora_grad_b_bf16_kernel"):
+        waves = sender.traffic(grad, "ldmatrix", "wavefronts")
+        assert waves == sender.traffic(grad, "ldmatrix", "ideal") > 0
+    for opcode in ("st.shared", "ld.shared"):
+        waves = sender.traffic(grad, opcode, "wavefronts")
+        assert waves == sender.traffic(grad, opcode, "ideal") > 0
+
+
+def test_grad_b_moves_the_bytes_that_the_plan_counts(seed: int) -> None:
+    m, n, r, machine = 130, 1040, 9, 6  # three slices of columns, the last of sixteen; two of rows
+    sizes = {"m": m, "n": n, "k": 8, "r": r, "bias": "none", "machine": machine}
+    sender = run(Case("delta", active="all", **sizes), seed)
+    assert sum("shrink" in k for k in sender.kernels) == 1  # xa's, and none for dya
+    both = launched(sender, "grad_b_")
+    assert sender.traffic(both, "cp.async", "bytes") == 2 * m * (n + 3 * 16)
+    parts = 4 * 16 * (2 * n + 3 * m)
+    assert sender.counts[both]["gl_st_bytes"] == parts
+    assert one_pass_bytes(m, n, r, machine) == 2 * m * n + 2 * parts
+    stages = 3 * 2 * 5  # of sixteen rows, for 65 in each split
+    assert sender.counts[both]["mma_flops"] == 2 * 2 * stages * 16 * 512 * 16
 
 
 def test_hopper_copies_whole_tiles_once(seed: int) -> None:

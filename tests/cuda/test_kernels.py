@@ -168,9 +168,54 @@ def test_options(strategy: str, options: dict[str, Any], seed: int) -> None:
 
 
 def test_a_group_shares_one_shrink(seed: int) -> None:
-    sender = run(Case("tail", count=3, r=32), seed)
+    sender = run(Case("tail", count=3, r=33), seed)
     shrinks = [k for k in sender.kernels if "shrink" in k]
     assert len(shrinks) == 1 + 3  # xa of the group; dya has its own left operand each
+
+
+@pytest.mark.parametrize("arch, strategy", [("sm_80", "tail"), ("sm_90a", "delta")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "m": 40,
+            "n": 528,
+            "r": 24,
+            "machine": 4,
+        },  # a slice of columns of its own for the last sixteen
+        {"m": 130, "n": 264, "r": 1, "active": "all", "machine": 3, "reverse": True},
+        {"m": 150, "n": 1024, "r": 32, "active": "all", "machine": 6, "adapter": "fp32"},
+        {"m": 65, "n": 200, "r": 16, "active": "one", "machine": 2, "dropout": 0.3, "bias": "both"},
+        {"m": 90, "n": 264, "r": 8, "known": False, "machine": 2},  # fewer rows than planned for
+        {
+            "m": 70,
+            "n": 264,
+            "r": 32,
+            "active": "half_tile",
+            "machine": 2,
+            "count": 2,
+            "prefix_grad": False,
+        },
+        {"m": 66, "n": 264, "r": 9, "machine": 3, "dtype": torch.float16, "layout": "weight_t"},
+    ],
+    ids=str,
+)
+def test_one_pass_over_dy(arch: str, strategy: str, options: dict[str, Any], seed: int) -> None:
+    case = dataclasses.replace(Case(strategy, k=16, active="some", arch=arch), **options)
+    sender = run(case, seed)
+    assert sum("grad_b_" in k for k in sender.kernels) == case.count
+    assert sum("shrink" in k for k in sender.kernels) == 1
+
+
+def test_gradients_do_not_depend_on_the_order_of_blocks(seed: int) -> None:
+    """Bit for bit, of dya too, which dx and dA show."""
+    results = []
+    for reverse in (False, True):
+        torch.manual_seed(seed)
+        case = Case("tail", m=130, k=16, n=1032, r=9, active="all", machine=9, reverse=reverse)
+        results.append(run(case, seed).results)
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
 
 
 def test_add_reads_active_rows_alone(seed: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alora_kernels.backends import Problem
-from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda import CudaBackend, plan_grads
 from alora_kernels.backends.cuda import plan as planning
 from alora_kernels.backends.cuda.backend import why_no_kernel
 from alora_kernels.backends.cuda.layouts import LAYOUTS
@@ -135,11 +135,55 @@ def test_hopper_refuses_what_its_maps_cannot_hold() -> None:
 @pytest.mark.parametrize("active", [0, 1, 127, 129, 8192])
 @pytest.mark.parametrize("p, rank", [(1, 1), (4096, 32), (14336, 256)])
 def test_grad_splits_cover_the_active_rows(active: int, p: int, rank: int) -> None:
-    part, total = planning.grad(BF16, active, p, rank, rows_of(p), False, True, 108)
+    part, total = plan_grads.grad(BF16, active, p, rank, rows_of(p), False, True, 108)
     splits = part.grid[2]
     assert splits * part.split >= active and (splits - 1) * part.split < max(active, 1)
     assert part.split == total.split and part.workspace[0] == splits
     assert part.shared <= 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "n, rank, active, ratio",
+    [
+        (4096, 16, 8192, 0.60),
+        (4096, 32, 8192, 0.70),
+        (4096, 32, 2048, 0.88),
+        (4096, 32, 819, 0.76),
+        (14336, 32, 8192, 0.64),
+        (1024, 32, 8192, 0.89),
+        (64, 32, 8192, 1.33),  # dya's part outweighs the second reading of so few columns
+    ],
+)
+def test_grad_b_where_it_moves_fewer_bytes(n: int, rank: int, active: int, ratio: float) -> None:
+    sizes = active, n, rank, 132
+    one, two = plan_grads.one_pass_bytes(*sizes), plan_grads.two_pass_bytes(*sizes)
+    assert one / two == pytest.approx(ratio, abs=0.005)
+    plans = plan_grads.grad_b(BF16, active, n, rank, rows_of(n), False, 132)
+    assert (plans is not None) == (one < two)
+
+
+def test_grad_b_fills_the_machine_and_covers_rows_and_columns() -> None:
+    for active, n, rank in ((8192, 4096, 32), (1, 136, 1), (8200, 14344, 17), (16, 520, 8)):
+        plans = plan_grads.grad_b(BF16, active, n, rank, rows_of(n), False, 132)
+        assert plans is not None
+        both, sum_b, sum_low = plans
+        parts, splits, _ = both.grid
+        assert parts * 512 >= n > (parts - 1) * 512
+        assert splits * both.split >= active > (splits - 1) * both.split
+        assert parts * splits <= 132 and both.shared <= 99 * 1024
+        assert both.workspace == (splits * n + parts * active, -(-rank // 16) * 16)
+        assert sum_b.split == both.split and sum_low.split == 0
+    full = plan_grads.grad_b(BF16, 8192, 4096, 32, rows_of(4096), False, 132)
+    assert full is not None and full[0].grid == (8, 16, 1)
+
+
+def test_grad_b_leaves_the_rest_to_two_passes() -> None:
+    def plans(n: int = 4096, rank: int = 32, dy: Operand | None = None, active: int = 8192):
+        return plan_grads.grad_b(BF16, active, n, rank, dy or rows_of(n), False, 132)
+
+    assert plans() is not None
+    assert plans(rank=33) is plans(n=4100) is plans(active=0) is None
+    assert plans(dy=rows_of(4096, False)) is plans(dy=columns_of(4096)) is None
 
 
 @pytest.mark.parametrize("k", [8, 512, 520, 4096, 14336])
@@ -167,7 +211,7 @@ def test_no_grid_is_too_large_for_millions_of_rows() -> None:
         gemm(rows, n, 4096),
         planning.expand_add(BF16, rows, n, 256, columns_of(256), rows_of(n), False, False),
         planning.shrink(BF16, rows, n, rows_of(n), rows_of(n), 16, True, False, False, 108),
-        *planning.grad(BF16, rows, n, 256, rows_of(n), False, True, 108),
+        *plan_grads.grad(BF16, rows, n, 256, rows_of(n), False, True, 108),
         planning.decode(BF16, 16, n, 4096, 16, *[rows_of(4096)] * 3, False, 108),
     ]
     for plan in plans:

@@ -233,11 +233,18 @@ class CudaBackend:
             ]
         if needs.x or any(needs.lora_a):
             dya = _low(launch, strategy, x, total, None in fused)
+        dbs: list[Tensor | None] = [None] * len(projections)
         if dya is not None and not onepass:
             for i, (p, dy) in enumerate(zip(projections, dys)):
                 if fused[i] is not None:
                     continue
                 scale = call.scalings[i] / (1.0 - call.dropout_p)
+                if needs.lora_b[i]:
+                    assert xa is not None
+                    low, out = xa[:, begins[i] :], dya[:, begins[i] :]
+                    dbs[i] = launch.grad_b(dy, low, p.lora_b, out, scale)
+                    if dbs[i] is not None:
+                        continue
                 right = p.lora_b.t()
                 columns = [(right, r, scale) for r in range(0, right.shape[0], 16)]
                 launch.shrink(dy, columns, dya[:, begins[i] :], dropout=False)
@@ -247,12 +254,12 @@ class CudaBackend:
             dx = self._dx(launch, strategy, x, projections, dya, dys, onepass, fused)
         grads: tuple[list[Tensor | None], ...] = ([], [], [])
         for i, (p, dy) in enumerate(zip(projections, dys)):
-            da = db = dbias = None
+            da, db, dbias = None, dbs[i], None
             if needs.lora_a[i]:
                 assert dya is not None
                 da = torch.empty(p.lora_a.shape, dtype=p.lora_a.dtype, device=x.device)
                 launch.grad(x, dya[:, begins[i] :], da.t(), dropout=True)
-            if needs.lora_b[i]:
+            if needs.lora_b[i] and db is None:
                 assert xa is not None
                 db = torch.empty(p.lora_b.shape, dtype=p.lora_b.dtype, device=x.device)
                 launch.grad(dy, xa[:, begins[i] :], db, dropout=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ...reference import dropout_threshold
 from .. import Call
 from . import plan as planning
+from . import plan_grads
 from .layouts import LAYOUTS, MAX_COLUMN_BLOCKS
 from .plan import Operand, Plan, operand
 
@@ -303,7 +304,7 @@ class Launcher:
         if p == 0:
             return
         on, seed, threshold = self._drop(dropout)
-        part_plan, plan = planning.grad(
+        part_plan, plan = plan_grads.grad(
             wide.dtype, act.max_active, p, rank, operand(wide), on, out.dtype == torch.float32,
             self.multiprocessors,
         )  # fmt: skip
@@ -315,5 +316,40 @@ class Launcher:
                 low.stride(0), p, r16, rows, threshold, part_plan.flags, 0,
             ))  # fmt: skip
         self.send(plan, (
-            part, out, act.active_count, *out.stride(), p, rank, r16, rows, plan.flags, 0,
+            part, out, None, act.active_count, *out.stride(), p, rank, r16, rows, 0, 1.0,
+            plan.flags, 0,
         ))  # fmt: skip
+
+    def grad_b(
+        self, dy: Tensor, xa: Tensor, lora_b: Tensor, dya: Tensor, scale: float
+    ) -> Tensor | None:
+        """dB `[N, R]` = Σ_active dyᵀ · xa and dya[active] = scale · dy · lora_b, dy read once.
+
+        None, and nothing is done, where two passes move fewer bytes. dy `[M, N]`, lora_b `[N, R]`,
+        xa and dya `[M, ≥ R16]`: dya's padding columns become zero.
+        """
+        act, (n, rank) = self.call.activation, lora_b.shape
+        adapter_float = lora_b.dtype != dy.dtype
+        plans = plan_grads.grad_b(
+            dy.dtype, act.max_active, n, rank, operand(dy), adapter_float, self.multiprocessors
+        )
+        if plans is None:
+            return None
+        both, sum_b, sum_low = plans
+        (parts, splits, _), rows, r16 = both.grid, both.split, both.workspace[1]
+        work = torch.empty(both.workspace, dtype=torch.float32, device=dy.device)
+        part, low_part = work[: splits * n], work[splits * n :]
+        self.send(both, (
+            dy, xa, lora_b, part, low_part, act.active_rows, act.active_count, dy.stride(0),
+            xa.stride(0), *lora_b.stride(), n, rank, r16, rows, act.max_active, both.flags,
+        ))  # fmt: skip
+        out = torch.empty(lora_b.shape, dtype=lora_b.dtype, device=dy.device)
+        self.send(sum_b, (
+            part, out, None, act.active_count, *out.stride(), n, rank, r16, rows, 0, 1.0,
+            sum_b.flags, 0,
+        ))  # fmt: skip
+        self.send(sum_low, (
+            low_part, dya, act.active_rows, act.active_count, *dya.stride(), act.max_active, r16,
+            r16, 0, parts, scale, sum_low.flags, 0,
+        ))  # fmt: skip
+        return out

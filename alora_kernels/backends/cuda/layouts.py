@@ -31,5 +31,6 @@ LAYOUTS = {
     "ShrinkParams": struct.Struct("=5Q5q2i2I" + "Qif" * MAX_COLUMN_BLOCKS),
     "ExpandParams": struct.Struct("=7Q5q2if3I"),
     "GradParams": struct.Struct("=6Q3q3i3I"),
-    "ReduceParams": struct.Struct("=3Q2q4i2I"),
+    "GradBParams": struct.Struct("=7Q4q5iI"),
+    "ReduceParams": struct.Struct("=4Q2q5if2I"),
 }

@@ -21,7 +21,6 @@ from .layouts import (
     CONVERT_DOWN,
     CONVERT_UP,
     DROPOUT,
-    FLOAT_OUT,
     MAX_COLUMN_BLOCKS,
     ONEPASS,
     PAIRS_ADAPTER,
@@ -41,8 +40,6 @@ SM90_STAGES = {256: 4, 128: 6}  # columns of the tile: stages of the ring
 FUSED_ROW_BLOCKS = 4096  # of 128 rows: bits of the kernel's map of those with an active row
 FUSED_READERS = 0xFFFF  # column tiles: what half a word counts to
 DECODE_ROWS, DECODE_COLUMNS, DECODE_STEP = 16, 64, 512  # a step of all eight warps
-GRAD_P, GRAD_R, GRAD_SHARED = 128, 64, 4 * (32 * 128 + 32 * 64) * 2
-GRAD_ROWS = 128  # least rows of one split
 EXPAND_ROWS, EXPAND_COLUMNS = 64, 128
 SHRINK_COLUMN_BLOCKS = 4  # of one block of threads
 THREADS = 256
@@ -338,36 +335,3 @@ def expand_add(
         0,
         ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | VECTOR_OUT * pairs | VECTOR_UP * vector,
     )
-
-
-@functools.lru_cache(maxsize=4096)
-def grad(
-    dtype: torch.dtype, active: int, p: int, rank: int, wide: Operand, dropout: bool,
-    float_out: bool, multiprocessors: int,
-) -> tuple[Plan, Plan]:  # fmt: skip
-    """The plans of grad and of reduce: wide `[M, P]`, low `[M, R]`, `active` rows at most."""
-    r16 = -(-rank // 16) * 16
-    path = "vector" if wide.vector() and p % 8 == 0 else "strided"
-    tiles = -(-p // GRAD_P) * -(-rank // GRAD_R)
-    # Enough splits to fill the machine twice, each long enough to be worth its part.
-    splits = max(1, min(-(-active // GRAD_ROWS), -(-2 * multiprocessors // tiles)))
-    split_rows = max(GRAD_ROWS, -(-active // splits))
-    splits = max(1, -(-active // split_rows))
-    part = Plan(
-        f"masked_lora_grad_{NAMES[dtype]}_{path}_kernel",
-        "GradParams",
-        (-(-p // GRAD_P), -(-rank // GRAD_R), splits),
-        GRAD_SHARED,
-        DROPOUT * dropout,
-        split=split_rows,
-        workspace=(splits, p, r16),
-    )
-    total = Plan(
-        f"masked_lora_reduce_{NAMES[dtype]}_kernel",
-        "ReduceParams",
-        (min(-(-p * rank // THREADS), 8 * multiprocessors), 1, 1),
-        0,
-        FLOAT_OUT * float_out,
-        split=split_rows,
-    )
-    return part, total
