@@ -199,7 +199,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
   }
 
   __device__ void consume() {
-    const int group = threadIdx.x / 128 - 1, lane = threadIdx.x % 32;
+    const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
     const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
     const uint32_t out = this->shared + Gemm::kOutAt + group * 2 * Gemm::kOutBytes;
     Ring ring;
