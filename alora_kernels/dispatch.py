@@ -117,7 +117,7 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
         for wanted in strategies:
             reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
             if reason is None:
-                able.append((expected_seconds(BACKENDS[name], problem, wanted), name, wanted))
+                able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:
                 reasons.append(f"{name}/{wanted}: {reason}")
     # The reference is the definition, not a contender: it serves what nothing else can.
@@ -136,12 +136,29 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     return BACKENDS[name], picked
 
 
-def expected_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
-    """The cost model's time with the backend's own tiles, corrected by what was measured here."""
+def expected_seconds(backend: str, problem: Problem, strategy: str) -> float:
+    """The cost model's time with the backend's own tiles, corrected by what was measured here.
+
+    Lengths that are near each other share a result: batches of text are all of different lengths.
+    """
     if problem.device != "cuda":
         return seconds(problem, strategy)
-    own = model_seconds(backend, problem, strategy)
-    return own * tuning.correction(problem, backend.name, strategy)
+    rows = _bucket(problem.rows)
+    return _expected_seconds(
+        backend, problem._replace(rows=rows, active=min(rows, _bucket(problem.active))), strategy
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected_seconds(backend: str, problem: Problem, strategy: str) -> float:
+    own = model_seconds(BACKENDS[backend], problem, strategy)
+    return own * tuning.correction(problem, backend, strategy)
+
+
+def _bucket(count: int) -> int:
+    """`count` rounded up to one of eight steps between two powers of two."""
+    step = 1 << max(0, count.bit_length() - 4)
+    return -(-count // step) * step
 
 
 def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
@@ -154,6 +171,7 @@ def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
 def forget() -> None:
     """Choose anew: what the choice depends on besides the problem has changed."""
     _choose.cache_clear()
+    _expected_seconds.cache_clear()
     tuning.read.cache_clear()
     tuning.key_here.cache_clear()
 

@@ -47,11 +47,11 @@ def only(monkeypatch):
     def switch(*backends):
         table = {b.name: b for b in (*backends, dispatch.ReferenceBackend())}
         monkeypatch.setattr(dispatch, "BACKENDS", table)
-        dispatch._choose.cache_clear()
+        dispatch.forget()
         dispatch._warn_once.cache_clear()
 
     yield switch
-    dispatch._choose.cache_clear()
+    dispatch.forget()
     dispatch._warn_once.cache_clear()
 
 
@@ -166,6 +166,22 @@ def test_the_model_grows_with_the_work() -> None:
 def test_an_unknown_gpu_takes_the_nearest_older_rates() -> None:
     assert rates_of(103) is rates_of(100)
     assert rates_of(75) is rates_of(80)
+
+
+def test_lengths_near_each_other_share_an_estimate(only, monkeypatch) -> None:
+    only(Willing())
+    asked = []
+    real = dispatch.model_seconds
+    monkeypatch.setattr(dispatch, "model_seconds", lambda b, p, s: asked.append(p) or real(b, p, s))
+    for rows in range(1025, 2049):
+        assert dispatch.choose(problem(rows=rows, active=rows // 2), "auto", "auto")[1]
+    assert len(set(asked)) <= 20 and all(p.active <= p.rows for p in asked)
+    for count in (0, 1, 15, 16, 17, 64, 65, 8191, 8192, 10**6 + 1):
+        bucket = dispatch._bucket(count)
+        assert count <= bucket <= count * 1.125
+        assert (bucket - 1).bit_length() == (
+            count - 1
+        ).bit_length()  # tiles change at powers of two
 
 
 def test_a_cpu_problem_runs_on_the_cpu_backend() -> None:

@@ -26,7 +26,8 @@ from .layouts import LAYOUTS
 from .plan import Plan
 
 NOTHING = 0  # the root whose address is zero
-KEPT = 2048  # problems; and tensor maps of one operand of a launch
+KEPT = 1024  # problems
+MAPS_KEPT = 256  # of one operand of a launch: layers of one shape, and where x lay
 EMPTY = ("empty", "new_empty", "empty_like")
 ZEROS = ("zeros", "new_zeros", "zeros_like")
 Function = Callable[[launching.Send], Sequence[Tensor | None]]
@@ -152,7 +153,7 @@ def play(
 def _map(address: int, encode: Callable[[int], bytes], known: dict[int, bytes]) -> bytes:
     found = known.get(address)
     if found is None:
-        if len(known) >= KEPT:
+        if len(known) >= MAPS_KEPT:
             known.clear()
         found = known[address] = encode(address)
     return found
