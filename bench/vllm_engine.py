@@ -152,6 +152,9 @@ def _serve(options: dict[str, Any]) -> None:
         max_model_len=options["max_len"],
         block_size=options["block_size"],
         enable_prefix_caching=True,
+        # By default vLLM keeps a sliding window's blocks only where the same prompt would go on
+        # (one token before its end): a longer prompt, such as the next turn, hits less than it has.
+        prefix_cache_retention_interval=options["block_size"],
         enable_lora=True,
         max_loras=max(len(options["adapters"]), 1),
         max_lora_rank=options["rank"],

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--repeat", default=3, type=int, help="copies of the documents in the context")
     p.add_argument("--max_new_tokens", default=16, type=int)
-    p.add_argument("--block_size", default=None, type=int, help="of vLLM's cache")
+    p.add_argument("--block_size", default=32, type=int, help="of vLLM's cache (default: 32)")
     p.add_argument("--dtype", default="auto")
     o = p.parse_args(arguments)
     given = dict(a.partition("=")[::2] for a in o.adapter)
@@ -95,11 +95,13 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
         lora_target_modules=sorted(targets),
         enable_prefix_caching=True,
         disable_log_stats=False,
-        **({} if o.block_size is None else {"block_size": o.block_size}),
+        # Models with sliding windows: keep every block, not only where the same prompt would end.
+        prefix_cache_retention_interval=o.block_size,
+        block_size=o.block_size,
     )
     tokenizer = llm.get_tokenizer()
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = (DATA / "chat_template.jinja").read_text(encoding="utf8")
+    # None: the model's own.
+    template = None if tokenizer.chat_template else (DATA / "chat_template.jinja").read_text("utf8")
     requests = {n: LoRARequest(n, i + 1, folders[n]) for i, n in enumerate(folders)}
     sampling = SamplingParams(temperature=0.0, max_tokens=o.max_new_tokens)
     table = Table(title="One context, read once")
@@ -108,7 +110,11 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
 
     def step(what: str, name: str | None) -> str:
         ids = tokenizer.apply_chat_template(
-            chat, tokenize=True, add_generation_prompt=name is None, return_dict=False
+            chat,
+            chat_template=template,
+            tokenize=True,
+            add_generation_prompt=name is None,
+            return_dict=False,
         )
         if name is not None:
             ids = [*ids, *configs[name]["alora_invocation_tokens"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 
@@ -32,10 +31,10 @@ def test_every_adapter_takes_the_base_models_blocks() -> None:
     block = 32
     result = run("--tiny", "--block_size", str(block), "--repeat", "1", "--dtype", "float32")
     assert result.returncode == 0, result.stderr[-3000:]
-    cells = [[c.strip() for c in re.split("│", line)[1:-1]] for line in result.stdout.split("\n")]
-    rows = {c[0].partition(":")[0]: c for c in cells if len(c) == 6}
-    assert list(rows) == ["base", "query_rewrite", "answerability", "hallucination"]
-    steps = [c for c in cells if len(c) == 6]
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in result.stdout.split("\n")]
+    steps = [c for c in cells if len(c) == 6 and c[1]]  # a long text wraps into rows of its own
+    names = [c[0].partition(":")[0] for c in steps]
+    assert names == ["base", "query_rewrite", "answerability", "base", "hallucination"]
     prompt, cached = ([int(c[i]) for c in steps] for i in (1, 2))
     assert cached[0] == 0
     # Each step takes what the base model has read: all of its last prompt but less than a block.
