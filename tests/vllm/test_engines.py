@@ -125,7 +125,7 @@ if __name__ == "__main__":
 
 
 def elsewhere(tmp_path, model, rounds, env=None, **options):
-    """Holds the answers of an engine in a process of its own against PEFT's, one round after another.
+    """Holds the answers of an engine in a process of its own against PEFT's, round after round.
 
     Returns the cached tokens of each request, by round, and the engine's metrics.
     """
@@ -139,7 +139,12 @@ def elsewhere(tmp_path, model, rounds, env=None, **options):
         [sys.executable, script, task, out],
         check=True,
         timeout=400,
-        env={**os.environ, **engines.ENVIRONMENT, **(env or {})},
+        env={
+            **os.environ,
+            **engines.ENVIRONMENT,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **(env or {}),
+        },
     )
     answers, metrics = json.loads(out.read_text())
     for turn, results in zip(rounds, answers, strict=True):
