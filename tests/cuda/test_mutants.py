@@ -27,6 +27,8 @@ class Mutant(NamedTuple):
 
 TAIL = Case("tail", m=40, k=200, n=136, r=16)
 HOPPER = Case("tail", m=130, k=72, n=136, r=16, arch="sm_90a", machine=1)
+# Three blocks, nine tiles, two narrow ones before them.
+FUSED = Case("tail", m=300, k=72, n=520, r=16, active="half_tile", arch="sm_90a", machine=3)
 ONEPASS = Case("onepass", m=130, k=264, n=400, r=64, arch="sm_90a", machine=1, adapter="fp32")
 DECODE = Case("onepass", m=4, k=1032, n=72, r=16, machine=4)
 
@@ -64,6 +66,30 @@ MUTANTS = [
            "    if (!last) return;\n", "", DECODE, ""),
     Mutant("leaves the counter as it is", "decode.cu",
            "    if (tid == 0) p.arrived[blockIdx.x] = 0;\n", "", DECODE, "counter"),
+    Mutant("sets the flag without a release", "flags.cuh",
+           "red.release.gpu", "red.relaxed.gpu", FUSED, "global race"),
+    Mutant("sets the flag before the warpgroup has met", "persistent_sm90.cuh",
+           "    sync_some<128>(2 + group);\n    if (threadIdx.x % 128 == 0) release_add",
+           "    if (threadIdx.x % 128 == 0) release_add", FUSED, "global race"),
+    Mutant("reads the flag without an acquire", "flags.cuh",
+           "ld.acquire.gpu", "ld.relaxed.gpu", FUSED, "global race"),
+    Mutant("does not wait for the flag", "persistent_sm90.cuh",
+           "& 0xFFFF) != kConsumers * chunks", "& 0xFFFF) > kConsumers * chunks", FUSED,
+           "global race"),
+    Mutant("waits for one warpgroup of two", "persistent_sm90.cuh",
+           "& 0xFFFF) != kConsumers * chunks", "& 0xFFFF) < chunks", FUSED, "global race"),
+    Mutant("copies low without a proxy fence", "persistent_sm90.cuh",
+           "        fence_async_proxy_everywhere();\n", "", FUSED, "no proxy fence"),
+    Mutant("fences shared memory alone", "flags.cuh",
+           '"fence.proxy.async;"', '"fence.proxy.async.shared::cta;"', FUSED, "no proxy fence"),
+    Mutant("leaves the flag set", "persistent_sm90.cuh",
+           " store_relaxed(ready, 0);", " {}", FUSED, "a counter was not set back"),
+    Mutant("counts its readers one short", "persistent_sm90.cuh",
+           "== this->tiles_n - 1)", "== this->tiles_n - 2)", FUSED, "a counter was not set back"),
+    Mutant("makes a narrow tile too few", "persistent_sm90.cuh",
+           "bitmap[kWords] = blocks;", "bitmap[kWords] = blocks - 1;", FUSED, "deadlock"),
+    Mutant("makes a narrow tile too many", "persistent_sm90.cuh",
+           "bitmap[kWords] = blocks;", "bitmap[kWords] = blocks + 1;", FUSED, ""),
 ]  # fmt: skip
 
 

@@ -259,7 +259,9 @@ class GlobalRaces:
         mine = c.own[rows] // c.warps * c.warps + agent % self.warps
         seen = c.clock[rows, part, np.where(same, mine, 0)]
         if c.between:
-            seen = np.where(same, seen, c.clock[rows, part, c.local + agent])
+            # Of a warp of this block too: a flag that another block has added to passes on no more.
+            passed = c.clock[rows, part, c.local + agent]
+            seen = np.where(same, np.maximum(seen, passed), passed)
         else:
             seen = np.where(same, seen, 0)
         out[there] = seen < when
