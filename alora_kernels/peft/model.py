@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..activation import Activation
@@ -97,6 +98,9 @@ def accelerate(
     if isinstance(model, PeftModel):
         model.__dict__[OURS] = owner
         model.__class__ = accelerated_class(type(model), AcceleratedModel)
+        if SKIPS_HOOKS:
+            tuner = model.base_model
+            tuner.__class__ = accelerated_class(type(tuner), AcceleratedTuner)
 
     if refused:
         logger.warning(
@@ -123,6 +127,8 @@ def restore(model: Any) -> Any:
     root.__dict__.pop("generate", None)
     if model.__dict__.pop(OURS, None) is not None and is_accelerated(model):
         model.__class__ = type(model).alora_kind
+        if is_accelerated(model.base_model):
+            model.base_model.__class__ = type(model.base_model).alora_kind
     return model
 
 
@@ -272,6 +278,19 @@ def _root(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------- the PeftModel itself
 
 SERVED_HERE = object()  # in place of alora_offsets: PEFT then neither searches nor sets hooks
+
+
+# Before 0.21 PEFT calls its model's `forward`, past every hook on the model, ours among them.
+SKIPS_HOOKS = "forward" in BaseTuner.forward.__code__.co_names
+
+
+class AcceleratedTuner:
+    """What the class of the LoraModel between the two gets, where PEFT skips hooks."""
+
+    model: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
 
 
 class AcceleratedModel:

@@ -1,0 +1,44 @@
+"""What other versions of PEFT do differently; `tests/matrix.py` runs the suite on them."""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+from pathlib import Path
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+
+from alora_kernels.peft import accelerate, model, restore
+
+from .models import ASK, prompt, put, twins
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_tuner_that_calls_forward_past_the_hooks(monkeypatch):
+    """PEFT before 0.21 does not call its model but the model's `forward`."""
+    _, stock = twins(layers=1)
+    monkeypatch.setattr(BaseTuner, "forward", lambda self, *a, **k: self.model.forward(*a, **k))
+    monkeypatch.setattr(model, "SKIPS_HOOKS", True)
+    fast = accelerate(copy.deepcopy(stock))
+    ids = put(prompt(2, 12), 0, 3, ASK)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(input_ids=ids).logits, stock(input_ids=ids).logits)
+    assert "alora_kind" in vars(type(fast.base_model))
+    assert type(restore(fast).base_model) is type(stock.base_model)
+
+
+def test_the_floors_are_those_that_the_matrix_runs():
+    sys.path.insert(0, str(ROOT / "tests"))
+    try:
+        from matrix import ENVIRONMENTS
+    finally:
+        sys.path.pop(0)
+    pins = dict(pin.split("==") for pin in ENVIRONMENTS["floor"] if "==" in pin)
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in ("peft", "transformers", "trl"):
+        floor = re.search(rf'"{name}>=([\d.]+)"', project)
+        assert floor is not None
+        assert floor[1] == pins[name] or floor[1] + ".0" == pins[name], name
