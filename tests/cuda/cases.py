@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Needs, Projection
+from alora_kernels.backends import Backend, Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.reference import alora_linear_reference
 
@@ -72,12 +72,14 @@ def _strided_vector(values: Tensor) -> Tensor:
 
 
 def run(
-    case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False
-) -> PtxSender:
+    case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
+    other: Backend | None = None,
+) -> PtxSender:  # fmt: skip
     """Fails unless every result is at most twice as far from the truth as PyTorch's own.
 
     Without `backward` only the outputs are made, as for inference. With `gpu` the kernels are
-    launched; the caller makes the GPU torch's default device.
+    launched; the caller makes the GPU torch's default device. `other` is asked instead of the CUDA
+    backend.
     """
     dtype, m, k, n, r = case.dtype, case.m, case.k, case.n, case.r
     adapter = torch.float32 if case.adapter == "fp32" else dtype
@@ -139,8 +141,8 @@ def run(
         return [*outs, *grads]
 
     sender = PtxSender(case.arch, case.reverse, csrc, case.machine, case.order)
-    backend = CudaBackend()
-    if not gpu:
+    backend: Backend = other or CudaBackend()
+    if not gpu and other is None:
         backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))
     given = [torch.zeros(m, n, dtype=dtype) for _ in projections] if case.add else None
     todo = [p._replace(weight=None, bias=None) if case.add else p for p in projections]
@@ -160,7 +162,7 @@ def run(
         assert got.lora_a[i].dtype == adapter and got.lora_b[i].dtype == adapter
     exact, owns = expected(torch.float64), errors_of_pytorch(expected, dtype)
     assert len(flat) == len(exact)
-    sender.results = dict(zip(names, flat))
+    sender.results, sender.errors = dict(zip(names, flat)), dict(zip(names, owns))
     for name, value, true, own in zip(names, flat, exact, owns):
         assert_error(name, value, torch.zeros_like(value) if true is None else true, own, dtype)
     if not case.prefix_grad:

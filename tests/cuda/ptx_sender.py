@@ -85,6 +85,7 @@ class PtxSender:
         self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
         self.reports: dict[str, Any] = {}
         self.results: dict[str, Tensor] = {}  # what the case made, by name
+        self.errors: dict[str, float] = {}  # PyTorch's own in each of them
 
     def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
         self.together([(plan, fields)])
