@@ -73,7 +73,7 @@ def _strided_vector(values: Tensor) -> Tensor:
 
 def run(
     case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
-    other: Backend | None = None,
+    other: Backend | None = None, make_sender: type[PtxSender] = PtxSender,
 ) -> PtxSender:  # fmt: skip
     """Fails unless every result is at most twice as far from the truth as PyTorch's own.
 
@@ -140,7 +140,7 @@ def run(
         )
         return [*outs, *grads]
 
-    sender = PtxSender(case.arch, case.reverse, csrc, case.machine, case.order)
+    sender = make_sender(case.arch, case.reverse, csrc, case.machine, case.order)
     backend: Backend = other or CudaBackend()
     if not gpu and other is None:
         backend = CudaBackend(sender, (case.machine, int(case.arch[3:5])))

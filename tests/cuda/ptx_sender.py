@@ -122,6 +122,7 @@ class PtxSender:
                 loaded, plan.kernel, plan.grid, plan.block, [blob], smem=plan.shared,
                 reverse=self.reverse, order=self.order if plan.cooperative else "lockstep",
                 resident=self.multiprocessors if plan.cooperative else None,
+                dependent=plan.dependent,
             )  # fmt: skip
         draw = np.random.default_rng(seed)
         while running:

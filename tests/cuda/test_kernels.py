@@ -15,6 +15,7 @@ import torch
 from alora_kernels.activation import Activation
 from alora_kernels.backends import Call, Projection
 from alora_kernels.backends.cuda import CudaBackend, launch
+from alora_kernels.backends.cuda.plan import Plan
 
 from .cases import Case, run
 from .covering import Row, pairwise, product
@@ -216,6 +217,20 @@ def test_gradients_do_not_depend_on_the_order_of_blocks(seed: int) -> None:
         results.append(run(case, seed).results)
     for name, value in results[0].items():
         assert torch.equal(value, results[1][name]), name
+
+
+def test_a_group_of_hopper_overlaps_its_shrink_with_the_gemms(seed: int) -> None:
+    """One shrink for all; each gemm is a programmatic dependent of the kernel before it."""
+    plans = []
+
+    class Recorder(PtxSender):
+        def __call__(self, plan: Plan, fields: Any) -> None:
+            plans.append((plan.kernel.split("_")[2], plan.dependent))
+            super().__call__(plan, fields)
+
+    case = Case("tail", m=130, count=3, r=32, arch="sm_90a")
+    run(case, seed, backward=False, make_sender=Recorder)
+    assert plans == [("shrink", False), ("gemm", True), ("gemm", True), ("gemm", True)]
 
 
 def test_add_reads_active_rows_alone(seed: int) -> None:

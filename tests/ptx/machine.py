@@ -43,7 +43,7 @@ class Machine:
         self.reports: list[Counters] = []  # one a launch
         self.races = GlobalRaces(0, 1, 1)
         self.variables: dict[Module, dict[str, int]] = {}
-        self.grain, self.between, self.shared_init = 4, False, True
+        self.grain, self.between, self.shared_init, self.dependent = 4, False, True, False
 
     # ---- memory -------------------------------------------------------------------------------
 
@@ -135,6 +135,7 @@ class Machine:
         seed: int = 0,
         resident: int | None = None,
         shared_init: bool = True,
+        dependent: bool = False,
     ) -> Iterator[None]:
         """Run the grid, yielding where another launch may go on.
 
@@ -145,8 +146,10 @@ class Machine:
         other. `reverse` begins with the last block. `order` schedules warps: `lockstep` (all in
         step, fast), `round_robin`, `reverse` (the last warp first) or `random` with `seed`.
         `shared_init=False` lets threads read shared memory that nobody wrote, as some correct
-        kernels do for rows that they never store. Raises PtxError at the first fault. Races between
-        two launches are not looked for, and `last` sums over both.
+        kernels do for rows that they never store. A `dependent` kernel may begin while the one
+        before it runs: no thread touches global memory before its griddepcontrol.wait. Raises
+        PtxError at the first fault. Races between two launches are not looked for, and `last`
+        sums over both.
         """
         kernel = mod.kernels[name]
         if kernel.local:
@@ -159,7 +162,7 @@ class Machine:
             return
         per = int(np.prod(block3))
         group = int(np.prod(cluster3))
-        self.shared_init = shared_init
+        self.shared_init, self.dependent = shared_init, dependent
         self.grain = grain_of(kernel.code, ("shared",), 16)
         if any(i.op[0] in ("mbarrier", "tensormap") for i in kernel.code):
             self.grain = min(self.grain, 8)
@@ -177,7 +180,9 @@ class Machine:
         counters = self.counters = Counters(kernel, self.count)
         counters.grid, counters.threads, counters.text = grid3, per, mod.header
         self.reports.append(counters)
-        mine = self.shared_init, self.grain, self.between, self.races, self.counters
+        mine = (
+            self.shared_init, self.dependent, self.grain, self.between, self.races, self.counters
+        )  # fmt: skip
         waves = [blocks[i : i + side] for i in range(0, len(blocks), side)]
         rng = np.random.default_rng(seed)
         for wave in reversed(waves) if reverse else waves:
@@ -185,7 +190,10 @@ class Machine:
             counters.wave_warps = run.n // 32
             for _ in run.bursts(max_steps, order, rng):
                 yield
-                self.shared_init, self.grain, self.between, self.races, self.counters = mine
+                (
+                    self.shared_init, self.dependent, self.grain, self.between, self.races,
+                    self.counters,
+                ) = mine  # fmt: skip
         self.last = self.count - before
         if Machine.on_launch is not None:
             Machine.on_launch(self)

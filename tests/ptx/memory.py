@@ -67,6 +67,7 @@ class Memory(Registers):
         self.clocks = Clocks(numbers, self.warps, self.cluster, total, m.between)
         self.row = np.arange(self.n) // 32
         self.races = SharedRaces(self.clocks, len(self.smem), m.grain)
+        self.waited = np.zeros(self.n, np.bool_)  # threads that have passed griddepcontrol.wait
         self.polled = False
         self.progress = 0  # stores that changed something, threads that were woken
 
@@ -188,6 +189,9 @@ class Memory(Registers):
     ) -> np.ndarray:
         """Index into the arena, checked for alignment, bounds and (read) initialisation."""
         m, at = self.m, addr - GBASE
+        if m.dependent and not self.waited[lanes].all():
+            what = "global access before griddepcontrol.wait: the kernel before may still run"
+            raise self.fault(what, lanes[int(np.argmin(self.waited[lanes]))], int(addr[0]))
         if size > 1 and (at % size).any():
             i = int(np.argmax(at % size != 0))
             raise self.fault(f"misaligned {size}-byte access", lanes[i], int(addr[i]))
@@ -307,6 +311,11 @@ class Memory(Registers):
         if v.dtype.itemsize < w and ty[0] == "s":
             return v.view(f"i{v.dtype.itemsize}").astype(f"i{w}")
         return v
+
+    def op_griddepcontrol(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
+        """Launches run one after another; who may not touch memory yet is known all the same."""
+        if mods[0] == "wait":
+            self.waited[self.lanes(act)] = True
 
     def op_st(self, ins: Instr, mods: list[str], args: list[str], act: Mask) -> None:
         ty = mods[-1]

@@ -18,7 +18,7 @@ ALIGNED = {
     "vote", "match",
 }  # fmt: skip
 WITH_MASK = {"shfl", "vote", "match", "redux", "elect"}
-NOTHING = {"nanosleep", "prefetch", "prefetchu", "griddepcontrol", "discard", "applypriority"}
+NOTHING = {"nanosleep", "prefetch", "prefetchu", "discard", "applypriority"}
 POLLS = 100  # rounds in which every thread that can run only polls, until that is a livelock
 
 
