@@ -298,3 +298,61 @@ def test_nothing_is_kept_without_bound(
     tape = next(t for t in backend._replays._seen.values() if isinstance(t, replay.Tape))
     maps = [m[3] for step in tape.steps if isinstance(step, replay.Launch) for m in step.maps]
     assert maps and all(0 < len(m) <= 2 for m in maps)
+
+
+def repeat(function: Any, turns: int = 4) -> tuple[list[list[Tensor]], list[Any]]:
+    """`function(send, x)` by a `Replays` with a new x each time: the results, and what is kept."""
+    replays, results = replay.Replays(), []
+    for turn in range(turns):
+        x = torch.full((2, 3), float(turn))
+        results.append(list(replays.run(("key",), [x], [], lambda send, x=x: function(send, x))))
+    return results, list(replays._seen.values())
+
+
+def vendor(send: Any, function: Any, *operands: Tensor) -> Tensor:
+    watched = getattr(send, "vendor", None)
+    return function(*operands) if watched is None else watched(function, *operands)
+
+
+def test_zeros_are_made_anew(extension: Extension, poisoned: None) -> None:
+    results, kept = repeat(lambda send, x: [x.new_zeros(4), torch.zeros(5, dtype=torch.int32)])
+    assert isinstance(kept[0], replay.Tape)
+    for a, b in results:
+        assert torch.equal(a, torch.zeros(4)) and torch.equal(b, torch.zeros(5, dtype=torch.int32))
+
+
+def test_products_in_place_and_new_ones_keep_their_order(extension: Extension) -> None:
+    def function(send: Any, x: Tensor) -> list[Tensor]:
+        first = vendor(send, torch.neg, x)
+        vendor(send, Tensor.add_, first, x)
+        second = vendor(send, torch.exp, x)
+        return [first, second, x]
+
+    results, kept = repeat(function)
+    assert isinstance(kept[0], replay.Tape)
+    for turn, (first, second, x) in enumerate(results):
+        assert torch.equal(x, torch.full((2, 3), float(turn)))
+        assert torch.equal(first, torch.zeros(2, 3)) and torch.equal(second, x.exp())
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda y, x: y.zero_(),
+        lambda y, x: y.copy_(x),
+        lambda y, x: torch.add(x, 1, out=y),
+        lambda y, x: y.fill_(float(x[0, 0])),
+    ],
+)
+def test_memory_that_torch_writes_is_never_replayed(touch: Any, extension: Extension) -> None:
+    def function(send: Any, x: Tensor) -> list[Tensor]:
+        y = torch.empty(2, 3)
+        touch(y, x)
+        return [y]
+
+    results, kept = repeat(function)
+    assert kept == ["never"]
+    want = torch.empty(2, 3)
+    for turn, (y,) in enumerate(results):
+        touch(want, torch.full((2, 3), float(turn)))
+        assert torch.equal(y, want)
