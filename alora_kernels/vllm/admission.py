@@ -144,6 +144,8 @@ def refusal(vllm_config: Any, request: Any) -> str | None:
         return "enable_tower_connector_lora: image embeddings come before the invocation"
     if vllm_config.parallel_config.decode_context_parallel_size > 1:
         return "decode context parallelism"
+    if vllm_config.parallel_config.data_parallel_size > 1:
+        return "data parallelism (data_parallel_size > 1): it was not tested"
     if vllm_config.use_v2_model_runner and mapping_v2.PROBLEMS:
         return "this version of the V2 model runner: " + "; ".join(mapping_v2.PROBLEMS)
     return None

@@ -115,7 +115,7 @@ def good_config(**changes):
         "kv_transfer_config": None,
         "kv_events_config": None,
         "lora_config": SimpleNamespace(enable_tower_connector_lora=False),
-        "parallel_config": SimpleNamespace(decode_context_parallel_size=1),
+        "parallel_config": SimpleNamespace(decode_context_parallel_size=1, data_parallel_size=1),
         "use_v2_model_runner": False,
     }
     return SimpleNamespace(**parts | changes)
@@ -141,6 +141,15 @@ def request_for(lora, ids, **changes):
         ({"model_config": SimpleNamespace(is_encoder_decoder=True)}, {}, "encoder-decoder"),
         ({"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, {}, "tower"),
         ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, {}, "context par"),
+        (
+            {
+                "parallel_config": SimpleNamespace(
+                    decode_context_parallel_size=1, data_parallel_size=2
+                )
+            },
+            {},
+            "data parallelism",
+        ),
         ({"use_v2_model_runner": True}, {}, "V2 model runner"),
         ({}, {"sampling_params": None}, "pooling"),
         ({}, {"prompt_token_ids": None}, "prompt_embeds without token ids"),
