@@ -10,6 +10,7 @@ The adapter is saved in PEFT's format and loads in stock PEFT. docs/inference.md
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 import time
@@ -17,19 +18,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from display import Display, plot_losses
-from loading import HubError, check_hub, load_base, load_tokenizer
+from loading import FlagError, HubError, check_hub, device_of, load_base, load_tokenizer
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from rows import Example, RowError, encode, load_rows
 from scoring import Score, exact_match
-from transformers import TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import alora_kernels
 from alora_kernels.inference import Session
-from alora_kernels.training import AloraDataCollator, AloraTrainer
+from alora_kernels.training import (
+    AloraDataCollator,
+    AloraTrainer,
+    PrefixError,
+    check_prefix,
+)
 
 DATA = Path(__file__).parent / "data"
 console = Console()
@@ -80,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_hub(options.push_to_hub, options.hub_model_id)
         run(options)
-    except (HubError, RowError, FileNotFoundError, ImportError) as error:
+    except (HubError, FlagError, RowError, PrefixError, OSError, ImportError) as error:
         console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         return 2
     return 0
@@ -89,9 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     set_seed(options.seed)
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(options.device)
     base, folder = load_base(options.base_model, options.output_dir, options.quantize, device)
     tokenizer = load_tokenizer(folder, DATA / "chat_template.jinja")
     eos = _eos_ids(base, tokenizer)
@@ -106,6 +109,8 @@ def run(options: argparse.Namespace) -> None:
     scores: dict[str, tuple[Score, float]] = {}
     with display:
         model = wrap(base, tokenizer, options, activated=True)
+        if options.prefix != "full":
+            check_prefix(model.train())  # the Trainer would refuse later
         if heldout:
             with model.disable_adapter():
                 scores["base, zero-shot"] = score(display, "base", model, tokenizer, heldout), 0.0
@@ -186,7 +191,7 @@ def fit(
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(0.05 * steps)),
         weight_decay=0.0,
-        logging_steps=5,
+        logging_steps=max(1, min(5, round(steps / 10))),
         eval_strategy="steps" if evaluates else "no",
         eval_steps=options.eval_step if evaluates else None,
         save_strategy="steps" if options.save_step else "no",
@@ -207,8 +212,11 @@ def fit(
         callbacks=[display.callback(name)],
         prefix=options.prefix if activated else "full",
     )
+    trainer.remove_callback(PrinterCallback)  # the display shows what it would print
     began = time.monotonic()
     trainer.train()
+    with contextlib.suppress(OSError):  # without --save_step the Trainer's folder stays empty
+        Path(arguments.output_dir).rmdir()
     return time.monotonic() - began, trainer.state.log_history
 
 

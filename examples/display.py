@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from transformers import TrainerCallback
 
@@ -24,11 +23,10 @@ class Display:
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
+            TextColumn("{task.description:<18}"),  # all of it fits into 80 columns
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
         )
@@ -64,7 +62,8 @@ class _Bar(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any
     ) -> None:
-        self.notes.update({k: v for k, v in logs.items() if k in ("loss", "eval_loss")})
+        names = {"loss": "loss", "eval_loss": "val"}
+        self.notes.update({names[k]: v for k, v in logs.items() if k in names})
         note = "  ".join(f"{k} {float(v):.3f}" for k, v in self.notes.items())
         self.progress.update(self.task, note=note)
 

@@ -16,6 +16,21 @@ class HubError(RuntimeError):
     """The hub cannot be reached, or refuses."""
 
 
+class FlagError(ValueError):
+    """A flag cannot be carried out on this machine or with this model."""
+
+
+def device_of(name: str) -> str:
+    """`auto`: a GPU where there is one. Else the name, once it is known to be there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise FlagError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def check_hub(push: bool, name: str | None) -> None:
     """Fail before any work when the result could not be pushed."""
     if not push:
@@ -75,8 +90,9 @@ def load_tokenizer(source: str, template: Path) -> Any:
     if tokenizer.chat_template is None:
         turns = tokenizer.convert_tokens_to_ids(["<start_of_turn>", "<end_of_turn>"])
         if None in turns or tokenizer.unk_token_id in turns:
-            raise ValueError(
-                f"{source} has no chat template and not Gemma's turns; set one in its tokenizer"
+            raise FlagError(
+                f"--base_model {source} has no chat template and not Gemma's turns; set one in its "
+                "tokenizer"
             )
         tokenizer.chat_template = template.read_text(encoding="utf8")
     return tokenizer

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from .finetune import EXAMPLES, importable, make_folder, run
 from .tiny import CHAT_TEMPLATE, base_model, tokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
-OWN = ("alora_finetuning", "display", "kv_reuse", "loading", "rows", "scoring")
 
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.syspath_prepend(str(DATA))
-    yield
-    for name in OWN:
-        sys.modules.pop(name, None)
+    yield from importable(monkeypatch)
 
 
 def load(name: str) -> list[Any]:
@@ -111,30 +105,7 @@ def test_rows_are_checked() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    base_model("gemma3", 6).save_pretrained(tmp_path / "base")
-    tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
-    with (tmp_path / "rows.jsonl").open("w") as file:
-        for i in range(12):
-            chat = [
-                {"role": "user", "content": f"say {i}"},
-                {"role": "assistant", "content": f"it is {i}"},
-            ]
-            file.write(json.dumps({"messages": chat}) + "\n")
-    return tmp_path
-
-
-def run(folder: Path, *flags: str) -> int:
-    script = importlib.import_module("alora_finetuning")
-    return int(
-        script.main(
-            [
-                *("--base_model", str(folder / "base"), "--data_path", str(folder / "rows.jsonl")),
-                *("--heldout_path", str(folder / "rows.jsonl"), "--val_set_size", "4"),
-                *("--output_dir", str(folder / "out"), "--invocation_string", "<a>"),
-                *("--device", "cpu", *flags),
-            ]
-        )
-    )
+    return make_folder(tmp_path)
 
 
 def test_the_script_trains_and_stock_peft_loads_its_adapter(
@@ -151,6 +122,9 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
         ids = torch.tensor([[1, 30, 31, *tokenizer()("<a>")["input_ids"], 40, 41]])
         with torch.no_grad():
             seen[name] = ids, model.eval()(input_ids=ids).logits
+        seen[f"{name} weights"] = {
+            n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad
+        }
         seen[f"{name} log"] = result[1]
         return result
 
@@ -161,9 +135,10 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
     ids, wanted = seen["aLoRA"]
     with torch.no_grad():
         got = stock(input_ids=ids).logits
-        off = stock.get_base_model()
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
-    assert off is not None
+    named = dict(stock.named_parameters())
+    for name, value in seen["aLoRA weights"].items():
+        assert torch.equal(named[name], value), name
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     log = seen["aLoRA log"]
     losses = [float(entry["eval_loss"]) for entry in log if "eval_loss" in entry]
     assert len(losses) == 2 and losses[-1] < losses[0]
@@ -173,26 +148,6 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
     assert "plain LoRA" in printed and "base, zero-shot" in printed and "0/12" in printed
     with torch.no_grad(), stock.disable_adapter():
         assert not torch.equal(stock(input_ids=ids).logits, got)
-
-
-def test_the_hub_is_asked_before_training(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run(folder, "--push_to_hub") == 2
-    assert "--push_to_hub needs --hub_model_id" in capsys.readouterr().out
-
-    def nobody(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise OSError("offline")
-
-    monkeypatch.setattr("huggingface_hub.HfApi.whoami", nobody)
-    assert run(folder, "--push_to_hub", "--hub_model_id", "me/x") == 2
-    assert "no valid login for the hub" in capsys.readouterr().out
-    assert not (folder / "out").exists()
-
-
-def test_bad_flags_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(folder, "--val_set_size", "12") == 2
-    assert "leaves nothing of 12 rows" in capsys.readouterr().out
 
 
 def test_kv_reuse_runs_each_step_on_the_cache(
@@ -227,25 +182,3 @@ def test_a_plain_lora_takes_the_same_loss_from_fewer_logits() -> None:
         wanted, got = model(**whole), model(**part)
     assert got.logits.shape[1] == 6
     torch.testing.assert_close(got.loss, wanted.loss, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.slow
-def test_quantize_trains_on_four_bits(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    # Its CPU kernel packs whole blocks of 64 inputs.
-    wide = base_model("gemma3", 6, hidden_size=64, intermediate_size=128, head_dim=16)
-    wide.save_pretrained(folder / "base")
-    script = importlib.import_module("alora_finetuning")
-    layers: list[Any] = []
-    fit = script.fit
-
-    def spy(display: Any, name: str, model: Any, *rest: Any) -> Any:
-        layers.extend(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
-        return fit(display, name, model, *rest)
-
-    monkeypatch.setattr(script, "fit", spy)
-    flags = ("--num_epochs", "1", "--eval_step", "1", "--no_compare", "--learning_rate", "0.01")
-    assert run(folder, "--quantize", *flags) == 0, capsys.readouterr().out
-    assert layers and all(layer.weight.quant_type == "nf4" for layer in layers)
