@@ -30,9 +30,17 @@ HOPPER = Case("tail", m=130, k=72, n=136, r=16, arch="sm_90a", machine=1)
 # Three blocks, nine tiles, two narrow ones before them.
 FUSED = Case("tail", m=300, k=72, n=520, r=16, active="half_tile", arch="sm_90a", machine=3)
 ONEPASS = Case("onepass", m=130, k=264, n=400, r=64, arch="sm_90a", machine=1, adapter="fp32")
+ONE_PASS_OVER_DY = Case("delta", m=130, k=8, n=264, r=9, active="all", machine=3)
 DECODE = Case("onepass", m=4, k=1032, n=72, r=16, machine=4)
 
 MUTANTS = [
+    Mutant("adds up shares that are still being written", "grad_b.cu",
+           "if (step > 0) add_shares(step - 1);\n      multiply_step(step);",
+           "multiply_step(step);\n      add_shares(step);", ONE_PASS_OVER_DY, "race"),
+    Mutant("leaves shares where nobody reads them", "grad_b.cu",
+           "shares + (step % 2 * kWarps + warp)", "shares + warp", ONE_PASS_OVER_DY, ""),
+    Mutant("takes the rows of another stage", "grad_b.cu",
+           "find_rows(step + 1);", "find_rows(step);", ONE_PASS_OVER_DY, "error"),
     Mutant("reads a stage too early", "gemm.cuh",
            "      wait_copies<kStages - 2>();\n      __syncthreads();\n      if (kLayout",
            "      wait_copies<kStages - 1>();\n      __syncthreads();\n      if (kLayout",
@@ -104,7 +112,7 @@ def test_is_found(mutant: Mutant, tmp_path: Path, seed: int) -> None:
     assert text.count(mutant.old) == 1, "the mutant no longer applies"
     (csrc / mutant.file).write_text(text.replace(mutant.old, mutant.new))
     with pytest.raises((PtxError, AssertionError)) as caught:
-        run(mutant.case, seed, backward=False, csrc=csrc)
+        run(mutant.case, seed, backward=mutant.file == "grad_b.cu", csrc=csrc)
         _assert_counters_are_zero()
     assert mutant.found in str(caught.value)
 
