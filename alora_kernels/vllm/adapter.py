@@ -85,8 +85,8 @@ class Adapters:
         """The adapter of a vLLM LoRARequest.
 
         A request with `load_inplace` makes the workers read the files again, so they are read again
-        here. Otherwise files that have changed are refused when either version is an aLoRA: the
-        workers may hold either one. Raises ValueError; OSError where there is no such adapter.
+        here. Otherwise files that have changed or gone are refused when either version is an aLoRA:
+        the workers may hold either one. Raises ValueError.
         """
         key = (lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path)
         folder, known = self._known.get(key, ("", None))
@@ -96,7 +96,15 @@ class Adapters:
             folder = get_adapter_absolute_path(lora_request.lora_path)
         elif stamp(folder) == known.stamp:
             return known
-        now = read(folder)
+        try:
+            now = read(folder)
+        except OSError as error:
+            if known is not None and known.tokens is None:
+                return known
+            raise ValueError(
+                f"{CONFIG} of adapter {lora_request.lora_name!r} cannot be read, which says "
+                f"whether it is an Activated LoRA: {error}"
+            ) from error
         if known is not None and not lora_request.load_inplace:
             if known.tokens is None and now.tokens is None:
                 return known

@@ -84,8 +84,6 @@ def admit(vllm_config: Any, request: Any, prompt_length: int | None = None) -> N
     lora_request, params = request.lora_request, request.sampling_params
     try:
         adapter = ADAPTERS.of(lora_request)
-    except OSError:
-        return  # vLLM says what it does not find
     except ValueError as error:
         raise VLLMValidationError(str(error), parameter="model") from error
     if invocation.of(params) is not None:

@@ -138,6 +138,20 @@ def test_plain_lora_that_becomes_an_alora_needs_a_reload(known, tmp_path):
         known()
 
 
+def test_files_that_are_gone_are_not_taken_for_a_plain_lora(known, tmp_path):
+    with pytest.raises(ValueError, match="cannot be read"):
+        known()
+    write(tmp_path, [4])
+    assert known().tokens == (4,)
+    (tmp_path / adapter.CONFIG).unlink()
+    with pytest.raises(ValueError, match="cannot be read"):
+        known()
+    write(tmp_path, None)
+    assert known(inplace=True).tokens is None
+    (tmp_path / adapter.CONFIG).unlink()
+    assert known().tokens is None
+
+
 @pytest.mark.parametrize(
     "name, signature, found",
     [
