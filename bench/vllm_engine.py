@@ -154,7 +154,7 @@ def _serve(options: dict[str, Any]) -> None:
         enable_prefix_caching=True,
         # By default vLLM keeps a sliding window's blocks only where the same prompt would go on
         # (one token before its end): a longer prompt, such as the next turn, hits less than it has.
-        prefix_cache_retention_interval=options["block_size"],
+        prefix_cache_retention_interval=None,
         enable_lora=True,
         max_loras=max(len(options["adapters"]), 1),
         max_lora_rank=options["rank"],

@@ -96,7 +96,7 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
         enable_prefix_caching=True,
         disable_log_stats=False,
         # Models with sliding windows: keep every block, not only where the same prompt would end.
-        prefix_cache_retention_interval=o.block_size,
+        prefix_cache_retention_interval=None,
         block_size=o.block_size,
     )
     tokenizer = llm.get_tokenizer()
