@@ -1,4 +1,5 @@
-// CUTLASS's GEMM with the tile, warps and stages of csrc/gemm.cuh, compiled for its main loop alone.
+// CUTLASS's GEMM with the tile, warps and stages of csrc/gemm.cuh, compiled for its main loop
+// alone.
 #include "cutlass/gemm/device/gemm.h"
 
 using Element = cutlass::bfloat16_t;
