@@ -231,10 +231,16 @@ def _randomness(peft: Any) -> Iterator[str]:
 
 
 def _checkpointing(peft: Any) -> Iterator[str]:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not (peft.training and torch.is_grad_enabled()):
         return
+    if any(isinstance(m, CheckpointWrapper) for m in peft.modules()):
+        yield (
+            "torch's checkpoint_wrapper (FSDP's activation_checkpointing) recomputes layers after "
+            "PEFT has switched the adapter off; use the model's own gradient_checkpointing"
+        )
     on = [m for m in peft.modules() if getattr(m, "gradient_checkpointing", False)]
     if not on:
         return

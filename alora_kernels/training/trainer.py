@@ -80,6 +80,10 @@ class AloraTrainerMixin:
             problems.append("DataParallel over several GPUs (use one process for each GPU)")
         if getattr(args, "deepspeed", None):
             problems.append("deepspeed")
+        if (getattr(args, "fsdp_plugin_args", None) or {}).get("activation_checkpointing"):
+            problems.append(
+                "fsdp_config's activation_checkpointing (use gradient_checkpointing=True)"
+            )
         if problems:
             raise PrefixError(
                 f"{type(self).__name__}: prefix={self.prefix!r} does not work with "

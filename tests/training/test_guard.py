@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from models import base_config, make_batch, make_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -115,6 +116,21 @@ def test_recurrent_layers():
     refused(model, "layer 1 keeps a LinearAttentionLayer")
 
 
+@pytest.mark.parametrize("name", ["Mamba", "Bamba"])
+def test_models_with_a_recurrent_state(name):
+    common = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0}
+    if name == "Mamba":
+        config = transformers.MambaConfig(**common, state_size=4)
+    else:
+        config = transformers.BambaConfig(
+            **common, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+        )  # fmt: skip
+    model = make_model(config=config, targets=["in_proj"], attention="eager")
+    with pytest.raises(PrefixError, match="recurrent"):
+        prefix_forward(model, *BATCH)
+
+
 def test_chunked_attention():
     model = make_model()
     config = model.get_base_model().config
@@ -154,6 +170,17 @@ def test_checkpointing_without_the_private_switch(monkeypatch):
     refused(model, "drops the cache under gradient checkpointing")
     with torch.no_grad():
         assert prefix_problems(model) == []
+
+
+def test_a_checkpoint_that_peft_does_not_know():
+    """FSDP's activation_checkpointing: PEFT's offsets are gone when the layer runs again."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = make_model()
+    layers = model.get_base_model().model.layers
+    layers[1] = checkpoint_wrapper(layers[1])
+    refused(model, "recomputes layers after PEFT has switched the adapter off")
+    assert prefix_problems(model.eval()) == []
 
 
 def test_several_reasons_are_listed_together():

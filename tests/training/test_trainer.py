@@ -52,12 +52,13 @@ def train(folder, kind="llama", trainer=AloraTrainer, resume=None, model=None, *
     store = options.pop("prefix_store", None)
     dropout = options.pop("dropout", 0.0)
     callbacks = options.pop("callbacks", None)
+    eval_rows = options.pop("eval_rows", 5)
     extra = {} if trainer is Trainer else {"prefix": prefix, "prefix_store": store}
     runner = trainer(
         model=model or make_model(kind, seed=1, dropout=dropout),
         args=arguments(folder, **options),
         train_dataset=make_rows(),
-        eval_dataset=make_rows(5, seed=9),
+        eval_dataset=make_rows(eval_rows, seed=9),
         data_collator=AloraDataCollator(INVOCATION),
         callbacks=callbacks,
         **extra,
@@ -147,8 +148,11 @@ def test_metrics_get_whole_logits(tmp_path):
 
 
 class Stop(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == 7
+        control.should_training_stop = state.global_step == self.step
 
 
 @pytest.mark.parametrize("prefix", ["no_grad", "cached"])
@@ -156,7 +160,7 @@ def test_resuming_equals_an_uninterrupted_run(prefix, tmp_path):
     """Same weights, optimizer, random numbers and order of the data, in the middle of an epoch."""
     options = {"prefix": prefix, "dropout": 0.3, "save_strategy": "steps", "save_steps": 7}
     whole = train(tmp_path / "whole", **options)
-    train(tmp_path / "part", callbacks=[Stop()], **options)
+    train(tmp_path / "part", callbacks=[Stop(7)], **options)
     resumed = train(tmp_path / "part", resume=str(tmp_path / "part" / "checkpoint-7"), **options)
     assert resumed.state.global_step == whole.state.global_step == 12
     assert losses(resumed)[7:] == losses(whole)[7:]
@@ -198,6 +202,14 @@ def test_bf16_autocast(tmp_path):
 def test_refused_arguments(options, match, tmp_path):
     with pytest.raises(PrefixError, match=match):
         train(tmp_path, **options)
+
+
+def test_refused_fsdp_checkpointing(tmp_path):
+    """Refused by the arguments, before any process group exists."""
+    runner = train(tmp_path)
+    runner.args.fsdp_plugin_args = {"activation_checkpointing": True}
+    with pytest.raises(PrefixError, match=r"activation_checkpointing.*gradient_"):
+        runner._check_arguments()
 
 
 def test_refused_model_and_bad_arguments(tmp_path):
