@@ -160,8 +160,8 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
 
 
 class _Mirror(threading.local):
-    # Set for each thread, not defaults of the class: a graph traced while a name is missing from the
-    # thread's own dict is guarded by its absence, and would be made again after the first forward.
+    # Set for each thread, not defaults of the class: a graph traced while a name is missing from
+    # the thread's dict is guarded by its absence, and would be made again after a forward.
     def __init__(self) -> None:
         self.request: Request | None = None
         self.state: ForwardState | None = None
