@@ -326,7 +326,7 @@ def find_invocation_starts(
 def _readable(tensor: Tensor) -> bool:
     """Whether the host may look at the values: on the CPU, and not while a compiler traces."""
     return (
-        tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
     )
 
 

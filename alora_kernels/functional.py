@@ -293,9 +293,10 @@ def _autocast(
     if x.dtype == torch.float64:
         return x, projections
     return x.to(dtype), [
-        p._replace(
-            weight=None if p.weight is None else cast_frozen(p.weight, dtype),
-            bias=None if p.bias is None else cast_frozen(p.bias, dtype),
+        Projection(
+            None if p.weight is None else cast_frozen(p.weight, dtype),
+            None if p.bias is None else cast_frozen(p.bias, dtype),
+            *p[2:],
         )
         if p.weight is None or not p.weight.requires_grad
         else p

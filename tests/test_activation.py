@@ -241,3 +241,9 @@ def test_ambient_activation_is_per_task() -> None:
         return await asyncio.gather(*(work(Activation.all(i)) for i in range(1, 4)))
 
     assert asyncio.run(main()) == [True, True, True]
+
+
+def test_a_tree_of_other_leaves() -> None:
+    """Libraries map activations to trees of anything, as torch.utils.checkpoint does."""
+    mapped = torch.utils._pytree.tree_map(lambda t: None, Activation.all(3))
+    assert (mapped.row_adapter, mapped.active_rows, mapped.active_count) == (None, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alora_kernels.backends import philox
@@ -43,6 +43,7 @@ def test_masks_are_the_references(way, num_columns, p) -> None:
 
 
 @pytest.mark.skipif(philox._cpu is None, reason="alora_kernels._cpu was not built here")
+@settings(deadline=None)
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 20), st.integers(1, 600))
 def test_compiled_and_int64_words_agree(seed, first_row, num_columns) -> None:
     rows = torch.arange(first_row, first_row + 5)
