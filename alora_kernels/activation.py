@@ -381,7 +381,10 @@ _ambient: contextvars.ContextVar[Activation | None] = contextvars.ContextVar(
 
 
 class _Mirror(threading.local):
-    activation: Activation | None = None
+    # Set for each thread, not a default of the class: a graph traced while the name is missing from
+    # the thread's own dict is guarded by its absence, and would be made again after `activate`.
+    def __init__(self) -> None:
+        self.activation: Activation | None = None
 
 
 _mirror = _Mirror()
