@@ -28,7 +28,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "floor": (
         "peft==0.19.0",
         "transformers==4.57.1",
-        "trl==1.0.0",
+        "trl==1.16.0",
         "huggingface_hub>=0.34,<1",
         "tokenizers>=0.22,<=0.23",
     ),
@@ -42,7 +42,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "first 5.x": (
         "peft==0.20.0",
         "transformers==5.0.0",
-        "trl==1.0.0",
+        "trl==1.16.0",
         "huggingface_hub>=1.3,<2",
         "tokenizers>=0.22,<=0.23",
         *("httpx", "httpcore", "h11", "anyio"),
