@@ -222,7 +222,8 @@ def _lend(
         with torch.no_grad(), prefix_pass(call.peft, device):
             if missing:
                 index, _ = layout.prefix_index(missing, device)
-                tokens, places = take(input_ids, index), take(positions, index)
+                tokens = take(input_ids[missing], index)
+                places = take(positions[missing], index)
                 lengths = [layout.rows[b].prefix for b in missing]
                 collector = PrefixCollector(call.windows, lengths)
                 with stop_in_last_layer(call.peft, collector):

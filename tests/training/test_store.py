@@ -38,6 +38,19 @@ def test_a_hit_reads_the_store(seed):
     assert step(model, batch, store).isnan()
 
 
+@pytest.mark.parametrize("known", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
+def test_any_rows_of_a_batch_may_be_known(known, seed):
+    """Whichever rows the store has, the others are computed from their own tokens."""
+    model = make_model(seed=seed)
+    batch = make_batch([(16, 6), (9, 6), (12, 8)], seed=seed)
+    store = PrefixStore()
+    step(model, tuple(t[list(known)] for t in batch), store)
+    want = prefix_forward(model, *batch, "no_grad").loss
+    for _ in range(2):  # the second time all are known
+        assert abs(step(model, batch, store) - want) <= 1e-12 * want
+    assert (store.hits, store.misses) == (len(known) + 3, 3)
+
+
 def test_stored_values_are_copies(seed):
     """An entry must not keep the whole batch's tensors alive, nor share their memory."""
     model, batch = make_model("gemma3", seed=seed), make_batch([(16, 6), (5, 6)], seed=seed)

@@ -102,18 +102,18 @@ def resume(rank, folder, wrapper):
     options = {
         **options_of(wrapper), "prefix": "cached", "dropout": 0.3, "save_strategy": "steps",
         "save_steps": 2, "eval_strategy": "no", "gradient_accumulation_steps": 1,
-        "num_train_epochs": 1, "per_device_train_batch_size": 1,
+        "num_train_epochs": 2, "per_device_train_batch_size": 1,
     }  # fmt: skip
     straight = train(f"{folder}/straight", **options)
     train(f"{folder}/part", callbacks=[Stop(2)], **options)
     again = train(f"{folder}/part", resume=f"{folder}/part/checkpoint-2", **options)
-    assert again.state.global_step == straight.state.global_step == 6
+    assert again.state.global_step == straight.state.global_step == 12
     assert again.prefix_store.misses > 0  # it began empty
     return losses(straight), losses(again), weights(straight), weights(again)
 
 
 def test_resuming_equals_an_uninterrupted_run(tmp_path):
-    """To the end of the epoch, each rank with random numbers of its own."""
+    """Into the next epoch, each rank with random numbers of its own."""
     for straight_losses, again_losses, straight, again in run_two(
         resume, str(tmp_path), "ddp"
     ).values():
