@@ -65,19 +65,27 @@ def test_several_samples_of_one_prompt(engine, words):
     assert [list(o.token_ids) for o in answer.output.outputs] == [want] * 3
 
 
-def echoing(engine, words, tmp_path, new=6):
-    """An adapter whose answer contains its own invocation, a single token, and such a prompt."""
+def echoing(engine, words, tmp_path, answers=None):
+    """An adapter whose answer contains its own invocation, a single token, and such a prompt.
+
+    `answers(name, prompt)` are the answers of which one must contain it; by default the greedy one.
+    """
     model = engine.model
+    if answers is None:
+
+        def answers(name, prompt):
+            return [model.answer(name, prompt, 6)]
+
     for _ in range(50):
         prompt = [*words(40), 45, *words(5)]
-        for token in model.answer("first", prompt, new)[1:-1]:
+        for token in model.answer("first", prompt, 6)[1:-1]:
             if 4 < token < 128 and token not in prompt:
                 candidate = [token if t == 45 else t for t in prompt]
                 name = f"echo{len(model.adapters)}"
                 path = tiny.with_tokens(model.adapters["first"], tmp_path / name, [token])
                 model.adapters[name] = path
                 tiny.peft_model(model).load_adapter(path, adapter_name=name)
-                if token in model.answer(name, candidate, new)[:-1]:
+                if any(token in tokens[:-1] for tokens in answers(name, candidate)):
                     return name, candidate, token
     raise AssertionError("no prompt makes the adapter say its invocation")
 
@@ -110,7 +118,15 @@ def test_beam_search(engine, words, tmp_path, which):
 
     name, prompt = which, [*words(45), *INVOCATION, *words(5)]
     if which == "echo":
-        name, prompt, token = echoing(engine, words, tmp_path)
+        # PEFT's beams must hold it: the greedy answer need not survive among them.
+        name, prompt, token = echoing(
+            engine,
+            words,
+            tmp_path,
+            lambda name, prompt: [
+                tokens for tokens, _ in beams_of_peft(engine.model, name, prompt, 2, 6)
+            ],
+        )
     params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
     (output,) = engine.llm.beam_search(
         [{"prompt_token_ids": prompt}], params, lora_request=engine.lora(name)
