@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -98,8 +99,12 @@ def test_generated_invocation_changes_nothing(engine, words, tmp_path):
 
 
 def beams_of_peft(model, name, prompt, width, new):
-    """vLLM's beam search over PEFT's logits: 2 · width candidates of each beam."""
-    beams = [([], 0.0)]
+    """vLLM's beam search over PEFT's logits: 2 · width candidates of each beam.
+
+    None where a beam and the first one cut off, or two beams at the end, are so close that sums in
+    another order may swap them; and where a beam ends in EOS, which vLLM scores as one token shorter.
+    """
+    beams, clear = [([], 0.0)], 2 * new * TOLERANCE
     for _ in range(new):
         grown = []
         for tokens, score in beams:
@@ -107,7 +112,14 @@ def beams_of_peft(model, name, prompt, width, new):
             best = torch.topk(scores, 2 * width)
             for value, token in zip(best.values.tolist(), best.indices.tolist()):
                 grown.append(([*tokens, token], score + value))
-        beams = sorted(grown, key=lambda beam: -beam[1])[:width]
+        grown.sort(key=lambda beam: -beam[1])
+        beams = grown[:width]
+        if beams[-1][1] - grown[width][1] < clear or any(
+            tokens[-1] == tiny.EOS for tokens, _ in beams
+        ):
+            return None
+    if any(a[1] - b[1] < clear for a, b in itertools.pairwise(beams)):
+        return None
     return beams
 
 
@@ -116,17 +128,15 @@ def test_beam_search(engine, words, tmp_path, which):
     """A beam's prompt ends in generated tokens: with `echo`, among them an invocation."""
     from vllm.sampling_params import BeamSearchParams
 
-    name, prompt = which, [*words(45), *INVOCATION, *words(5)]
+    def tokens_of_beams(name, prompt):
+        return [tokens for tokens, _ in beams_of_peft(engine.model, name, prompt, 2, 6) or ()]
+
     if which == "echo":
         # PEFT's beams must hold it: the greedy answer need not survive among them.
-        name, prompt, token = echoing(
-            engine,
-            words,
-            tmp_path,
-            lambda name, prompt: [
-                tokens for tokens, _ in beams_of_peft(engine.model, name, prompt, 2, 6)
-            ],
-        )
+        name, prompt, token = echoing(engine, words, tmp_path, tokens_of_beams)
+    else:
+        name, prompts = which, ([*words(45), *INVOCATION, *words(5)] for _ in range(50))
+        prompt = next(p for p in prompts if tokens_of_beams(name, p))
     params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
     (output,) = engine.llm.beam_search(
         [{"prompt_token_ids": prompt}], params, lora_request=engine.lora(name)
