@@ -102,7 +102,8 @@ def beams_of_peft(model, name, prompt, width, new):
     """vLLM's beam search over PEFT's logits: 2 · width candidates of each beam.
 
     None where a beam and the first one cut off, or two beams at the end, are so close that sums in
-    another order may swap them; and where a beam ends in EOS, which vLLM scores as one token shorter.
+    another order may swap them; and where a beam ends in EOS, whose score vLLM divides by one token
+    less.
     """
     beams, clear = [([], 0.0)], 2 * new * TOLERANCE
     for _ in range(new):
