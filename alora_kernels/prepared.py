@@ -79,7 +79,7 @@ class Prepared:
         count = activation.row_adapter.shape[0]
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         # Where the tensors lie is part of the key: `.to()` and `.data` change them in place.
-        places = tuple([t.data_ptr() for t in self.tensors])
+        places = tuple(map(Tensor.data_ptr, self.tensors))
         key = (count, shape[-1], activation.planned_active, x.dtype, device, places)
         found = self.chosen.get(key)
         if found is None:
