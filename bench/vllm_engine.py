@@ -192,10 +192,13 @@ def _serve(options: dict[str, Any]) -> None:
 
 
 def _threads(worker: Any) -> dict[str, Any]:
-    """Threads and cores of a worker process."""
+    """Threads and cores of a worker process: each OpenMP thread is bound to one of its own."""
     import torch
 
-    return {"threads": torch.get_num_threads(), "cores": sorted(os.sched_getaffinity(0))}
+    threads = torch.get_num_threads()
+    torch.ones(1 << 20).sum()  # OpenMP makes and binds its threads at the first parallel loop
+    cores = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+    return {"threads": threads, "cores": sorted(set().union(*(c for c in cores if len(c) == 1)))}
 
 
 def _run(

@@ -57,6 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     p.add_argument("--max_new_tokens", default=16, type=int)
     p.add_argument("--block_size", default=32, type=int, help="of vLLM's cache (default: 32)")
     p.add_argument("--dtype", default="auto")
+    p.add_argument(
+        "--cache_gib",
+        type=float,
+        help="memory of vLLM's cache (default: 1 for the default models, else what vLLM takes)",
+    )
     o = p.parse_args(arguments)
     given = dict(a.partition("=")[::2] for a in o.adapter)
     wrong = sorted(set(given) - set(ADAPTERS)) or [
@@ -85,6 +90,7 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
         n: json.loads((Path(d) / "adapter_config.json").read_text()) for n, d in folders.items()
     }
     targets = {t for c in configs.values() for t in c["target_modules"]}
+    gib = o.cache_gib or (None if o.model else 1)
     llm = LLM(
         model,
         dtype=o.dtype,
@@ -98,6 +104,8 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
         # Models with sliding windows: keep every block, not only where the same prompt would end.
         prefix_cache_retention_interval=None,
         block_size=o.block_size,
+        # vLLM alone would claim nearly all memory, and stop where others already use some.
+        kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
     )
     tokenizer = llm.get_tokenizer()
     # None: the model's own.
