@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,18 +11,13 @@ from torch import Tensor, nn
 
 from ..activation import Activation, current_activation, find_invocation_starts
 from . import checkpointing, records
-from .ambient import (
-    ForwardState,
-    Request,
-    current_request,
-    current_state,
-    requesting,
-    set_state,
-)
+from .ambient import ForwardState, Request, current_request, current_state, set_state
+from .generation import generation
+from .lonely import LonelyRows
 from .refusal import invocation_of
+from .rows import restrict, rows_of, starts_of
 from .search import packed_mask, restarts
 
-BASE = "__base__"  # PEFT's word for a row of the base model
 ARGUMENTS = (
     "input_ids",
     "inputs_embeds",
@@ -54,9 +48,8 @@ class Acceleration:
         self.places = self._argument_places()
         self.handles: list[Any] = []
         self.checkpointing = [m for m in root.modules() if hasattr(m, "gradient_checkpointing")]
-        self.warned: set[str] = set()
         self.recent: dict[Any, Activation] = {}
-        self.unread: tuple[str, Tensor, Any] | None = None
+        self.lonely = LonelyRows()
 
     def _argument_places(self) -> dict[str, int]:
         names = list(inspect.signature(self.root.forward).parameters)
@@ -140,7 +133,7 @@ class Acceleration:
         row_names = None
         if chosen:
             assert request is not None
-            names, row_names = self._rows_of(request.names, batch)
+            names, row_names = rows_of(request.names, batch)
         else:
             names = self.active_names()
         state = ForwardState(
@@ -154,7 +147,7 @@ class Acceleration:
         )
         if request is not None and request.activation is not None:
             for name in names:
-                state.activations[name] = self._restrict(request.activation, name, state)
+                state.activations[name] = restrict(state, name, request.activation)
             return state
         self._find(state, names, request, arguments, ids, tokens.device)
         return state
@@ -167,33 +160,6 @@ class Acceleration:
         if len(shape) == 0:
             return 1, 1
         return shape[0], shape[1:].numel()
-
-    @staticmethod
-    def _rows_of(
-        names: str | list[str | None] | None, batch: int
-    ) -> tuple[tuple[str, ...], list[str | None] | None]:
-        """The adapters that are named, and the one of each of `batch` rows where rows differ."""
-        if names is None:
-            return (), None
-        if isinstance(names, str):
-            return (names,), None
-        rows = [None if n is None or n == BASE else n for n in names]
-        if batch % max(len(rows), 1) or not rows:
-            raise ValueError(
-                f"{len(rows)} adapter names were given for a batch of {batch} rows; give one for "
-                "each row (generate repeats them for beams and return sequences)"
-            )
-        rows = [n for n in rows for _ in range(batch // len(rows))]
-        return tuple(dict.fromkeys(n for n in rows if n is not None)), rows
-
-    def _restrict(self, activation: Activation, name: str, state: ForwardState) -> Activation:
-        """The rows of `activation` that run `name`."""
-        if state.row_names is None:
-            return activation
-        mine = [n == name for n in state.row_names]
-        rows = activation.num_rows // len(mine)
-        mask = torch.tensor(mine).repeat_interleave(rows).to(activation.device)
-        return Activation.from_mask(activation.mask & mask)
 
     def _find(
         self,
@@ -233,7 +199,7 @@ class Acceleration:
                         "adapter_scope(model, name, starts=[...])"
                     )
             if given is not None:
-                given = self._mine(state, name, given)
+                given = starts_of(state, name, given)
                 starts[name] = given
                 state.activations[name] = self._from_starts(given, state, past, device)
                 continue
@@ -283,12 +249,6 @@ class Acceleration:
     def _whole_rows(self, state: ForwardState, name: str) -> list[int | None]:
         return [0] * state.batch
 
-    @staticmethod
-    def _mine(state: ForwardState, name: str, starts: list[int | None]) -> list[int | None]:
-        if state.row_names is None:
-            return starts
-        return [s if n == name else None for s, n in zip(starts, state.row_names)]
-
     def _from_starts(
         self, starts: list[int | None], state: ForwardState, past: Any, device: torch.device
     ) -> Activation:
@@ -332,38 +292,14 @@ class Acceleration:
         if torch.compiler.is_compiling():
             return Activation.from_mask(mask)
         if self.root.training and torch.is_grad_enabled():
-            self._warn_of_lonely_rows(name, lonely)
+            self.lonely.look(name, lonely)
         if ids.device.type == "cpu" and begin is None:
             rows = [None if s < 0 else s for s in found.tolist()]
-            starts[name] = self._mine(state, name, rows)
+            starts[name] = starts_of(state, name, rows)
             return self._from_starts(starts[name], state, 0, ids.device)
         if begin is None and not self.root.training:
-            starts[name] = self._mine(state, name, [None if s < 0 else s for s in found.tolist()])
+            starts[name] = starts_of(state, name, [None if s < 0 else s for s in found.tolist()])
         return Activation.from_mask(mask)
-
-    def _warn_of_lonely_rows(self, name: str, lonely: Tensor) -> None:
-        """Warn once that a training row has no invocation, without waiting for the device."""
-        if name in self.warned:
-            return
-        if lonely.device.type == "cpu":
-            rows = lonely.tolist()
-        else:  # looked at in the next forward, when the copy has long arrived
-            before, self.unread = self.unread, None
-            event = torch.cuda.Event() if lonely.device.type == "cuda" else None
-            self.unread = (name, lonely.to("cpu", non_blocking=event is not None), event)
-            if event is not None:
-                event.record()
-            if before is None or (before[2] is not None and not before[2].query()):
-                return
-            name, rows = before[0], before[1].tolist()
-        missing = [i for i, flag in enumerate(rows) if flag]
-        if missing:
-            self.warned.add(name)
-            warnings.warn(
-                f"adapter {name!r}: training row {', '.join(map(str, missing))} of this batch has "
-                "no invocation, so it trains nothing; was it truncated away? (warned once)",
-                stacklevel=2,
-            )
 
     def late_activation(self, state: ForwardState, name: str) -> Activation:
         """For an adapter that is active in some layer only: it cannot be searched for now."""
@@ -398,125 +334,9 @@ class Acceleration:
                 )
         return state
 
-    def peft_arguments(
-        self, layer: Any, state: ForwardState, names: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """The keyword arguments with which PEFT's forward does the same for `layer`."""
-        offsets: list[int | None] | None = None
-        for name in names:
-            if invocation_of(self.configs.get(name)) is None or name not in layer.lora_A:
-                continue
-            mask = state.activations[name].mask.view(state.batch, state.seq_len).cpu()
-            counts = mask.sum(1)
-            position = torch.arange(state.seq_len)
-            if not torch.equal(mask, position >= (state.seq_len - counts).unsqueeze(1)):
-                raise NotImplementedError(
-                    f"adapter {name!r}: a layer that keeps PEFT's forward cannot run packed rows"
-                )
-            mine = [int(c) or None for c in counts]
-            if offsets is None:
-                offsets = mine
-            elif state.row_names is not None:
-                offsets = [b if a is None else a for a, b in zip(offsets, mine)]
-            elif offsets != mine:
-                raise NotImplementedError(
-                    "two activated LoRAs with different invocations are active in a layer that "
-                    "keeps PEFT's forward, which knows one start for each row"
-                )
-        arguments: dict[str, Any] = {"alora_offsets": offsets}
-        if state.names is not None:
-            rows = state.row_names or [*(state.names or (None,))] * state.batch
-            arguments["adapter_names"] = [BASE if n is None else n for n in rows]
-        return arguments
-
-    def before_unserved(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of a layer that keeps PEFT's forward: hand it what PEFT would."""
-        state = current_state()
-        if state is None or state.owner is not self or layer._disable_adapters:
-            return None
-        names = state.names
-        if names is None:
-            active: Any = layer._active_adapter
-            names = (active,) if isinstance(active, str) else tuple(active)
-        known = getattr(layer, "lora_A", {})
-        extra = self.peft_arguments(layer, state, tuple(n for n in names if n in known))
-        if extra["alora_offsets"] is None:
-            del extra["alora_offsets"]
-        return args, {**kwargs, **extra}
-
     # ------------------------------------------------------------------ generate
-
-    def generation(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> requesting:
-        """The scope of one `generate` call: the starts are found once, in the prompt."""
-        outer = current_request(self)
-        names = kwargs.pop("adapter_names", None)
-        offsets = kwargs.pop("alora_offsets", None)
-        if outer is not None and outer.decided and names is None and offsets is None:
-            return requesting(outer)
-        chosen, picked = names is not None, names
-        if outer is not None and not chosen:
-            chosen, picked = outer.chosen, outer.names
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if isinstance(ids, Tensor) and ids.dim() == 1:
-            ids = ids.unsqueeze(0)
-        embeds = kwargs.get("inputs_embeds")
-        if isinstance(ids, Tensor) and ids.shape[1] == 0 and embeds is not None:
-            ids = None
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        past = int(records.cache_length(cache))
-        rows = ids if isinstance(ids, Tensor) else embeds
-        if rows is None:
-            return requesting(Request(self, chosen, picked))
-        batch, width = rows.shape[:2]
-        mask = kwargs.get("attention_mask")
-        fed = 0  # position of the first of `ids`
-        if (past and isinstance(mask, Tensor) and mask.shape[1] != width) or (
-            past and width <= past
-        ):
-            fed = past
-        if chosen:
-            adapters, row_names = self._rows_of(picked, batch)
-        else:
-            adapters, row_names = self.active_names(), None
-        record = records.record_of(cache, past) if past else None
-        found: dict[str, list[int | None]] = {}
-        for name in adapters:
-            tokens = invocation_of(self.configs.get(name))
-            if tokens is None:
-                continue
-            if offsets is not None:
-                if len(offsets) != batch:
-                    raise ValueError(
-                        f"alora_offsets has {len(offsets)} items for {batch} prompts; give one "
-                        "for each prompt (None for the base model)"
-                    )
-                end = fed + width
-                found[name] = [None if not o or o < 0 else max(end - int(o), 0) for o in offsets]
-                continue
-            if not isinstance(ids, Tensor):
-                raise ValueError(
-                    f"adapter {name!r}: generate got inputs_embeds alone, in which its invocation "
-                    "cannot be found; pass input_ids, or alora_offsets (from the end of the row)"
-                )
-            if fed:
-                found[name] = records.continued_starts(name, tokens, ids, past, record, batch)
-                continue
-            starts = find_invocation_starts(ids, tokens).tolist()
-            old = [None] * batch if record is None else record.starts.get(name, [None] * batch)
-            if len(old) != batch:
-                old = [None] * batch
-            kept: list[int | None] = []
-            for row, start in enumerate(starts):
-                mine = row_names is None or row_names[row] == name
-                if mine and 0 <= start < past and old[row] is None:
-                    raise records.covered(name, row, start, past)
-                kept.append(old[row] if old[row] is not None else None if start < 0 else start)
-            found[name] = kept
-        return requesting(Request(self, chosen, picked, found=found))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`root.generate` with the starts of its prompt."""
-        with self.generation(args, kwargs):
+        with generation(self, args, kwargs):
             return type(self.root).generate(self.root, *args, **kwargs)  # type: ignore[attr-defined]

@@ -2,108 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
-import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import ALoraLinearVariant
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from ..backends import Projection
 from ..functional import alora_add, alora_linear, alora_linear_group
-from ..prepared import Prepared
 from .ambient import ForwardState, Pending, current_state
+from .groups import Group
+from .parts import adapter_parts, plain_base
+from .ready import Ready
+from .unserved import peft_arguments
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
-
-logger = logging.getLogger("alora_kernels")
-
-# PEFT's layers over a quantised or foreign base: the base's own forward, then the adapter's part.
-FOREIGN = (
-    "Linear4bit",
-    "Linear8bitLt",
-    "TorchaoLoraLinear",
-    "HqqLoraLinear",
-    "GPTQLoraLinear",
-    "AwqLoraLinear",
-    "EetqLoraLinear",
-    "AqlmLoraLinear",
-    "IncLoraLinear",
-)
-# Projections of one input, by their names in the models of transformers.
-TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("wq", "wk", "wv"),
-    ("w1", "w3"),
-)
-
-
-def why_not_served(layer: Any) -> str | None:
-    """Why this LoRA layer keeps PEFT's forward, or None."""
-    kind = type(layer)
-    if not isinstance(layer, LoraLayer):
-        return "it is not a LoRA layer"
-    if kind is not LoraLinear and kind.__name__ not in FOREIGN:
-        return f"lora.{kind.__name__} is not a linear layer"
-    if "forward" in layer.__dict__:
-        return "its forward was replaced on the instance (a dispatch or offload hook)"
-    if getattr(layer, "ephemeral_gpu_offload", False):
-        return "ephemeral_gpu_offload moves its weights for every call"
-    strange = strange_adapters(layer)
-    if strange and len(strange) == len(layer.lora_A):
-        return "; ".join(f"adapter {name!r}: {reason}" for name, reason in strange.items())
-    return None
-
-
-def strange_adapters(layer: Any) -> dict[str, str]:
-    """The adapters of `layer` that keep PEFT's forward, with the reason."""
-    reasons = {name: why_not_adapter(layer, name) for name in layer.lora_A}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def why_not_adapter(layer: Any, name: str) -> str | None:
-    """Why this adapter of `layer` keeps PEFT's forward, or None."""
-    variant = layer.lora_variant.get(name)
-    if variant is not None and not isinstance(variant, ALoraLinearVariant):
-        return f"the variant {type(variant).__name__} is not LoRA"
-    for part in (layer.lora_A[name], layer.lora_B[name]):
-        if not isinstance(part, nn.Linear):
-            return f"its weight is held by a {type(part).__name__}"
-    drop = layer.lora_dropout[name]
-    if not isinstance(drop, nn.Identity | nn.Dropout) or getattr(drop, "p", 0.0) >= 1.0:
-        return f"its dropout is {drop}"
-    return None
-
-
-class Group:
-    """Layers that read the same x: the first one called computes the outputs of all.
-
-    The outputs wait in the forward's own state, so threads and recomputation do not meet. A group
-    whose layers turn out not to share an x is dissolved.
-    """
-
-    def __init__(self, members: list[AcceleratedLayer]) -> None:
-        self.members = members
-        self.enabled = True
-
-    def dissolve(self, why: str) -> None:
-        if self.enabled and not torch.compiler.is_compiling():
-            logger.info("a group of %d projections is computed one by one: %s", len(self), why)
-            self.enabled = False
-
-    def __len__(self) -> int:
-        return len(self.members)
 
 
 class AcceleratedLayer:
@@ -270,8 +184,9 @@ class AcceleratedLayer:
         """Make the next call without gradient a short one."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if not any(p.weight is None or p.weight._is_view() for p in projections):
-            # (A transposed weight is a new tensor in every call.)
+        weights = [layer._modules["base_layer"]._parameters["weight"] for layer in members]
+        if not any(weight._is_view() for weight in weights):
+            # (What shards or shares weights may make them anew, as views, for every call.)
             self.alora_ready[name] = Ready(name, members, projections, self.alora_owner.options)
 
     def _at_once(self, x: Tensor, name: str, state: ForwardState, ready: Ready) -> Tensor | None:
@@ -288,159 +203,5 @@ class AcceleratedLayer:
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
-        arguments = self.alora_owner.peft_arguments(self, state, tuple(names))
+        arguments = peft_arguments(self.alora_owner, self, state, tuple(names))
         return self.alora_kind.forward(self, x, **arguments)
-
-
-class Ready:
-    """A layer or group as it was last called without gradient, and whether it still is so.
-
-    What a call would look up in a dozen modules is remembered; the parameters, scalings and
-    dropout are compared in every call, hooks by torch's own count of all registrations.
-    """
-
-    __slots__ = ("cells", "hooks", "indices", "prepared", "registrations")
-
-    def __init__(
-        self, name: str, members: list[Any], projections: list[Projection], options: dict[str, Any]
-    ) -> None:
-        scalings = [layer.scaling[name] for layer in members]
-        self.prepared = Prepared(projections, scalings, options)
-        self.indices = tuple([layer.alora_index for layer in members])
-        self.registrations = RemovableHandle.next_id
-        self.hooks: list[dict[int, Any]] = []
-        cells = []
-        for layer, p, scaling in zip(members, projections, scalings):
-            modules = layer._modules
-            adapters, base = modules["lora_A"]._modules, modules["base_layer"]
-            a, b = adapters[name], modules["lora_B"]._modules[name]
-            drop = modules["lora_dropout"]._modules[name]
-            drop = drop if isinstance(drop, nn.Dropout) and drop.p > 0.0 else None
-            numbers = (a._parameters, b._parameters, base._parameters)
-            self.hooks += [
-                d for m in (a, b, base) for d in (m._forward_pre_hooks, m._forward_hooks)
-            ]
-            cells.append((modules, base, adapters, a, *numbers, drop, layer.scaling, p, scaling))
-        self.cells = tuple(cells)
-
-    def run(self, name: str, x: Tensor, state: ForwardState) -> tuple[Tensor, ...] | None:
-        """The outputs of all members, or None when one of them has changed."""
-        if RemovableHandle.next_id != self.registrations:
-            if any(self.hooks):
-                return None
-            self.registrations = RemovableHandle.next_id  # the new hooks are elsewhere
-        for (
-            modules,
-            base,
-            adapters,
-            a,
-            of_a,
-            of_b,
-            of_base,
-            drop,
-            scalings,
-            p,
-            scaling,
-        ) in self.cells:
-            weight, bias, lora_a, lora_b, lora_bias = p
-            if (
-                modules["base_layer"] is not base
-                or adapters.get(name) is not a
-                or of_a.get("weight") is not lora_a
-                or of_b.get("weight") is not lora_b
-                or of_b.get("bias") is not lora_bias
-                or of_base.get("weight") is not weight
-                or of_base.get("bias") is not bias
-                or scalings.get(name) != scaling
-                or (drop is not None and drop.training)
-            ):
-                return None
-        return self.prepared.run(x, state.activation_for(name, x))
-
-
-def adapter_parts(
-    layer: Any, name: str, x: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
-    """lora_a, lora_b, lora_bias and the dropout of this call; None when PEFT must compute it.
-
-    The modules are read, not called: if someone hooked them, PEFT's forward calls them.
-    """
-    modules = layer._modules
-    a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or name in layer.alora_strange:
-        return None
-    if a._forward_pre_hooks or a._forward_hooks or b._forward_pre_hooks or b._forward_hooks:
-        return None
-    lora_a = a._parameters.get("weight")
-    lora_b = b._parameters.get("weight")
-    if lora_a is None or lora_b is None:
-        return None
-    if (
-        lora_a.dtype is not x.dtype
-        and lora_a.dtype is not torch.float32
-        and not (x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type))
-    ) or lora_a.dtype is not lora_b.dtype:
-        return None
-    drop = modules["lora_dropout"]._modules[name]
-    dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
-    return lora_a, lora_b, b._parameters.get("bias"), dropout_p
-
-
-def plain_base(layer: Any, base: Any) -> tuple[Tensor, Tensor | None] | None:
-    """weight `[N, K]` and bias of a base that is a frozen plain linear layer; else None."""
-    kind = type(base)
-    if kind is nn.Linear:
-        weight = base._parameters.get("weight")
-    elif kind is Conv1D:
-        weight = base._parameters.get("weight")
-        weight = None if weight is None else weight.t()
-    else:
-        return None
-    if weight is None or weight.requires_grad or base._forward_pre_hooks or base._forward_hooks:
-        return None
-    bias = base._parameters.get("bias")
-    if (bias is not None and bias.requires_grad) or "forward" in base.__dict__:
-        return None
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return None  # quantised or sharded: its own forward knows how to multiply it
-    return weight, bias
-
-
-_classes: dict[type, type] = {}
-
-
-def accelerated_class(kind: type, methods: type) -> type:
-    """A subclass of `kind` under the same name, with the functions of `methods`.
-
-    Code that looks classes up by name (FSDP's wrapping, saved architectures) goes on finding it.
-    """
-    found = _classes.get(kind)
-    if found is None:
-        fields = {k: v for k, v in vars(methods).items() if callable(v)}
-        fields |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-        forward = fields["forward"]  # one function for each kind, for a signature of its own
-        forward = types.FunctionType(forward.__code__, forward.__globals__, "forward")
-        forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
-        fields |= {"forward": forward, "alora_kind": kind}
-        found = _classes[kind] = type(kind.__name__, (kind,), fields)
-    return found
-
-
-def is_accelerated(module: Any) -> bool:
-    return "alora_kind" in vars(type(module))
-
-
-def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:
-    """The projections of `layers` (by module name) that read one input, as groups."""
-    by_parent: dict[str, dict[str, Any]] = {}
-    for path, layer in layers.items():
-        parent, _, leaf = path.rpartition(".")
-        by_parent.setdefault(parent, {})[leaf] = layer
-    groups = []
-    for children in by_parent.values():
-        for names in TOGETHER:
-            members = [children[n] for n in names if n in children and children[n].alora_fused]
-            widths = {layer.in_features for layer in members}
-            if len(members) > 1 and len(widths) == 1:
-                groups.append(Group(members))
-    return groups

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..activation import Activation
-from .acceleration import BASE, Acceleration
+from .acceleration import Acceleration
 from .ambient import (
     ForwardState,
     Names,
@@ -25,15 +25,14 @@ from .ambient import (
     set_state,
 )
 from .checkpointing import unwatch
-from .layers import (
-    AcceleratedLayer,
-    accelerated_class,
-    find_groups,
-    is_accelerated,
-    strange_adapters,
-    why_not_served,
-)
+from .classes import accelerated_class, is_accelerated
+from .eligibility import strange_adapters, why_not_served
+from .generation import generation
+from .groups import find_groups
+from .layers import AcceleratedLayer
 from .refusal import check_adapter_folder, check_config, invocation_of
+from .rows import BASE, restrict, rows_of
+from .unserved import Unserved
 
 logger = logging.getLogger("alora_kernels")
 OURS = "_alora_acceleration"
@@ -191,13 +190,13 @@ def _fixed_state(owner: Acceleration, chosen: Names, activation: Activation | No
             f"adapter_scope: the activation has {rows} rows, which is no multiple of the {batch} "
             "adapter names"
         )
-    names, row_names = owner._rows_of(chosen, batch)
+    names, row_names = rows_of(chosen, batch)
     if row_names is None:
         batch = 0  # any layout of these rows will do
     state = ForwardState(owner, names, {}, batch, rows // max(batch, 1), row_names=row_names)
     for name in names:
         assert activation is not None
-        state.activations[name] = owner._restrict(activation, name, state)
+        state.activations[name] = restrict(state, name, activation)
     return state
 
 
@@ -233,8 +232,8 @@ def adopt(owner: Acceleration) -> None:
         reason = why_not_served(layer)
         if reason is not None:
             if path not in owner.refused:
-                hook = layer.register_forward_pre_hook(owner.before_unserved, with_kwargs=True)
-                owner.handles.append(hook)
+                hook = Unserved(owner).before_forward
+                owner.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             owner.refused[path] = reason
             continue
         fused = type(layer).__name__ == "Linear"
@@ -327,7 +326,7 @@ class AcceleratedModel:
         names = kwargs.get("adapter_names")
         if names is not None:
             check_names(owner, names, "adapter_names")
-        with owner.generation(args, kwargs):
+        with generation(owner, args, kwargs):
             return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
 
     @contextmanager

@@ -33,7 +33,14 @@ def base_model(kind: str = "llama", **changes: Any) -> Any:
     sizes = {**SIZES, **changes}
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            vocab_size=VOCAB, n_positions=128, n_embd=32, n_layer=2, n_head=4
+            vocab_size=VOCAB,
+            n_positions=128,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
         )
         return transformers.GPT2LMHeadModel(config).eval()
     if kind == "opt":

@@ -82,14 +82,15 @@ def test_layers_neither_wait_nor_upload(dtype, train):
 
 
 def test_the_search_happens_once_per_forward(monkeypatch):
-    from alora_kernels.peft import acceleration
+    from alora_kernels.peft import acceleration, generation
 
     model, _ = twins()
     calls = []
     search = acceleration.find_invocation_starts
-    monkeypatch.setattr(
-        acceleration, "find_invocation_starts", lambda *a: calls.append(1) or search(*a)
-    )
+    for module in (acceleration, generation):
+        monkeypatch.setattr(
+            module, "find_invocation_starts", lambda *a: calls.append(1) or search(*a)
+        )
     ids = put(prompt(2, 12), 0, 3, ASK)
     model(input_ids=ids)
     assert len(calls) == 1

@@ -16,7 +16,11 @@ from .models import ASK, FIRST, SUM, adapted, base_model, cached, lora, prompt, 
 
 
 def layers(model):
-    block = model.get_base_model().model.layers[0]
+    base = model.get_base_model()
+    if hasattr(base, "transformer"):  # GPT-2, whose base layers are Conv1D
+        block = base.transformer.h[0]
+        return block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj
+    block = base.model.layers[0]
     return block.self_attn.q_proj, block.self_attn.v_proj, block.mlp.down_proj
 
 
@@ -50,6 +54,24 @@ def swap_data(model):
     for layer in layers(model):
         weight = layer.lora_B["ask"].weight
         weight.data = torch.randn_like(weight)
+
+
+def swap_base_data(model):
+    torch.manual_seed(0)
+    for layer in layers(model):
+        weight = layer.base_layer.weight
+        weight.data = torch.randn_like(weight)
+
+
+def turn_base_data(model):
+    """Other strides at the same address."""
+    turned = 0
+    for layer in layers(model):
+        weight = layer.base_layer.weight
+        if weight.shape[0] == weight.shape[1]:
+            weight.data = weight.data.t()
+            turned += 1
+    assert turned
 
 
 def new_base(model):
@@ -100,6 +122,8 @@ CHANGES = [
     new_parameter,
     in_place,
     swap_data,
+    swap_base_data,
+    turn_base_data,
     new_base,
     new_bias,
     hook,
@@ -110,9 +134,10 @@ CHANGES = [
 ]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__)
-def test_a_change_between_two_tokens_is_noticed(change):
-    model, stock = twins()
+def test_a_change_between_two_tokens_is_noticed(change, kind):
+    model, stock = twins(kind)
     ids = put(put(prompt(2, 9), 0, 2, ASK), 1, 4, SUM)
     tokens = prompt(2, 1)
     whole = torch.cat([ids, tokens], 1)
@@ -131,10 +156,11 @@ def test_a_change_between_two_tokens_is_noticed(change):
         assert not torch.allclose(before.to(expected.dtype), expected)
 
 
-def test_the_short_way_is_taken(monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_short_way_is_taken(kind, monkeypatch):
     from alora_kernels.peft import layers as module
 
-    model, stock = twins()
+    model, stock = twins(kind)
     ids = put(put(prompt(2, 9), 0, 2, ASK), 1, 4, ASK)
     with torch.no_grad():
         model(input_ids=ids)
@@ -162,9 +188,10 @@ def test_dropout_in_training_mode_without_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("changes", [{}, {"lora_bias": True}], ids=str)
-def test_decoding_equals_peft(dtype, batch, changes):
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_decoding_equals_peft(kind, dtype, batch, changes):
     """One token at a time, bound by twice PEFT's own error in float64."""
-    model, stock = twins(dtype=dtype, **changes)
+    model, stock = twins(kind, dtype, **changes)
     exact = copy.deepcopy(stock).double()
     ids = prompt(batch, 12)
     for row in range(batch):

@@ -1,0 +1,60 @@
+"""Groups: projections that read one input and are computed in one call."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .layers import AcceleratedLayer
+
+logger = logging.getLogger("alora_kernels")
+
+# Projections of one input, by their names in the models of transformers.
+TOGETHER = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("wq", "wk", "wv"),
+    ("w1", "w3"),
+)
+
+
+class Group:
+    """Layers that read the same x: the first one called computes the outputs of all.
+
+    The outputs wait in the forward's own state, so threads and recomputation do not meet. A group
+    whose layers turn out not to share an x is dissolved.
+    """
+
+    def __init__(self, members: list[AcceleratedLayer]) -> None:
+        self.members = members
+        self.enabled = True
+
+    def dissolve(self, why: str) -> None:
+        if self.enabled and not torch.compiler.is_compiling():
+            logger.info("a group of %d projections is computed one by one: %s", len(self), why)
+            self.enabled = False
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+
+def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:
+    """The projections of `layers` (by module name) that read one input, as groups."""
+    by_parent: dict[str, dict[str, Any]] = {}
+    for path, layer in layers.items():
+        parent, _, leaf = path.rpartition(".")
+        by_parent.setdefault(parent, {})[leaf] = layer
+    groups = []
+    for children in by_parent.values():
+        for names in TOGETHER:
+            members = [children[n] for n in names if n in children and children[n].alora_fused]
+            widths = {layer.in_features for layer in members}
+            if len(members) > 1 and len(widths) == 1:
+                groups.append(Group(members))
+    return groups

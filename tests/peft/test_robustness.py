@@ -1,0 +1,65 @@
+"""What others do to a model: exceptions, hooks, replaced forwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .models import ASK, prompt, put, twins
+
+
+def test_an_exception_inside_forward_leaves_nothing_behind():
+    from alora_kernels.peft.ambient import current_state
+
+    model, stock = twins()
+    ids = put(prompt(2, 12), 0, 3, ASK)
+
+    def fail(*_):
+        raise KeyError("mine")
+
+    handle = model.get_base_model().model.layers[1].mlp.act_fn.register_forward_hook(fail)
+    for _ in range(2):
+        with pytest.raises(KeyError, match="mine"):
+            model(input_ids=ids)
+        with pytest.raises(KeyError, match="mine"):
+            model.generate(input_ids=ids, max_new_tokens=2)
+        assert current_state() is None
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_groups_hold_nothing_after_a_forward_and_dissolve_when_wrong():
+    model, stock = twins()
+    attention = model.get_base_model().model.layers[0].self_attn
+    group = attention.q_proj.alora_group
+    assert [
+        m is getattr(attention, n) for m, n in zip(group.members, ("q_proj", "k_proj", "v_proj"))
+    ]
+    assert (
+        len(group) == 3 and len(model.get_base_model().model.layers[0].mlp.up_proj.alora_group) == 2
+    )
+    forward = attention.k_proj.forward
+    copies = lambda x: forward(x.clone())  # noqa: E731
+    attention.k_proj.__dict__["forward"] = copies
+    ids = put(prompt(2, 12), 0, 3, ASK)
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+        assert not group.enabled
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_a_hook_on_a_grouped_layer_or_its_parts_is_called():
+    model, stock = twins()
+    calls = []
+    for m in (model, stock):
+        attention = m.get_base_model().model.layers[0].self_attn
+        attention.k_proj.register_forward_hook(lambda *_: calls.append("layer"))
+        attention.v_proj.base_layer.register_forward_hook(lambda *_: calls.append("base"))
+        attention.v_proj.lora_A["ask"].register_forward_hook(lambda *_: calls.append("a"))
+    ids = put(prompt(2, 12), 0, 3, ASK)
+    with torch.no_grad():
+        mine = model(input_ids=ids).logits
+        first, calls[:] = list(calls), []
+        torch.testing.assert_close(mine, stock(input_ids=ids).logits)
+    assert sorted(first) == sorted(calls) == ["a", "base", "layer"]
