@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def plugin() -> None:
         f"vLLM would not find the plugin among {names}: install the package again; a stale "
         "alora_kernels.egg-info in the checkout hides it"
     )
+
+
+@pytest.fixture
+def registered(plugin) -> Iterator[None]:
+    """The plugin is in place, and again afterwards: vLLM asks for it once in a process."""
+    from alora_kernels.vllm.plugin import register
+
+    register()
+    yield
+    register()
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen3", "mistral"])

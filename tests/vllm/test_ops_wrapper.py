@@ -45,15 +45,12 @@ def test_every_touched_place_is_as_expected() -> None:
     assert mismatches((ops.CHOICE, *ops.ON_CPU, *ops.ON_GPU)) == []
 
 
-def test_vllm_makes_our_wrapper() -> None:
+def test_vllm_makes_our_wrapper(registered: None) -> None:
     from vllm.lora.punica_wrapper import get_punica_wrapper
 
-    ops.install()
-    try:
-        wrapper = get_punica_wrapper(64, 8, torch.device("cpu"))
-        assert type(wrapper) is AloraWrapperCPU
-    finally:
-        unwrap(ops.CHOICE)
+    wrapper = get_punica_wrapper(64, 8, torch.device("cpu"))
+    assert type(wrapper) is AloraWrapperCPU
+    unwrap(ops.CHOICE)
     assert find(ops.CHOICE.name)[2].__func__(None).endswith("PunicaWrapperCPU")
 
 
@@ -157,7 +154,9 @@ def test_no_adapter_costs_no_op(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("batch", ["scattered", "prefill of an aLoRA", "no adapter"])
-def test_the_gpu_wrapper_on_request(batch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_wrapper_on_request(
+    batch: str, registered: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """vLLM's GPU class, its own index kernels left out, with this package's op behind it."""
     from vllm.lora.punica_wrapper import punica_gpu
 
@@ -178,5 +177,5 @@ def test_the_gpu_wrapper_on_request(batch: str, monkeypatch: pytest.MonkeyPatch)
         wrapper.add_lora_linear(y, layer.x, layer.lora_a, layer.lora_b, layer.scale, layer.slices)
         layer.check(y)
     finally:
-        for touch in (ops.CHOICE, *ops.ON_GPU):
+        for touch in ops.ON_GPU:
             unwrap(touch)

@@ -20,7 +20,7 @@ CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "alora_invocat
 
 
 @pytest.fixture
-def untouched(plugin):
+def untouched(registered):
     """vLLM without the plugin, which comes back afterwards."""
     places = [*plugin_module.touched(), *mapping_v2.TOUCHED]
     for place in places:
@@ -28,7 +28,6 @@ def untouched(plugin):
     yield places
     for place in places:
         touch.unwrap(place)
-    plugin_module.register()
 
 
 def marked(places):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +19,12 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from alora_kernels.vllm import peft_config, validate
-from alora_kernels.vllm.touch import mismatches, unwrap
+from alora_kernels.vllm.touch import mismatches
 
 from .bad_adapters import BAD, CONFIG, TENSORS, make_bad
 from .serving import INVOCATION, RANK, make_adapter, make_model
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("registered")]
 TOUCHES = (*peft_config.TOUCHED, *validate.TOUCHED)
 
 
@@ -46,15 +45,6 @@ def config(model: Path) -> SimpleNamespace:
         lora_config=LoRAConfig(max_lora_rank=RANK),
         model_config=ModelConfig(model=str(model), dtype="float32"),
     )
-
-
-@pytest.fixture(autouse=True)
-def plugin() -> Iterator[None]:
-    peft_config.install()
-    validate.install()
-    yield
-    for touch in TOUCHES:
-        unwrap(touch)
 
 
 def check(path: Path, config: Any) -> None:
