@@ -248,4 +248,12 @@ __device__ __forceinline__ uint4 gather_adapter(const void* base, int64_t offset
   return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 }
 
+// The same by 16-byte loads where `vector` tells that the address allows them and all eight exist.
+template <typename T>
+__device__ __forceinline__ uint4 adapter_chunk(const void* base, int64_t offset, int64_t stride,
+                                               int valid, bool is_float, bool vector) {
+  return vector && valid >= 8 ? adapter_vector<T>(base, offset, is_float)
+                              : gather_adapter<T>(base, offset, stride, valid, is_float);
+}
+
 }  // namespace alora

@@ -19,6 +19,19 @@
 
 namespace alora {
 
+// The first warpgroup of `kernel` produces, with few registers, for the others, which consume.
+template <int kProducer, int kConsumer, typename Kernel>
+__device__ __forceinline__ void share_work(Kernel& kernel) {
+  if (threadIdx.x < 128) {
+    give_registers<kProducer>();
+    kernel.produce();
+  } else {
+    take_registers<kConsumer>();
+    kernel.consume();
+    if (threadIdx.x % 128 == 0) wait_tiles_read<0>();  // shared memory must outlive the stores
+  }
+}
+
 // The right tile and the instruction have kBlockN columns, the first kColumns of them columns of
 // out.
 template <typename T, bool kRightAlongN, int kBlockN, int kColumns = kBlockN>
@@ -106,7 +119,7 @@ struct GemmSm90 {
   // One chunk of eight neighbours of `up` for each thread and turn, rounded to T: steps r0 to
   // r0 + depth - 1.
   __device__ void convert_up(int stage, int r0, int n0, int depth) {
-    const bool is_float = has(kAdapterFloat);
+    const bool is_float = has(kAdapterFloat), vector = has(kVectorUp);
     const int chunks = depth / 8;
 #pragma unroll 1
     for (int i = threadIdx.x % 128; i < kColumns * chunks; i += 128) {
@@ -114,13 +127,13 @@ struct GemmSm90 {
         const int r = i / (kColumns / 8), chunk = i % (kColumns / 8), n = n0 + chunk * 8;
         const int valid = r0 + r < p.r ? p.n - n : 0;
         store_shared(right_tile(stage) + chunk / 8 * 8192 + swizzle<128>(r, chunk % 8),
-                     gather_adapter<T>(p.up_values, (r0 + r) * p.up_r + n * p.up_n, p.up_n, valid,
-                                       is_float));
+                     adapter_chunk<T>(p.up_values, (r0 + r) * p.up_r + n * p.up_n, p.up_n, valid,
+                                      is_float, vector));
       } else {
         const int n = n0 + i / chunks, chunk = i % chunks, r = r0 + chunk * 8;
         store_shared(right_tile(stage) + swizzle<128>(i / chunks, chunk),
-                     gather_adapter<T>(p.up_values, r * p.up_r + n * p.up_n, p.up_r,
-                                       n < p.n ? p.r - r : 0, is_float));
+                     adapter_chunk<T>(p.up_values, r * p.up_r + n * p.up_n, p.up_r,
+                                      n < p.n ? p.r - r : 0, is_float, vector));
       }
     }
   }
@@ -355,14 +368,7 @@ struct GemmSm90 {
     __syncthreads();
     // Everything above may overlap the end of the kernel before, which wrote `low`.
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    if (threadIdx.x < 128) {
-      give_registers<40>();
-      produce();
-    } else {
-      take_registers<232>();
-      consume();
-      if (threadIdx.x % 128 == 0) wait_tiles_read<0>();  // shared memory must outlive the stores
-    }
+    share_work<40, 232>(*this);
   }
 };
 

@@ -59,27 +59,17 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     const bool is_float = has(kAdapterFloat), vector = has(kVectorAdapter);
 #pragma unroll
     for (int i = threadIdx.x; i < kR16 * 8; i += 128) {
-      uint4 v = make_uint4(0, 0, 0, 0);
       if constexpr (kRightAlongN) {  // eight neighbours along R
         const int k = k0 + i / (kR16 / 8), r = i % (kR16 / 8) * 8, column = kColumns + r;
-        if (k < p.k && r < p.r) {
-          const int64_t offset = r * q.down_r + k * q.down_k;
-          v = vector && r + 8 <= p.r
-                  ? adapter_vector<T>(q.down_values, offset, is_float)
-                  : gather_adapter<T>(q.down_values, offset, q.down_r, p.r - r, is_float);
-        }
         store_shared(
             right_tile(stage) + column / 64 * 8192 + swizzle<128>(i / (kR16 / 8), column % 64 / 8),
-            v);
+            adapter_chunk<T>(q.down_values, r * q.down_r + k * q.down_k, q.down_r,
+                             k < p.k ? p.r - r : 0, is_float, vector));
       } else {
         const int r = i / 8, k = k0 + i % 8 * 8;
-        if (k < p.k && r < p.r) {
-          const int64_t offset = r * q.down_r + k * q.down_k;
-          v = vector && k + 8 <= p.k
-                  ? adapter_vector<T>(q.down_values, offset, is_float)
-                  : gather_adapter<T>(q.down_values, offset, q.down_k, p.k - k, is_float);
-        }
-        store_shared(right_tile(stage) + swizzle<128>(kColumns + r, i % 8), v);
+        store_shared(right_tile(stage) + swizzle<128>(kColumns + r, i % 8),
+                     adapter_chunk<T>(q.down_values, r * q.down_r + k * q.down_k, q.down_k,
+                                      r < p.r ? p.k - k : 0, is_float, vector));
       }
     }
   }
@@ -220,14 +210,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     if (threadIdx.x < kStages) barrier_init(whole(threadIdx.x), 128);
     this->init_barriers();
     __syncthreads();
-    if (threadIdx.x < 128) {
-      give_registers<56>();
-      produce();
-    } else {
-      take_registers<224>();
-      consume();
-      if (threadIdx.x % 128 == 0) wait_tiles_read<0>();  // shared memory must outlive the stores
-    }
+    share_work<56, 224>(*this);
   }
 };
 

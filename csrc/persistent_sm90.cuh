@@ -94,22 +94,12 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
     const bool is_float = this->has(kAdapterFloat), vector = this->has(kVectorAdapter);
 #pragma unroll 2
     for (int i = threadIdx.x; i < kLowColumns * 8; i += 128) {
-      uint4 v = make_uint4(0, 0, 0, 0);
-      if constexpr (kRightAlongN) {
-        const int k = k0 + i / 8, r = r0 + i % 8 * 8;
-        if (k < p.k && r < p.r) {
-          v = gather_adapter<T>(q.down_values, r * q.down_r + k * q.down_k, q.down_r, p.r - r,
-                                is_float);
-        }
-      } else {
-        const int r = r0 + i / 8, k = k0 + i % 8 * 8;
-        if (k < p.k && r < p.r) {
-          const int64_t offset = r * q.down_r + k * q.down_k;
-          v = vector ? adapter_vector<T>(q.down_values, offset, is_float)
-                     : gather_adapter<T>(q.down_values, offset, q.down_k, p.k - k, is_float);
-        }
-      }
-      store_shared(this->right_tile(stage) + swizzle<128>(i / 8, i % 8), v);
+      const int r = r0 + (kRightAlongN ? i % 8 * 8 : i / 8);
+      const int k = k0 + (kRightAlongN ? i / 8 : i % 8 * 8);
+      const int valid = kRightAlongN ? (k < p.k ? p.r - r : 0) : (r < p.r ? p.k - k : 0);
+      store_shared(this->right_tile(stage) + swizzle<128>(i / 8, i % 8),
+                   adapter_chunk<T>(q.down_values, r * q.down_r + k * q.down_k,
+                                    kRightAlongN ? q.down_r : q.down_k, valid, is_float, vector));
     }
   }
 
@@ -221,14 +211,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
   __device__ void run() {
     this->init_barriers();
     find_active_blocks();
-    if (threadIdx.x < 128) {
-      give_registers<56>();
-      produce();
-    } else {
-      take_registers<224>();
-      consume();
-      if (threadIdx.x % 128 == 0) wait_tiles_read<0>();  // shared memory must outlive the stores
-    }
+    share_work<56, 224>(*this);
   }
 };
 

@@ -122,6 +122,26 @@ def test_hopper_reads_each_operand_once_a_tile_pass(seed: int) -> None:
     assert moved == main + 2 * (2 * 128 * r + n * r)
 
 
+@pytest.mark.parametrize("dx", [False, True])
+@pytest.mark.parametrize("strategy, dropout", [("tail", 0.3), ("tail", 0.0), ("onepass", 0.0)])
+def test_hopper_converts_float_adapters_in_16_byte_pieces(
+    strategy: str, dropout: float, dx: bool, seed: int
+) -> None:
+    m, n, k, r = 256, 384, 128, 32
+    sizes = {"m": m, "n": n, "k": k, "r": r, "bias": "none", "machine": 1}
+    case = Case(strategy, adapter="fp32", active="one", arch="sm_90a", dropout=dropout, **sizes)
+    sender = run(case, seed, backward=dx)
+    wide = launched(sender, "sm90_" if strategy == "onepass" else "sm90kn" if dx else "sm90nk")
+    # One of two row blocks is active. Its tiles read up once, and down once for the narrow tile of
+    # fused or for each column tile of onepass, which has 224 columns.
+    columns, depth = (k, n) if dx else (n, k)
+    passes = {"gemm": 0, "fused": 1, "onepass": -(-columns // 224)}[wide.split("_")[2]]
+    moved = sender.traffic(wide, "ld.global.v4", "bytes")
+    assert moved == 4 * r * (columns + passes * depth)
+    # A chunk of 32 bytes is two loads of a lane: each touches every sector.
+    assert sender.traffic(wide, "ld.global.v4", "sectors") == 2 * moved // 32
+
+
 @pytest.mark.parametrize("active", ["all", "none"])
 def test_onepass_of_hopper_multiplies_down_where_rows_are_active(active: str, seed: int) -> None:
     m, n, k, r = 128, 192, 128, 64

@@ -132,6 +132,12 @@ def _vector_up(up: Operand | None, n: int, rank: int, along_n: bool, adapter_flo
     return (up if along_n else up.turned).vector(4 if adapter_float else 2)
 
 
+def _converted(inner: Operand, adapter_float: bool) -> tuple[bool, bool]:
+    """Whether the producer of Hopper's kernels converts an adapter operand, which no tensor map
+    can then carry, and whether it may read it in 16-byte pieces along its dimension 1."""
+    return adapter_float or not inner.vector(), inner.vector(4 if adapter_float else 2)
+
+
 def _right_map(depth: int, n: int, o: Operand, along_n: bool, columns: int) -> TensorMap:
     """Of `[depth, N]`, in boxes of 64 steps and 64 columns, or of 64 steps and all `columns`."""
     if along_n:
@@ -154,12 +160,13 @@ def onepass_sm90(
     tiles = -(-m // SM90_ROWS) * -(-n // columns)
     if m <= 64 or rank > MAX_ONEPASS_RANK or tiles < multiprocessors // 2:
         return None  # idle rows, no room for down, or a machine filled better by smaller tiles
-    convert_up = adapter_float or not (up if along_n else up.turned).vector()
+    convert_up, vector_up = _converted(up if along_n else up.turned, adapter_float)
+    convert_down, vector_down = _converted(down.turned if along_n else down, adapter_float)
     # Blocks of 64 columns of right overlap columns of down, which therefore follow them.
-    convert_down = along_n or adapter_float or not down.vector()
-    vector = (down.turned if along_n else down).vector(4 if adapter_float else 2)
+    convert_down = convert_down or along_n
     flags = ADAPTER_FLOAT * adapter_float | ADD * add | ACTIVE_ONLY * active_only
-    flags |= CONVERT_UP * convert_up | CONVERT_DOWN * convert_down | VECTOR_ADAPTER * vector
+    flags |= CONVERT_UP * convert_up | VECTOR_UP * vector_up
+    flags |= CONVERT_DOWN * convert_down | VECTOR_ADAPTER * vector_down
     stages = SM90_STAGES[256]
     return Plan(
         f"masked_lora_onepass_{NAMES[dtype]}_sm90_{columns}_kernel",
@@ -195,7 +202,9 @@ def gemm_sm90(
     rows = -(-m // SM90_ROWS)
     columns = 256 if rows * -(-n // 256) >= multiprocessors else 128
     tiles = rows * -(-n // columns)
-    convert = up is not None and (adapter_float or not (up if along_n else up.turned).vector())
+    convert = vector_up = False
+    if up is not None:
+        convert, vector_up = _converted(up if along_n else up.turned, adapter_float)
     maps = (
         TensorMap((k, m), 2 * left.stride0, (SM90_STEP, SM90_ROWS)),
         _right_map(k, n, right, along_n, columns),
@@ -206,7 +215,7 @@ def gemm_sm90(
         TensorMap((n, m), 2 * out.stride0, (64, 64)),
     )
     flags = ADAPTER_FLOAT * adapter_float | DROPOUT * dropout | ADD * add
-    flags |= ACTIVE_ONLY * active_only | CONVERT_UP * convert
+    flags |= ACTIVE_ONLY * active_only | CONVERT_UP * convert | VECTOR_UP * vector_up
     stages = SM90_STAGES[columns]
     return Plan(
         f"masked_lora_gemm_{NAMES[dtype]}_sm90{'kn' if along_n else 'nk'}_{columns}_tail_kernel",
@@ -242,16 +251,13 @@ def fused_sm90(
     if row_blocks > FUSED_ROW_BLOCKS or -(-n // 256) > FUSED_READERS:
         return None
     along_n = "sm90kn" in gemm.kernel
-    across = Operand(down.stride1, down.stride0, down.aligned)
-    convert = adapter_float or not (across if along_n else down).vector()
+    convert, vector_down = _converted(down.turned if along_n else down, adapter_float)
     down_map = None
     if not convert and along_n:
         down_map = TensorMap((rank, k), 2 * down.stride1, (64, SM90_STEP))
     elif not convert:
         down_map = TensorMap((k, rank), 2 * down.stride0, (SM90_STEP, 64))
-    flags = gemm.flags | CONVERT_DOWN * convert
-    if k % 8 == 0 and down.vector(4 if adapter_float else 2):
-        flags |= VECTOR_ADAPTER
+    flags = gemm.flags | CONVERT_DOWN * convert | VECTOR_ADAPTER * vector_down
     return dataclasses.replace(
         gemm,
         kernel=f"masked_lora_fused_{NAMES[dtype]}_sm90{'kn' if along_n else 'nk'}_kernel",
