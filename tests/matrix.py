@@ -22,6 +22,8 @@ import sysconfig
 import time
 from pathlib import Path
 
+# That of the newest hub does not import with an older one.
+DATASETS = ("datasets>=4.4,<5", "httpx", "httpcore", "h11", "anyio")
 # What a user may have. The floors are those of pyproject.toml (test_matrix.py holds them equal).
 # "latest" is what pip finds. A row brings the packages that its versions insist on.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
@@ -31,6 +33,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
         "trl==1.16.0",
         "huggingface_hub>=0.34,<1",
         "tokenizers>=0.22,<=0.23",
+        *DATASETS,
     ),
     "newest 4.x": (
         "peft==0.21.2",
@@ -38,6 +41,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
         "trl==1.16.0",
         "huggingface_hub>=0.34,<1",
         "tokenizers>=0.22,<=0.23",
+        *DATASETS,
     ),
     "first 5.x": (
         "peft==0.20.0",
@@ -45,7 +49,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
         "trl==1.16.0",
         "huggingface_hub>=1.3,<2",
         "tokenizers>=0.22,<=0.23",
-        *("httpx", "httpcore", "h11", "anyio"),
+        *DATASETS,
     ),
     "newest": ("peft", "transformers", "trl"),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..activation import Activation, current_activation, find_invocation_starts
 from . import checkpointing, records
 from .ambient import ForwardState, Request, current_request, current_state, set_state
-from .generation import generation
+from .generation import CHUNKING, Called, generation
 from .lonely import LonelyRows
 from .refusal import invocation_of
 from .rows import restrict, rows_of, starts_of
@@ -340,3 +340,7 @@ class Acceleration:
         """`root.generate` with the starts of its prompt."""
         with generation(self, args, kwargs):
             return type(self.root).generate(self.root, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
+        """`root._prefill_chunking` through the hooks of `root`."""
+        return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)

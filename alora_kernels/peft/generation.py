@@ -15,6 +15,23 @@ from .rows import rows_of
 if TYPE_CHECKING:
     from .acceleration import Acceleration
 
+CHUNKING = "_prefill_chunking"  # where transformers 4.57 prefills in chunks
+
+
+class Called:
+    """A model whose `forward` is its call, hooks included."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.forward = model, model.__call__
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def skips_hooks(chunking: Any) -> bool:
+    """Whether `chunking` calls the model's `forward`, past its hooks."""
+    return "forward" in getattr(getattr(chunking, "__code__", None), "co_names", ())
+
 
 def generation(owner: Acceleration, args: tuple[Any, ...], kwargs: dict[str, Any]) -> requesting:
     """The scope of one `generate` call: the starts are found once, in the prompt."""

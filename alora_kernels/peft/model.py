@@ -27,7 +27,7 @@ from .ambient import (
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
 from .eligibility import strange_adapters, why_not_served
-from .generation import generation
+from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
 from .refusal import check_adapter_folder, check_config, invocation_of
@@ -94,6 +94,8 @@ def accelerate(
     ]
     if hasattr(type(root), "generate"):
         root.__dict__["generate"] = owner.generate
+    if skips_hooks(getattr(type(root), CHUNKING, None)):
+        root.__dict__[CHUNKING] = owner.prefill_in_chunks
     if isinstance(model, PeftModel):
         model.__dict__[OURS] = owner
         model.__class__ = accelerated_class(type(model), AcceleratedModel)
@@ -123,7 +125,8 @@ def restore(model: Any) -> Any:
         if is_accelerated(layer):
             _release(layer)
     unwatch(root.modules())
-    root.__dict__.pop("generate", None)
+    for name in ("generate", CHUNKING):
+        root.__dict__.pop(name, None)
     if model.__dict__.pop(OURS, None) is not None and is_accelerated(model):
         model.__class__ = type(model).alora_kind
         if is_accelerated(model.base_model):

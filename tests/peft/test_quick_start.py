@@ -27,7 +27,10 @@ def tiny_tokenizer():
     made = Tokenizer(models.WordLevel(words, unk_token="a"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>"
+        tokenizer_object=made,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

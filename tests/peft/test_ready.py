@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,8 +222,14 @@ def quantised(how: str):
     base = base_model(hidden_size=64, intermediate_size=64)
     if how == "torchao":
         torchao = pytest.importorskip("torchao.quantization")
-        torchao.quantize_(base, torchao.Int8WeightOnlyConfig())
-        return adapted(base)
+        config = torchao.Int8WeightOnlyConfig()
+        torchao.quantize_(base, config)
+        # Where PEFT 0.19 looks for the configuration, to quantise what it merges.
+        where = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
+        base.hf_quantizer = SimpleNamespace(quantization_config=where)
+        stock = adapted(base)
+        del base.hf_quantizer
+        return stock
     bnb = pytest.importorskip("bitsandbytes")
     for block in base.model.layers:
         for parent in (block.self_attn, block.mlp):

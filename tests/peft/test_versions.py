@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTuner
 
 from alora_kernels.peft import accelerate, model, restore
 
-from .models import ASK, prompt, put, twins
+from .models import ASK, adapted, base_model, prompt, put, twins
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -28,6 +29,24 @@ def test_a_tuner_that_calls_forward_past_the_hooks(monkeypatch):
         torch.testing.assert_close(fast(input_ids=ids).logits, stock(input_ids=ids).logits)
     assert "alora_kind" in vars(type(fast.base_model))
     assert type(restore(fast).base_model) is type(stock.base_model)
+
+
+def test_a_chunked_prefill_that_calls_forward_past_the_hooks():
+    """As transformers 4.57 does it."""
+
+    class Chunking(transformers.LlamaForCausalLM):
+        def _prefill_chunking(self, ids):
+            return self.forward(input_ids=ids).logits
+
+    stock = adapted(base_model()).eval()
+    stock.get_base_model().__class__ = Chunking
+    fast = accelerate(copy.deepcopy(stock))
+    ids = put(prompt(2, 12), 0, 3, ASK)
+    with torch.no_grad():
+        expected = stock(input_ids=ids).logits
+        torch.testing.assert_close(fast.get_base_model()._prefill_chunking(ids), expected)
+    before = set(vars(stock.get_base_model()))
+    assert set(vars(restore(fast).get_base_model())) == before
 
 
 def test_the_floors_are_those_that_the_matrix_runs():
