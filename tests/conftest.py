@@ -19,6 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="every combination of a kernel test's factors instead of every pair; with I/N the "
         "I-th of N disjoint parts of them, each a fair sample",
     )
+    parser.addoption(
+        "--strength",
+        type=int,
+        default=2,
+        metavar="T",
+        help="a kernel test's cases show every combination of T of its factors (2: every pair)",
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Covering arrays: few rows that show every pair of values of any two factors together."""
+"""Covering arrays: few rows that show every pair, triple, ... of values of different factors."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pytest
+
 Row = dict[str, Any]
+Factors = Mapping[str, Sequence[Any]]
+Allowed = Callable[[Row], bool]
+CANDIDATES = 100  # random rows of which the one that covers most is taken
 
 
-def product(
-    factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool], part: str = "1/1"
-) -> list[Row]:
+def chosen(config: pytest.Config, factors: Factors, allowed: Allowed) -> list[Row]:
+    """The rows that `--exhaustive` or `--strength` ask for."""
+    part, strength = config.getoption("--exhaustive"), config.getoption("--strength")
+    return product(factors, allowed, part) if part else covering(factors, allowed, strength)
+
+
+def product(factors: Factors, allowed: Allowed, part: str = "1/1") -> list[Row]:
     """Every allowed row of the whole product, or of its `part` "i/n", 1 ≤ i ≤ n.
 
     The n parts are disjoint and make up the product. Rows come in a shuffled order, the same on
@@ -28,7 +38,7 @@ def product(
     return [row for row in rows if allowed(row)]
 
 
-def _row(factors: Mapping[str, Sequence[Any]], index: int) -> Row:
+def _row(factors: Factors, index: int) -> Row:
     """Row `index` of the product, the first factor being the lowest digit."""
     row = {}
     for name, values in factors.items():
@@ -37,40 +47,36 @@ def _row(factors: Mapping[str, Sequence[Any]], index: int) -> Row:
     return row
 
 
-def pairwise(factors: Mapping[str, Sequence[Any]], allowed: Callable[[Row], bool]) -> list[Row]:
-    """Allowed rows that cover every allowed pair; the same on every call.
+def covering(factors: Factors, allowed: Allowed, strength: int) -> list[Row]:
+    """Allowed rows in which any values of any `strength` factors meet, if an allowed row has them.
 
-    Greedy: each row starts from an uncovered pair and takes, of many random allowed completions,
-    the one that covers most.
+    The same on every call. Greedy: each row is the one that covers most among random allowed rows
+    with the first combination that is not covered yet.
     """
-    draw = random.Random(0)
-    names = list(factors)
-    left = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(names, 2)
-        for x in factors[a]
-        for y in factors[b]
-    }
+    draw = np.random.default_rng(0)
+    values = list(factors.values())
+    levels = np.array([len(v) for v in values])
+    groups = np.array(list(itertools.combinations(range(len(values)), strength)))
+    # A combination's number: its digits, those of the group's last factor lowest, from the
+    # group's first number on.
+    scales = np.cumprod(np.c_[np.ones(len(groups), int), levels[groups][:, :0:-1]], axis=1)[:, ::-1]
+    begins = np.r_[0, np.cumsum(levels[groups].prod(axis=1))]
+    left = np.ones(begins[-1], bool)
     rows: list[Row] = []
-    while left:
-        (a, x), (b, y) = min(left, key=str)
-        best: Row | None = None
-        most = 0
-        for _ in range(400):
-            row = {name: draw.choice(factors[name]) for name in names}
-            row[a], row[b] = x, y
-            if not allowed(row):
-                continue
-            new = len(_pairs(row, names) & left)
-            if new > most:
-                best, most = row, new
-        if best is None:  # no completion of this pair is allowed
-            left.discard(((a, x), (b, y)))
+    first = 0
+    while first < len(left):
+        if not left[first]:
+            first += 1
             continue
-        rows.append(best)
-        left -= _pairs(best, names)
+        group = int(np.searchsorted(begins, first, side="right")) - 1
+        drawn = draw.integers(levels, size=(CANDIDATES, len(values)))
+        drawn[:, groups[group]] = (first - begins[group]) // scales[group] % levels[groups[group]]
+        named = [{n: v[d] for n, v, d in zip(factors, values, digits)} for digits in drawn]
+        numbers = begins[:-1] + (drawn[:, groups] * scales).sum(axis=2)
+        news = [left[i].sum() if allowed(row) else 0 for row, i in zip(named, numbers)]
+        best = int(np.argmax(news))
+        if news[best]:
+            rows.append(named[best])
+            left[numbers[best]] = False
+        left[first] = False  # covered, or in no row that is allowed
     return rows
-
-
-def _pairs(row: Row, names: Sequence[str]) -> set[Any]:
-    return set(itertools.combinations([(name, row[name]) for name in names], 2))

@@ -1,4 +1,4 @@
-"""The choice of cases: every pair is there, and the parts of the product make it up."""
+"""The choice of cases: combinations are all there, and the parts of the product make it up."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from typing import Any
 
 import pytest
 
-from .covering import Row, pairwise, product
+from . import test_kernels, test_persistent
+from .covering import Row, covering, product
 
-FACTORS: dict[str, list[Any]] = {"a": [1, 2, 3], "b": ["x", "y"], "c": [0.0, 0.5, 1.0, 2.0]}
+FACTORS: dict[str, list[Any]] = {
+    "a": [1, 2, 3],
+    "b": ["x", "y"],
+    "c": [0.0, 0.5, 1.0, 2.0],
+    "d": [False, True],
+    "e": [4, 5, 6],
+}
 
 
 def allowed(row: Row) -> bool:
@@ -18,6 +25,10 @@ def allowed(row: Row) -> bool:
 
 def keys(rows: list[Row]) -> list[tuple[Any, ...]]:
     return [tuple(row[name] for name in FACTORS) for row in rows]
+
+
+def combinations(rows: list[Row], strength: int) -> set[Any]:
+    return {some for row in rows for some in itertools.combinations(row.items(), strength)}
 
 
 def test_the_product_has_every_allowed_row_once() -> None:
@@ -37,11 +48,23 @@ def test_a_part_that_does_not_exist_is_refused(part: str) -> None:
         product(FACTORS, allowed, part)
 
 
-def test_every_allowed_pair_is_covered() -> None:
-    pairs = {
-        pair for row in product(FACTORS, allowed) for pair in itertools.combinations(row.items(), 2)
-    }
-    rows = pairwise(FACTORS, allowed)
+@pytest.mark.parametrize("strength", [1, 2, 3, 4, 5])
+def test_every_allowed_combination_is_covered(strength: int) -> None:
+    every, rows = product(FACTORS, allowed), covering(FACTORS, allowed, strength)
     assert all(allowed(row) for row in rows)
-    assert {pair for row in rows for pair in itertools.combinations(row.items(), 2)} == pairs
-    assert len(rows) < len(product(FACTORS, allowed))
+    assert combinations(rows, strength) == combinations(every, strength)
+    assert len(rows) < len(every) or strength == len(FACTORS)
+
+
+@pytest.mark.parametrize("strength", [2, 3])
+@pytest.mark.parametrize("name", [*test_kernels.ROWS, "fused_row"])
+def test_the_kernels_cases_are_covered(name: str, strength: int) -> None:
+    """A combination is missing only if it is itself what no case may have."""
+    factors = {**test_kernels.ROWS, "fused_row": test_persistent.FUSED_FACTORS}[name]
+    rows = covering(factors, test_kernels.allowed, strength)
+    there = combinations(rows, strength)
+    harmless = {"strategy": "delta", "dropout": 0.0, "r": 1}
+    for names in itertools.combinations(factors, strength):
+        for values in itertools.product(*(factors[n] for n in names)):
+            some = tuple(zip(names, values))
+            assert some in there or not test_kernels.allowed({**harmless, **dict(some)})

@@ -1,7 +1,7 @@
 """Every kernel, dtype and strategy, executed from the plans that the backend itself makes.
 
 The sizes cross tile edges: 32 and 128 rows, 128 columns, 32 steps, 16 ranks; odd ones force the
-strided kernels. Pairs of factors are covered here, their whole product with `--exhaustive`.
+strided kernels. Pairs of factors are covered here, more with `--strength` and `--exhaustive`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from alora_kernels.backends.cuda import CudaBackend, launch
 from alora_kernels.backends.cuda.plan import Plan
 
 from .cases import Case, run
-from .covering import Row, pairwise, product
+from .covering import Row, chosen
 from .ptx_sender import PtxSender
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("poisoned")]
 
 FACTORS: dict[str, list[Any]] = {
+    "arch": ["sm_80", "sm_90a"],
     "strategy": ["delta", "tail", "onepass"],
     "dtype": [torch.bfloat16, torch.float16],
     "adapter": ["same", "fp32"],
@@ -48,7 +49,7 @@ SM90_FACTORS: dict[str, list[Any]] = {
     "m": [65, 130],
     "k": [8, 264],  # the ring goes round
     "n": [16, 136, 264],
-    "r": [1, 8, 24, 72, 256],
+    "r": [1, 8, 16, 24, 32, 64, 72, 128, 256],
     "active": ["none", "one", "some", "half_tile", "all"],
     "layout": ["plain", "weight_t"],
     "dropout": [0.0, 0.3],
@@ -66,7 +67,7 @@ ONEPASS_SM90_FACTORS: dict[str, list[Any]] = {
     "m": [65, 130],
     "k": [8, 264],  # the ring goes round
     "n": [16, 200, 264],
-    "r": [1, 8, 24, 48, 64],
+    "r": [1, 8, 16, 24, 32, 48, 64],
     "active": ["none", "one", "some", "half_tile", "all"],
     "layout": ["plain", "weight_t"],
     "prefix_grad": [True, False],
@@ -82,11 +83,19 @@ DECODE_FACTORS: dict[str, list[Any]] = {
     "m": [1, 9, 16],
     "k": [8, 520, 2056],
     "n": [1, 64, 136],
-    "r": [1, 16, 24, 64],
+    "r": [1, 8, 16, 24, 32, 64],
     "active": ["none", "one", "some", "all"],
     "bias": ["none", "base", "both"],
     "reverse": [False, True],
     "machine": [1, 3, 1000],
+}
+
+
+ROWS = {
+    "row": FACTORS,
+    "sm90_row": SM90_FACTORS,
+    "onepass_sm90_row": ONEPASS_SM90_FACTORS,
+    "decode_row": DECODE_FACTORS,
 }
 
 
@@ -96,13 +105,9 @@ def allowed(row: Row) -> bool:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    part = metafunc.config.getoption("--exhaustive")
-    for name, factors in (
-        ("row", FACTORS), ("sm90_row", SM90_FACTORS), ("decode_row", DECODE_FACTORS),
-        ("onepass_sm90_row", ONEPASS_SM90_FACTORS),
-    ):  # fmt: skip
+    for name, factors in ROWS.items():
         if name in metafunc.fixturenames:
-            rows = product(factors, allowed, part) if part else pairwise(factors, allowed)
+            rows = chosen(metafunc.config, factors, allowed)
             ids = ["-".join(str(v).removeprefix("torch.") for v in row.values()) for row in rows]
             metafunc.parametrize(name, rows, ids=ids)
 

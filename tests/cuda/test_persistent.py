@@ -13,7 +13,7 @@ from alora_kernels.backends.cuda import plan as planning
 
 from ..ptx import PtxError
 from .cases import Case, run
-from .covering import Row, pairwise, product
+from .covering import Row, chosen
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("poisoned")]
 
@@ -23,20 +23,20 @@ FUSED_FACTORS: dict[str, list[Any]] = {
     "adapter": ["same", "fp32"],
     "m": [130, 258],
     "k": [8, 136],
-    "r": [1, 24, 72],
+    "r": [1, 8, 16, 24, 32, 64, 72, 128, 256],
     "active": ["one", "some", "half_tile", "all"],
     "layout": ["plain", "weight_t"],
     "prefix_grad": [True, False],
     "bias": ["none", "both"],
     "reverse": [False, True],
     "machine": [1, 3],
+    "order": ["lockstep", "round_robin", "reverse", "random"],
 }
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "fused_row" in metafunc.fixturenames:
-        make = product if metafunc.config.getoption("--exhaustive") else pairwise
-        rows = make(FUSED_FACTORS, lambda row: True)
+        rows = chosen(metafunc.config, FUSED_FACTORS, lambda row: True)
         ids = ["-".join(str(v).removeprefix("torch.") for v in row.values()) for row in rows]
         metafunc.parametrize("fused_row", rows, ids=ids)
 
