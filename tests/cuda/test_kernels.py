@@ -129,6 +129,17 @@ def test_onepass_of_hopper_matches_reference(onepass_sm90_row: Row, seed: int) -
     assert wide and not [k for k in sender.kernels if "gemm" in k or "shrink" in k]
 
 
+@pytest.mark.parametrize("strategy, dropout", [("tail", 0.3), ("tail", 0.0), ("onepass", 0.0)])
+def test_hopper_reads_half_a_chunk_of_float_adapters(
+    strategy: str, dropout: float, seed: int
+) -> None:
+    """Rows of 20 floats allow 16-byte loads, but their last chunk of eight is not whole."""
+    sizes = {"m": 130, "k": 72, "n": 264, "r": 20, "machine": 1}
+    case = Case(strategy, adapter="fp32", arch="sm_90a", dropout=dropout, **sizes)
+    sender = run(case, seed)
+    assert sum("sm90" in k for k in sender.kernels) == 2
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_onepass_selects_low_of_active_rows(arch: str, seed: int) -> None:
     """An inactive row whose x · lora_aᵀ overflows keeps the base's finite result."""

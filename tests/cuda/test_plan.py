@@ -122,6 +122,21 @@ def test_hopper_converts_what_no_map_can_hold() -> None:
         assert plan is not None and plan.flags & planning.CONVERT_UP and plan.maps[3] is None
 
 
+@pytest.mark.parametrize(
+    "up, vector",
+    [
+        (columns_of(32), True),
+        (columns_of(36), True),  # nine pieces of sixteen bytes
+        (columns_of(34), False),
+        (columns_of(32, False), False),
+        (rows_of(512), False),
+    ],
+)
+def test_hopper_reads_float_up_in_16_byte_pieces(up: Operand, vector: bool) -> None:
+    plan = hopper(512, 512, 512, adapter_float=True, up=up)
+    assert plan is not None and bool(plan.flags & planning.VECTOR_UP) == vector
+
+
 def test_hopper_refuses_what_its_maps_cannot_hold() -> None:
     for change in (
         {"left": rows_of(513)},
