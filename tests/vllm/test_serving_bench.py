@@ -14,6 +14,7 @@ from .serving import ROOT
 
 pytest.importorskip("rich")
 sys.path.insert(0, str(ROOT / "bench"))
+import intervals
 import vllm_serving as bench
 
 
@@ -36,9 +37,9 @@ def test_ratios_are_plain_over_alora() -> None:
 def test_the_interval_holds_the_ratio_and_shrinks_with_the_spread() -> None:
     quiet = [(1.0 + 0.001 * i, 1.0 - 0.001 * i) for i in range(20)]
     noisy = [(1.0 + 0.05 * (i % 7), 1.0 + 0.05 * (i % 5)) for i in range(20)]
-    low, high = bench.interval(quiet, 0)
+    low, high = intervals.ratio_interval(quiet, 0)
     assert low <= 1.019 and high >= 1.019 and low > 1.0
-    wide = bench.interval(noisy, 0)
+    wide = intervals.ratio_interval(noisy, 0)
     assert wide[1] - wide[0] > high - low
 
 

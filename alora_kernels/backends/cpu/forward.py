@@ -1,0 +1,79 @@
+"""Forward of `delta` on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...casting import cast_frozen
+from .. import Call, Projection, saved_columns, saved_dtype
+from .rows import WHOLE, add_product, block_of, chunks, dropped, parts_of, scaled_product
+
+
+def run_forward(
+    call: Call,
+    x: Tensor,
+    projections: Sequence[Projection],
+    base_outs: Sequence[Tensor] | None,
+    save: bool,
+) -> tuple[list[Tensor], Tensor | None]:
+    parts = parts_of(call.activation)
+    whole = len(parts) == 1 and parts[0].rows is WHOLE
+    one_dtype = saved_dtype(x.dtype, call.adapter_precision) == x.dtype
+    if whole and one_dtype and not save and call.dropout_p == 0.0:
+        return _all_rows(call, x, projections, base_outs), None
+    ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
+    begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
+    dtype = saved_dtype(x.dtype, call.adapter_precision)
+    known = call.activation.num_active
+    xa = x.new_empty(x.shape[0] if known is None else known, columns, dtype=dtype)
+    if not parts:
+        return ys, xa if save else None
+    lora_a = [cast_frozen(p.lora_a, dtype, cache=not save) for p in projections]
+    for part, drop in chunks(call, x, parts):
+        rows_x = dropped(x, part.rows, drop, dtype)
+        for a, column, scaling in zip(lora_a, begins, call.scalings):
+            out = block_of(xa, part, column, a.shape[0])
+            scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
+    for p, y, column, scaling in zip(projections, ys, begins, call.scalings):
+        b = cast_frozen(p.lora_b, dtype, cache=not save).t()  # [R, N]
+        offset = None if p.lora_bias is None else p.lora_bias.detach().to(dtype) * scaling
+        for part in parts:
+            add_product(y, part.rows, block_of(xa, part, column, b.shape[0]), b, offset)
+    return ys, xa if save else None
+
+
+def _base_outputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    return [F.linear(x, p.weight, p.bias) for p in projections]  # type: ignore[arg-type]
+
+
+def _all_rows(
+    call: Call, x: Tensor, projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Decoding's short way: every row is active, nothing is saved, one dtype is computed in."""
+    dtype = x.dtype
+    # One row: matrix times vector needs no transposes; in 16 bits torch is faster without it.
+    vector = x.shape[0] == 1 and base_outs is None and dtype.itemsize >= 4
+    if vector:
+        row = x.reshape(-1)
+        ys = [_base_vector(p, row) for p in projections]
+    else:
+        ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
+    for p, y, scaling in zip(projections, ys, call.scalings):
+        a, b = cast_frozen(p.lora_a, dtype), cast_frozen(p.lora_b, dtype)
+        if vector:
+            y.addmv_(b, a.mv(row), alpha=scaling)
+        else:
+            y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)
+        if p.lora_bias is not None:
+            y.add_(p.lora_bias.to(dtype), alpha=scaling)
+    return [y.view(1, -1) for y in ys] if vector else ys
+
+
+def _base_vector(p: Projection, row: Tensor) -> Tensor:
+    """The base of one row `[K]`, `[N]`."""
+    assert p.weight is not None
+    return p.weight.mv(row) if p.bias is None else torch.addmv(p.bias, p.weight, row)

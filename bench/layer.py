@@ -1,0 +1,162 @@
+"""The layer benchmark: which cases and variants the flags ask for, and how they are timed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Iterator, Sequence
+
+import torch
+from cases import (
+    DTYPES,
+    MODELS,
+    Case,
+    Rows,
+    layer_cases,
+    make_tensors,
+    rows_from_fraction,
+    rows_from_text,
+)
+from check import check_all
+from measure import Clock, CpuClock, CudaClock, interleave
+from report import Result, result_of
+from rich.progress import Progress
+from variants import BaseLinear, ByHand, Package, PeftLayer, Variant
+
+from alora_kernels.backends import STRATEGIES, Call, Projection
+from alora_kernels.dispatch import BACKENDS, choose, problem_of
+
+PASSES = {"fwd": (False,), "fwd+bwd": (True,), "both": (False, True)}
+# What two CPU cores measure within three minutes.
+SMALL = {"Gemma-3-270M": tuple(MODELS["Gemma-3-270M"]), "Llama-3.2-3B": ("q,o", "k,v")}
+
+
+class UsageError(Exception):
+    """The flags ask for what cannot be done here."""
+
+
+def measure_all(
+    cases: Sequence[Case],
+    variants: Sequence[Variant],
+    clocks: Sequence[Clock],
+    *,
+    directions: Sequence[bool],
+    seconds: float,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[Result], list[str], list[str]]:
+    """Check and time every variant in every case.
+
+    Returns the results, what was left out because its result was wrong, and what a clock could not
+    time (a call that synchronises cannot become a CUDA graph), with the reasons.
+    """
+    results: list[Result] = []
+    left_out: list[str] = []
+    notes: list[str] = []
+    share = seconds / (len(cases) * len(directions) * len(clocks))
+    task = progress.add_task("measuring", total=len(cases) * len(directions) * len(clocks))
+    with progress:
+        for case in cases:
+            progress.update(task, description=f"{case.model} {case.layer} {case.dtype_name}")
+            tensors = make_tensors(case, seed)
+            ways = [case.but(backward=backward) for backward in directions]
+            wrong = check_all(variants, ways, tensors)
+            left_out.extend(wrong.values())
+            right = [v for v in variants if v.name not in wrong]
+            for way in ways:
+                with torch.set_grad_enabled(way.backward):
+                    steps = {v.name: v.build(way, tensors) for v in right}
+                    for clock in clocks:
+                        timings, refused = interleave(steps, clock, seconds=share)
+                        notes.extend(
+                            f"{name}, {way.layer}, {way.pass_name}, {clock.launch}: {reason}"
+                            for name, reason in refused.items()
+                        )
+                        results.extend(
+                            result_of(way, v, clock.launch, timings[v.name])
+                            for v in right
+                            if v.name in timings
+                        )
+                        progress.advance(task)
+    return results, left_out, notes
+
+
+def cases_of(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+    """The layers that the flags ask for."""
+    gpu = device.type == "cuda"
+    if options.shape is not None:
+        if options.model is not None:
+            raise UsageError("--shape and --model exclude each other")
+        shapes = [("shapes", f"{i}x{o}", i, o) for i, o in options.shape]
+    else:
+        models = options.model or (list(MODELS) if gpu else list(SMALL))
+        layers = {m: MODELS[m] for m in models} if options.model or gpu else SMALL
+        shapes = [(m, name, *MODELS[m][name]) for m in models for name in layers[m]]
+    batch = options.batch or (8 if gpu else 2)
+    seq_len = options.seq_len or (1024 if gpu else 512)
+    yield from layer_cases(
+        shapes,
+        [_rows(active, batch, seq_len, device) for active in options.active],
+        rank=options.rank,
+        dtypes=[DTYPES[name] for name in options.dtype or (["bf16"] if gpu else ["fp32", "bf16"])],
+        adapter_dtype=torch.float32 if options.adapter_dtype == "fp32" else None,
+    )
+
+
+def _rows(active: str | float, batch: int, seq_len: int, device: torch.device) -> Rows:
+    if active != "text":
+        return rows_from_fraction(batch, seq_len, float(active), device)
+    try:
+        return rows_from_text(batch, seq_len, device)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Variant]:
+    """The base, this package in each way that can run, PEFT, and the lines by hand."""
+    ours = []
+    refusals = []
+    backends = [b for b in BACKENDS if b != "reference"]
+    backends = backends if options.backend == "all" else [options.backend]
+    strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
+    for backend in backends:
+        for strategy in strategies:
+            reason = _refusal(cases, backend, strategy)
+            if reason is None:
+                ours.append(Package(backend, strategy, options.adapter_precision))
+            else:
+                refusals.append(reason)
+    if not ours:
+        raise UsageError(
+            f"--backend {options.backend} --strategy {options.strategy}: nothing can run here:\n"
+            + "\n".join(refusals)
+        )
+    others: list[Variant] = [ByHand()]
+    if not options.no_peft:
+        if importlib.util.find_spec("peft") is None:
+            raise UsageError("PEFT is not installed: pip install peft, or add --no-peft")
+        others.insert(0, PeftLayer())
+    return [BaseLinear(), *ours, *others]
+
+
+def _refusal(cases: Sequence[Case], backend: str, strategy: str) -> str | None:
+    """Why this package cannot run the cases this way, in its dispatcher's own words."""
+    for case in cases:
+        shape = case.in_features, case.out_features
+        x = torch.empty(case.rows.num_rows, shape[0], dtype=case.dtype, device="meta")
+        lora_a = torch.empty(case.rank, shape[0], dtype=case.adapter_dtype, device="meta")
+        lora_b = torch.empty(shape[1], case.rank, dtype=case.adapter_dtype, device="meta")
+        call = Call(case.rows.activation, (case.scaling,))
+        problem = problem_of(call, x, [Projection(None, None, lora_a, lora_b, None)], False, True)
+        try:
+            choose(problem._replace(device=case.rows.activation.device.type), backend, strategy)
+        except RuntimeError as error:
+            return str(error)
+    return None
+
+
+def clocks_of(options: argparse.Namespace, device: torch.device) -> list[Clock]:
+    if device.type == "cpu":
+        return [CpuClock()]
+    graphs = {"both": (False, True), "on": (True,), "off": (False,)}[options.cuda_graphs]
+    return [CudaClock(device, graph) for graph in graphs]
