@@ -153,15 +153,28 @@ def elsewhere(tmp_path, model, rounds, env=None, **options):
     return [[cached for _, cached in results] for results in answers], metrics
 
 
+def guessed(prompt, answer, size=3):
+    """How many of an answer's tokens followed the same `size` tokens where those first occurred."""
+    found = 0
+    for count in range(1, len(answer)):
+        ids = [*prompt, *answer[:count]]
+        at = next(i for i in range(len(ids)) if ids[i : i + size] == ids[-size:])
+        found += at + size < len(ids) and ids[at + size] == answer[count]
+    return found
+
+
 def test_ngram_speculation(tmp_path, llama, words):
     """In a process of its own: after numba is loaded, vLLM makes no second engine in a process."""
     names = ["first", None, "plain", "second"]
-    first = [(name, [*words(20) * 3, *INVOCATION, *words(6) * 3]) for name in names]
-    # An answer in the prompt is what n-grams find.
-    second = [(n, [*p, *llama.answer(n, p, 10), *INVOCATION, *p[-8:]]) for n, p in first]
-    third = [(n, [*p, *llama.answer(n, p, 10), *p[-8:]]) for n, p in second]
+    for _ in range(20):  # until n-grams find some of the answers' tokens
+        first = [(name, [*words(20) * 3, *INVOCATION, *words(6) * 3]) for name in names]
+        second = [(n, [*p, *llama.answer(n, p, 10), *INVOCATION, *p[-8:]]) for n, p in first]
+        third = [(n, [*p, *llama.answer(n, p, 10), *p[-8:]]) for n, p in second]
+        rounds = [first, second, third]
+        asked = [request for turn in rounds for request in turn]
+        if sum(guessed(p, llama.answer(n, p, 10)) for n, p in asked) >= 3:
+            break
     speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    rounds = [first, second, third]
     _, metrics = elsewhere(tmp_path, llama, rounds, speculative_config=speculative)
     assert metrics["vllm:spec_decode_num_accepted_tokens"] > 0
 
