@@ -31,8 +31,14 @@ def run_forward(
     save: bool,
 ) -> tuple[list[Tensor], Saved]:
     """Choose and run: the outputs `[M, N]`, and what backward needs when `save`."""
-    problem = problem_of(call, x, projections, base_outs is not None, backward=False)
-    backend, strategy = choose(problem, call.backend, call.strategy)
+    known = call.known
+    chosen = None if known is None else known.forward
+    if chosen is None:
+        problem = problem_of(call, x, projections, base_outs is not None, backward=False)
+        chosen = choose(problem, call.backend, call.strategy)
+        if known is not None:
+            known.forward = chosen
+    backend, strategy = chosen
     ys, xa = backend.forward(call, strategy, x, projections, base_outs, save)
     return ys, Saved(xa, backend.name)
 
@@ -46,13 +52,19 @@ def run_backward(
     needs: Needs,
 ) -> Gradients:
     """The wanted gradients, by the backend that ran forward."""
-    problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
-    try:
-        backend, strategy = choose(problem, saved.backend, call.strategy)
-    except RuntimeError:
-        # A strategy forced for forward need not exist in backward; the backend's others do.
-        backend, strategy = choose(problem, saved.backend, "auto")
-    with torch.autocast(x.device.type, enabled=False) if _autocast(x) else _nothing:
+    known = call.known
+    chosen = None if known is None else known.backward
+    if chosen is None:
+        problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
+        try:
+            chosen = choose(problem, saved.backend, call.strategy)
+        except RuntimeError:
+            # A strategy forced for forward need not exist in backward; the backend's others do.
+            chosen = choose(problem, saved.backend, "auto")
+        if known is not None:
+            known.backward = chosen
+    backend, strategy = chosen
+    with torch.autocast(x.device.type, enabled=False) if in_autocast(x) else _nothing:
         return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
 
 
@@ -67,7 +79,8 @@ class _Nothing:
 _nothing = _Nothing()
 
 
-def _autocast(x: Tensor) -> bool:
+def in_autocast(x: Tensor) -> bool:
+    """Whether PyTorch would compute with x in the autocast dtype."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
@@ -96,7 +109,7 @@ class AloraFunction(torch.autograd.Function):
             ]
             if inplace:
                 ctx.mark_dirty(*given)
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         flat_given = None if given is None else [as_rows(b) for b in given]
         ys, saved = run_forward(call, rows, projections, flat_given, save=True)
         activation = call.activation
@@ -109,19 +122,21 @@ class AloraFunction(torch.autograd.Function):
             activation.active_count,
             *flat[count:],
         )
-        ctx.call = call._replace(seed=None)
+        ctx.call = call if call.seed is None else call._replace(seed=None)
         ctx.backend = saved.backend
         ctx.set_materialize_grads(False)
         ctx.shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
         if given is not None:
             return tuple(given)
+        if rows is x:
+            return tuple(ys)
         return tuple([y.view(shape) for y, shape in zip(ys, ctx.shapes)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         x, xa, seed, _, _, _, *flat = ctx.saved_tensors
-        call = ctx.call._replace(seed=seed)
+        call = ctx.call if seed is None else ctx.call._replace(seed=seed)
         count = len(call.scalings)
         projections = projections_of(flat, count)
         wanted = ctx.needs_input_grad
@@ -157,6 +172,16 @@ def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection
     flat = list(flat)
     columns = [flat[i * count : (i + 1) * count] for i in range(5)]
     return [Projection(*fields) for fields in zip(*columns)]  # type: ignore[arg-type]
+
+
+def flat_of(projections: Sequence[Projection], base_out: Tensor | None) -> list[Tensor | None]:
+    """What `AloraFunction.apply` takes after x."""
+    if len(projections) == 1:
+        return [base_out, *projections[0]]
+    flat = [base_out] * len(projections)
+    for column in zip(*projections):
+        flat.extend(column)
+    return flat
 
 
 def as_rows(base_out: Tensor) -> Tensor:

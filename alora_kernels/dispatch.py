@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
+from . import known, tuning
 from .backends import STRATEGIES, Backend, Call, Problem, Projection
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
@@ -85,11 +85,16 @@ def choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]
         ValueError: an unknown name.
         RuntimeError: nothing that was asked for can run; lists every reason.
     """
+    return _choose(problem, *asked_for(backend, strategy))
+
+
+def asked_for(backend: str, strategy: str) -> tuple[str, str]:
+    """What the user asks for: the environment stands in for an "auto"."""
     if backend == "auto":
         backend = _variable(BACKEND_VARIABLE)
     if strategy == "auto":
         strategy = _variable(STRATEGY_VARIABLE)
-    return _choose(problem, backend, strategy)
+    return backend, strategy
 
 
 def _variable(name: str) -> str:
@@ -170,6 +175,7 @@ def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
 
 def forget() -> None:
     """Choose anew: what the choice depends on besides the problem has changed."""
+    known.forget()
     _choose.cache_clear()
     _expected_seconds.cache_clear()
     tuning.read.cache_clear()

@@ -1,8 +1,7 @@
-"""The public functions: the specification as docstrings, and all validation a user can meet."""
+"""The public functions: the specification as docstrings, and how a call is checked and run."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .autograd import AloraFunction, as_rows, run_forward
-from .backends import STRATEGIES, Call, Projection
+from .autograd import AloraFunction, as_rows, flat_of, in_autocast, run_forward
+from .backends import Call, Projection
 from .casting import cast_frozen
-from .dispatch import BACKENDS
+from .checks import check_options, check_seed, check_tensors, finite
+from .dispatch import asked_for
+from .known import find
 from .ops import traced_linear
-
-PRECISIONS = ("compute", "fp32")
-MAX_DIM = 4
 
 
 def alora_linear(
@@ -78,21 +76,19 @@ def alora_linear(
     arXiv 2504.12397; PEFT's `alora_invocation_tokens`.
     """
     projection = Projection(weight, bias, lora_a, lora_b, lora_bias)
-    (y,) = _apply(
+    (y,) = run(
         "alora_linear",
         x,
         [projection],
         [scaling],
         activation,
-        None,
-        False,
-        dropout_p=dropout_p,
-        seed=seed,
-        backend=backend,
-        strategy=strategy,
-        prefix_grad=prefix_grad,
-        adapter_precision=adapter_precision,
-        strict_inactive=strict_inactive,
+        dropout_p,
+        seed,
+        prefix_grad,
+        adapter_precision,
+        strict_inactive,
+        backend,
+        strategy,
     )
     return y
 
@@ -135,21 +131,19 @@ def alora_linear_group(
         fields.append(Projection(weight, bias, lora_a, lora_b, rest[0] if rest else None))
     if not fields:
         raise ValueError("alora_linear_group: projections is empty, expected at least one")
-    return _apply(
+    return run(
         "alora_linear_group",
         x,
         fields,
         [p[4] for p in projections],
         activation,
-        None,
-        False,
-        dropout_p=dropout_p,
-        seed=seed,
-        backend=backend,
-        strategy=strategy,
-        prefix_grad=prefix_grad,
-        adapter_precision=adapter_precision,
-        strict_inactive=strict_inactive,
+        dropout_p,
+        seed,
+        prefix_grad,
+        adapter_precision,
+        strict_inactive,
+        backend,
+        strategy,
     )
 
 
@@ -184,62 +178,12 @@ def alora_add(
     The other arguments, errors and the source are those of `alora_linear`.
     """
     projection = Projection(None, None, lora_a, lora_b, lora_bias)
-    (y,) = _apply(
+    (y,) = run(
         "alora_add",
         x,
         [projection],
         [scaling],
         activation,
-        base_out,
-        inplace,
-        dropout_p=dropout_p,
-        seed=seed,
-        backend=backend,
-        strategy=strategy,
-        prefix_grad=prefix_grad,
-        adapter_precision=adapter_precision,
-        strict_inactive=strict_inactive,
-    )
-    return y
-
-
-def _apply(
-    name: str,
-    x: Tensor,
-    projections: list[Projection],
-    scalings: list[float],
-    activation: Activation,
-    base_out: Tensor | None,
-    inplace: bool,
-    *,
-    dropout_p: float,
-    seed: Tensor | int | None,
-    backend: str,
-    strategy: str,
-    prefix_grad: bool,
-    adapter_precision: str,
-    strict_inactive: bool,
-) -> tuple[Tensor, ...]:
-    """Check, cast for autocast, and run."""
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast:
-        x, projections = _autocast(x, projections, torch.get_autocast_dtype(device_type))
-        adapter_precision = "compute" if adapter_precision == "fp32" else adapter_precision
-        if base_out is not None and not inplace:
-            base_out = base_out.to(x.dtype)
-    grad = torch.is_grad_enabled()
-    _check_options(name, scalings, dropout_p, seed, backend, strategy, adapter_precision, x)
-    _check_tensors(name, x, projections, activation, base_out, grad)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
-    call = Call(
-        activation,
-        tuple([float(s) for s in scalings]),
         dropout_p,
         seed,
         prefix_grad,
@@ -247,37 +191,99 @@ def _apply(
         strict_inactive,
         backend,
         strategy,
+        base_out,
+        inplace,
     )
-    flat = [base_out] * len(projections)
-    for column in zip(*projections):
-        flat.extend(column)
-    needs_grad = grad and (x.requires_grad or any(t is not None and t.requires_grad for t in flat))
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
-        ys = traced_linear(call, x, flat, needs_grad)
+    return y
+
+
+def run(
+    name: str,
+    x: Tensor,
+    projections: list[Projection],
+    scalings: Sequence[float],
+    activation: Activation,
+    dropout_p: float = 0.0,
+    seed: Tensor | int | None = None,
+    prefix_grad: bool = True,
+    adapter_precision: str = "compute",
+    strict_inactive: bool = False,
+    backend: str = "auto",
+    strategy: str = "auto",
+    base_out: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, ...]:
+    """Check, cast for autocast, and run: what all public functions do. `name` is for errors."""
+    traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    # Reading the device's type takes longer than asking whether there is any autocast at all.
+    autocast = (traced or torch._C._is_any_autocast_enabled()) and in_autocast(x)
+    if autocast:
+        x, projections = _autocast(x, projections, torch.get_autocast_dtype(x.device.type))
+        adapter_precision = "compute" if adapter_precision == "fp32" else adapter_precision
+        if base_out is not None and not inplace:
+            base_out = base_out.to(x.dtype)
+    numbers = tuple([s if s.__class__ is float else finite(name, s) for s in scalings])
+    known = None
+    if not traced:
+        options = (
+            numbers, dropout_p, prefix_grad, adapter_precision, strict_inactive,
+            asked_for(backend, strategy),
+        )  # fmt: skip
+        known = find(x, projections, base_out, activation, options)
+    if known is None or not known.checked:
+        check_options(name, numbers, dropout_p, adapter_precision, backend, strategy)
+        check_tensors(name, x, projections, activation, base_out)
+        needs_grad = _needs_grad(x, projections, base_out)
+        if known is not None:
+            known.checked, known.needs_grad = True, needs_grad
+    else:
+        needs_grad = known.needs_grad
+    if isinstance(seed, Tensor):
+        check_seed(name, seed, x)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
+    call = Call(
+        activation, numbers, dropout_p, seed, prefix_grad, adapter_precision, strict_inactive,
+        backend, strategy, known,
+    )  # fmt: skip
+    if traced:
+        ys = traced_linear(call, x, flat_of(projections, base_out), needs_grad)
         if inplace and base_out is not None:
             return (base_out.copy_(ys[0]),)
         return ys
     if autocast:
-        with torch.autocast(device_type, enabled=False):
-            return _eager(call, x, projections, flat, base_out, inplace, needs_grad)
-    return _eager(call, x, projections, flat, base_out, inplace, needs_grad)
+        with torch.autocast(x.device.type, enabled=False):
+            return _eager(call, x, projections, base_out, inplace, needs_grad)
+    return _eager(call, x, projections, base_out, inplace, needs_grad)
+
+
+def _needs_grad(x: Tensor, projections: list[Projection], base_out: Tensor | None) -> bool:
+    tensors = (x, base_out, *[t for p in projections for t in p])
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _eager(
     call: Call,
     x: Tensor,
     projections: list[Projection],
-    flat: list[Tensor | None],
     base_out: Tensor | None,
     inplace: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, ...]:
     if needs_grad:
-        return AloraFunction.apply(call, inplace, x, *flat)
-    rows = x.reshape(-1, x.shape[-1])
+        return AloraFunction.apply(call, inplace, x, *flat_of(projections, base_out))
+    shape = x.shape
+    rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if base_out is None:
         ys, _ = run_forward(call, rows, projections, None, save=False)
-        return tuple([y.view(*x.shape[:-1], y.shape[-1]) for y in ys])
+        if len(shape) == 2:
+            return tuple(ys)
+        lead = shape[:-1]
+        return tuple([y.view(*lead, y.shape[-1]) for y in ys])
     y = base_out if inplace else base_out.clone(memory_format=torch.contiguous_format)
     run_forward(call, rows, projections, [as_rows(y)], save=False)
     return (y,)
@@ -302,151 +308,3 @@ def _autocast(
         else p
         for p in projections
     ]
-
-
-def _check_options(
-    name: str,
-    scalings: list[float],
-    dropout_p: float,
-    seed: Tensor | int | None,
-    backend: str,
-    strategy: str,
-    adapter_precision: str,
-    x: Tensor,
-) -> None:
-    for scaling in scalings:
-        if not math.isfinite(scaling):
-            raise ValueError(f"{name}: scaling must be finite, got {scaling}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
-    if isinstance(seed, Tensor) and (
-        seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device
-    ):
-        raise ValueError(
-            f"{name}: seed must be an int64 tensor of one element on {x.device}, got "
-            f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
-        )
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(
-            f"{name}: unknown backend {backend!r}; the backends are auto, {', '.join(BACKENDS)}"
-        )
-    if strategy != "auto" and strategy not in STRATEGIES:
-        raise ValueError(
-            f"{name}: unknown strategy {strategy!r}; the strategies are auto, "
-            f"{', '.join(STRATEGIES)}"
-        )
-    if adapter_precision not in PRECISIONS:
-        raise ValueError(
-            f"{name}: adapter_precision must be one of {', '.join(PRECISIONS)}, "
-            f"got {adapter_precision!r}"
-        )
-
-
-def check_call(x: Tensor, projections: list[Projection], activation: Activation) -> None:
-    """Raise what `alora_linear_group` would for these tensors."""
-    grad = torch.is_grad_enabled()
-    _check_tensors("alora_linear_group", x, projections, activation, None, grad)
-
-
-def _check_tensors(
-    name: str,
-    x: Tensor,
-    projections: list[Projection],
-    activation: Activation,
-    base_out: Tensor | None,
-    grad: bool,
-) -> None:
-    if not isinstance(activation, Activation):
-        raise TypeError(
-            f"{name}: activation must be an alora_kernels.Activation, got "
-            f"{type(activation).__name__}; Activation.from_mask takes a mask"
-        )
-    if not 1 <= x.dim() <= MAX_DIM:
-        raise ValueError(f"{name}: x must have 1 to {MAX_DIM} dimensions, got {x.dim()}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: x must have a floating dtype, got {x.dtype}")
-    depth, device, dtype = x.shape[-1], x.device, x.dtype
-    if not torch.compiler.is_compiling():
-        rows = x.shape[:-1].numel()
-        if activation.num_rows != rows:
-            raise ValueError(
-                f"{name}: activation describes {activation.num_rows} rows but x has {rows}"
-            )
-    if activation.row_adapter.device != device:
-        raise ValueError(
-            f"{name}: activation is on {activation.device} but x is on {device}; "
-            f"move it once per forward with activation.to({str(device)!r})"
-        )
-    if base_out is not None:
-        _check(
-            name, "base_out", base_out, (*x.shape[:-1], projections[0].lora_b.shape[0]), x, (dtype,)
-        )
-    for weight, bias, lora_a, lora_b, lora_bias in projections:
-        if lora_a.dim() != 2 or lora_b.dim() != 2:
-            raise ValueError(
-                f"{name}: lora_a and lora_b must have shapes [R, K] and [N, R], got "
-                f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
-            )
-        rank, width = lora_a.shape[0], lora_b.shape[0]
-        if rank == 0:
-            raise ValueError(f"{name}: lora_a has R=0; the rank must be at least 1")
-        if lora_a.shape[1] != depth:
-            raise ValueError(f"{name}: lora_a has K={lora_a.shape[1]} but x has K={depth}")
-        if lora_b.shape[1] != rank:
-            raise ValueError(f"{name}: lora_b has R={lora_b.shape[1]} but lora_a has R={rank}")
-        adapter = (dtype, torch.promote_types(dtype, torch.float32))
-        _check(name, "lora_a", lora_a, (rank, depth), x, adapter)
-        _check(name, "lora_b", lora_b, (width, rank), x, (lora_a.dtype,))
-        if lora_bias is not None:
-            _check(name, "lora_bias", lora_bias, (width,), x, (lora_a.dtype,))
-        if base_out is None:
-            if weight is None or weight.dim() != 2:
-                got = None if weight is None else tuple(weight.shape)
-                raise ValueError(f"{name}: weight must have shape [N, K], got {got}")
-            _check_plain(name, weight)
-            _check(name, "weight", weight, (width, depth), x, (dtype,))
-            if bias is not None:
-                _check(name, "bias", bias, (width,), x, (dtype,))
-            if grad and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-                which = "weight" if weight.requires_grad else "bias"
-                raise ValueError(
-                    f"{name}: {which}.requires_grad is True, but the base layer is frozen and "
-                    f"would silently get no gradient; call {which}.requires_grad_(False)"
-                )
-
-
-def _check_plain(name: str, weight: Tensor) -> None:
-    """Refuse a DTensor or a quantised subclass, which F.linear alone can multiply."""
-    kind = type(weight)
-    if kind in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return
-    if isinstance(weight, FakeTensor | torch.nn.Parameter):
-        if type(weight.data) in (Tensor, FakeTensor):
-            return
-        kind = type(weight.data)
-    raise TypeError(
-        f"{name}: weight is a {kind.__name__}, expected a plain tensor; run the base layer's own "
-        "forward and give its output to alora_add (a sharded weight is whole only inside the "
-        "forward of its module)"
-    )
-
-
-def _check(
-    name: str,
-    argument: str,
-    tensor: Tensor,
-    shape: tuple[int, ...],
-    x: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-) -> None:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name}: {argument} must have shape {list(shape)}, got {list(tensor.shape)}"
-        )
-    if tensor.dtype not in dtypes:
-        allowed = " or ".join(dict.fromkeys(str(d) for d in dtypes))
-        raise TypeError(
-            f"{name}: {argument} must be {allowed} (x is {x.dtype}), got {tensor.dtype}"
-        )
-    if tensor.device != x.device:
-        raise ValueError(f"{name}: {argument} is on {tensor.device} but x is on {x.device}")

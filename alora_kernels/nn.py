@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .activation import Activation, current_activation
 from .backends import Projection
-from .functional import alora_linear
-from .prepared import Prepared
+from .functional import run
 
 
 class AloraLinear(nn.Module):
@@ -41,7 +40,6 @@ class AloraLinear(nn.Module):
     weight: Tensor
     bias: nn.Parameter | None
     lora_bias: nn.Parameter | None
-    _prepared: Prepared | None = None  # for calls without a gradient; made again when it is stale
 
     def __init__(
         self,
@@ -120,9 +118,8 @@ class AloraLinear(nn.Module):
         }
         self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **options))
-        self.lora_bias = (
-            nn.Parameter(torch.empty(self.out_features, **options)) if lora_bias else None
-        )
+        added = nn.Parameter(torch.empty(self.out_features, **options)) if lora_bias else None
+        self.register_parameter("lora_bias", added)
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -143,41 +140,28 @@ class AloraLinear(nn.Module):
         if activation is None:
             return nn.functional.linear(x, self.weight, self.bias)
         dropout_p = self.lora_dropout if self.training else 0.0
-        if dropout_p == 0.0 and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            ys = self._without_grad().run(x, activation)
-            if ys is not None:
-                return ys[0]
-        return alora_linear(
+        own = self._parameters
+        try:  # reading them as attributes takes five times as long
+            tensors: Any = (
+                own["weight"], own["bias"], own["lora_A"], own["lora_B"], own["lora_bias"]
+            )  # fmt: skip
+        except KeyError:  # one has been replaced by a parametrization or a plain tensor
+            tensors = (self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias)
+        (y,) = run(
+            "alora_linear",
             x,
-            self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
+            [Projection(*tensors)],
+            [self.scaling],
             activation,
-            self.scaling,
-            lora_bias=self.lora_bias,
-            dropout_p=dropout_p,
-            backend=self.backend,
-            strategy=self.strategy,
-            prefix_grad=self.prefix_grad,
-            adapter_precision=self.adapter_precision,
+            dropout_p,
+            None,
+            self.prefix_grad,
+            self.adapter_precision,
+            False,
+            self.backend,
+            self.strategy,
         )
-
-    def _without_grad(self) -> Prepared:
-        """This layer with its checks done, for its parameters and options of this moment."""
-        projection = Projection(self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias)
-        options = (self.backend, self.strategy, self.adapter_precision)
-        prepared = self._prepared
-        if prepared is None or not prepared.serves(projection, self.scaling, options):
-            names = ("backend", "strategy", "adapter_precision")
-            prepared = Prepared([projection], [self.scaling], dict(zip(names, options)))
-            self._prepared = prepared
-        return prepared
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state.pop("_prepared", None)  # copies and pickles make their own
-        return state
+        return y
 
     def merge(self) -> None:
         """Refused: the merged weight would run the adapter on every token."""

@@ -228,18 +228,13 @@ def test_two_interleaved_tasks_with_their_own_activation() -> None:
     assert asyncio.run(main()) == [True, True]
 
 
-def test_calls_without_a_gradient_are_checked_once() -> None:
-    layer, x, activation = make(), torch.randn(5, 24), Activation.from_starts([2], 5)
-    with torch.no_grad():
-        first = layer(x, activation)
-        prepared = layer._prepared
-        assert torch.equal(layer(x, activation), first) and layer._prepared is prepared
-    assert torch.equal(layer(x, activation), first)
-
-
 def changes() -> dict[str, object]:
     def data(layer: AloraLinear) -> None:
         layer.lora_A.data = torch.randn_like(layer.lora_A)
+
+    def lower_rank(layer: AloraLinear) -> None:
+        layer.lora_A.data = layer.lora_A.data[:2]
+        layer.lora_B.data = layer.lora_B.data[:, :2]
 
     def in_place(layer: AloraLinear) -> None:
         with torch.no_grad():
@@ -251,12 +246,16 @@ def changes() -> dict[str, object]:
         "in place": in_place,
         "scaling": lambda layer: setattr(layer, "scaling", 3.0),
         "double": lambda layer: layer.double(),
+        "less of the same memory": lower_rank,
+        "a parametrization": lambda layer: nn.utils.parametrize.register_parametrization(
+            layer, "lora_A", nn.Tanh()
+        ),
         "backend": lambda layer: setattr(layer, "backend", "reference"),
     }
 
 
 @pytest.mark.parametrize("name", changes())
-def test_a_changed_layer_is_prepared_again(name) -> None:
+def test_a_changed_layer_computes_with_what_it_has_now(name) -> None:
     layer, x, activation = make(), torch.randn(5, 24), Activation.from_starts([2], 5)
     with torch.no_grad():
         layer(x, activation)
@@ -265,7 +264,7 @@ def test_a_changed_layer_is_prepared_again(name) -> None:
         torch.testing.assert_close(layer(x, activation), expected(layer, x, activation))
 
 
-def test_a_prepared_layer_still_refuses_bad_input() -> None:
+def test_a_layer_that_has_run_still_refuses_bad_input() -> None:
     layer, activation = make(), Activation.all(5)
     with torch.no_grad():
         layer(torch.randn(5, 24), activation)
@@ -280,12 +279,11 @@ def test_a_prepared_layer_still_refuses_bad_input() -> None:
             layer(torch.randn(5, 24), activation)
 
 
-def test_copies_and_pickles_prepare_anew() -> None:
+def test_copies_and_pickles_are_apart() -> None:
     layer, x, activation = make(), torch.randn(5, 24), Activation.all(5)
     with torch.no_grad():
         layer(x, activation)
         for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert "_prepared" not in vars(other)
             nn.init.ones_(other.lora_A)
             torch.testing.assert_close(other(x, activation), expected(other, x, activation))
         assert not torch.equal(layer(x, activation), other(x, activation))

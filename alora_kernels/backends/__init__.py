@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
+from ..known import Known
 
 STRATEGIES = ("delta", "tail", "onepass")
 
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     strict_inactive: bool = False
     backend: str = "auto"
     strategy: str = "auto"
+    known: Known | None = None  # of forward's tensors, where they are described
 
 
 class Needs(NamedTuple):

@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from ..backends import Projection
-from ..prepared import Prepared
+from ..functional import run
 from .ambient import ForwardState
 
 
@@ -20,13 +20,14 @@ class Ready:
     dropout are compared in every call, hooks by torch's own count of all registrations.
     """
 
-    __slots__ = ("cells", "hooks", "indices", "prepared", "registrations")
+    __slots__ = ("cells", "hooks", "indices", "options", "projections", "registrations", "scalings")
 
     def __init__(
         self, name: str, members: list[Any], projections: list[Projection], options: dict[str, Any]
     ) -> None:
         scalings = [layer.scaling[name] for layer in members]
-        self.prepared = Prepared(projections, scalings, options)
+        self.projections, self.scalings = projections, scalings
+        self.options = options
         self.indices = tuple([layer.alora_index for layer in members])
         self.registrations = RemovableHandle.next_id
         self.hooks: list[dict[int, Any]] = []
@@ -84,4 +85,12 @@ class Ready:
                 or (drop is not None and drop.training)
             ):
                 return None
-        return self.prepared.run(x, state.activation_for(name, x))
+        activation = state.activation_for(name, x)
+        return run(
+            "alora_linear_group",
+            x,
+            self.projections,
+            self.scalings,
+            activation,
+            **self.options,
+        )

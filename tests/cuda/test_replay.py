@@ -296,7 +296,7 @@ def test_nothing_is_kept_without_bound(
             backend.forward(given["call"], "tail", given["x"], given["projections"], None, True)
             assert len(backend._replays._seen) <= 3
     tape = next(t for t in backend._replays._seen.values() if isinstance(t, replay.Tape))
-    maps = [m[3] for step in tape.steps if isinstance(step, replay.Launch) for m in step.maps]
+    maps = [m[2] for step in tape.steps if isinstance(step, replay.Launch) for m in step.maps]
     assert maps and all(0 < len(m) <= 2 for m in maps)
 
 
@@ -305,7 +305,7 @@ def repeat(function: Any, turns: int = 4) -> tuple[list[list[Tensor]], list[Any]
     replays, results = replay.Replays(), []
     for turn in range(turns):
         x = torch.full((2, 3), float(turn))
-        results.append(list(replays.run(("key",), [x], [], lambda send, x=x: function(send, x))))
+        results.append(list(replays.run("key", [x], lambda send, x=x: function(send, x))))
     return results, list(replays._seen.values())
 
 

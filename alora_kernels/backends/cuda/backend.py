@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...cost import Schedule, rates_of
 from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
 from .launch import Column, Launcher, Send, send_to_gpu
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES, Plan
-from .replay import Replays
+from .replay import Replays, layouts
 from .schedule import schedules
 
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
@@ -138,16 +138,19 @@ class CudaBackend:
     ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
         if self._send is not send_to_gpu:
             return self._forward(self._send, call, strategy, x, projections, base_outs, save)
-        laid_out, plain = _inputs(call, x, projections)
+        inputs = _inputs(x, projections)
         if base_outs is not None:
-            laid_out += base_outs
+            inputs += base_outs
 
         def run(send: Send) -> list[Tensor | None]:
             outs, xa = self._forward(send, call, strategy, x, projections, base_outs, save)
             return [*outs, xa]
 
-        key = (call[1:3], call[4:7], call.activation.max_active, strategy, save, base_outs is None)
-        *outs, xa = self._replays.run(key, laid_out, plain, run)
+        if call.known is not None and base_outs is None:
+            key: Hashable = (call.known, strategy, save)
+        else:
+            key = (_facts(call), strategy, save, base_outs is None, layouts(inputs))
+        *outs, xa = self._replays.run(key, inputs + _plain(call), run)
         return outs, xa  # type: ignore[return-value]
 
     def backward(
@@ -157,16 +160,16 @@ class CudaBackend:
         if self._send is not send_to_gpu:
             return self._backward(self._send, call, strategy, x, projections, xa, dys, needs)
         count = len(projections)
-        laid_out, plain = _inputs(call, x, projections)
-        laid_out += (xa, *dys)
+        inputs = _inputs(x, projections)
+        inputs += (xa, *dys)
 
         def run(send: Send) -> list[Tensor | None]:
             grads = self._backward(send, call, strategy, x, projections, xa, dys, needs)
             return [grads.x, *grads.lora_a, *grads.lora_b, *grads.lora_bias]
 
-        # All of the call and its activation that is no tensor and that kernels depend on.
-        key = (call[1:3], call[4:7], call.activation.max_active, strategy, needs)
-        dx, *rest = self._replays.run(key, laid_out, plain, run)
+        # (Hooks of autograd may have laid out saved tensors anew: `known` is of forward's.)
+        key = (_facts(call), strategy, needs, layouts(inputs))
+        dx, *rest = self._replays.run(key, inputs + _plain(call), run)
         return Gradients(dx, rest[:count], rest[count : 2 * count], rest[2 * count :])
 
     def _launcher(self, send: Send, call: Call, x: Tensor) -> Launcher:
@@ -305,15 +308,23 @@ class CudaBackend:
         return dx
 
 
-def _inputs(
-    call: Call, x: Tensor, projections: Sequence[Projection]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """All tensors of a call: those whose layout matters, and those of one layout alone."""
-    laid_out: list[Tensor | None] = [x]
+def _facts(call: Call) -> tuple[Any, ...]:
+    """All of a call and its activation that is no tensor and that kernels depend on."""
+    return (call[1:3], call[4:7], call.activation.max_active)
+
+
+def _inputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor | None]:
+    """The tensors of a call whose layout matters."""
+    inputs: list[Tensor | None] = [x]
     for p in projections:
-        laid_out += p
+        inputs += p
+    return inputs
+
+
+def _plain(call: Call) -> list[Tensor | None]:
+    """The tensors of a call that have one layout."""
     act = call.activation
-    return laid_out, [act.row_adapter, act.active_rows, act.active_count, call.seed]
+    return [act.row_adapter, act.active_rows, act.active_count, call.seed]
 
 
 def _low(launch: Launcher, strategy: str, x: Tensor, columns: int, given: bool = True) -> Tensor:

@@ -37,7 +37,7 @@ def send_to_gpu(plan: Plan, fields: Sequence[Any]) -> None:
     """Launch on the current stream of the device that the tensors lie on."""
     from ... import _cuda
 
-    device = next(v for v in fields if isinstance(v, Tensor)).device.index
+    device = next(v for v in fields if isinstance(v, Tensor)).get_device()
     maps = len(plan.maps)
     values: list[Any] = [
         b"" if spec is None else _cuda.tensor_map(
@@ -82,7 +82,7 @@ def arrival_counters(device: torch.device, count: int) -> Tensor:
 
 def is_counters(tensor: Tensor) -> bool:
     """Whether `tensor` is what `arrival_counters` gave outside a graph."""
-    return any(tensor is found for found in _arrived.values())
+    return any(tensor is found for found in list(_arrived.values()))
 
 
 def dense(vector: Tensor | None) -> Tensor | None:

@@ -11,10 +11,10 @@ so replaying never changes a result.
 from __future__ import annotations
 
 import functools
+import operator
 import re
 import struct
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,43 +25,47 @@ from . import launch as launching
 from .layouts import LAYOUTS
 from .plan import Plan
 
-NOTHING = 0  # the root whose address is zero
 KEPT = 1024  # problems
 MAPS_KEPT = 256  # of one operand of a launch: layers of one shape, and where x lay
+MAP_BYTES = 128
 EMPTY = ("empty", "new_empty", "empty_like")
 ZEROS = ("zeros", "new_zeros", "zeros_like")
 Function = Callable[[launching.Send], Sequence[Tensor | None]]
 
 
 class Made(NamedTuple):
-    """A tensor that the call makes."""
+    """A tensor that the call makes: make(first input, *shape, **options)."""
 
-    make: Callable[..., Tensor] | None  # torch.empty, torch.zeros; None: new_empty of an input
+    make: Callable[..., Tensor]
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    options: dict[str, Any]
 
 
 class Product(NamedTuple):
-    """`function` of the vendor's library on the roots `operands`."""
+    """`function` of the vendor's library on the tensors `operands`."""
 
     function: Callable[..., Tensor]
     operands: tuple[int | None, ...]
-    fresh: bool  # the result is a new root, not an operand that was changed in place
+    fresh: bool  # the result is a new tensor, not an operand that was changed in place
 
 
 class Launch(NamedTuple):
-    """One launch. `pack` joins constant bytes, tensor maps and addresses to the parameters."""
+    """One launch, whose parameters are pack(*pick(values)).
+
+    `values` are the addresses of the tensors so far, and what each launch adds to them.
+    """
 
     head: tuple[Any, ...]  # the arguments of the launch before the parameters
+    constants: tuple[bytes, ...]  # what lies between the addresses
+    shifts: tuple[tuple[int, int], ...]  # (value, offset): an address within a tensor
+    maps: tuple[tuple[int, Callable[[int], bytes], dict[int, bytes]], ...]  # of the address (value)
+    pick: Callable[[list[Any]], tuple[Any, ...]]
     pack: Callable[..., bytes]
-    maps: tuple[tuple[int, int, Callable[[int], bytes], dict[int, bytes]], ...]
-    addresses: tuple[tuple[int, int], ...]  # (root, offset), after the maps
-    rest: bytes  # the parameters after the last address
     options: tuple[bool, ...]  # the arguments after the stream
 
 
 class Tape(NamedTuple):
-    """A recorded call. Roots: nothing, the inputs, what it makes, counters, products."""
+    """A recorded call. Its tensors: the inputs, what it makes, counters, products."""
 
     makes: tuple[Made, ...]
     counters: int  # arrival counters that the launches need; 0 if none
@@ -70,45 +74,42 @@ class Tape(NamedTuple):
     launch: Callable[..., None]
 
 
+def layouts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """All that plans ask of tensors but the alignment of their addresses."""
+    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
+
+
 class Replays:
     """The recorded calls of one backend."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[Any, ...], Tape | str] = {}
+        self._seen: dict[Hashable, Tape | str] = {}
 
     def run(
-        self, key: tuple[Any, ...], laid_out: Sequence[Tensor | None],
-        plain: Sequence[Tensor | None], function: Function,
-    ) -> Sequence[Tensor | None]:  # fmt: skip
+        self, key: Hashable, inputs: list[Tensor | None], function: Function
+    ) -> Sequence[Tensor | None]:
         """`function(send)`, replayed where it has been recorded.
 
-        `laid_out` and `plain` are all tensors that `function` hands to a kernel and does not make
-        itself; the first of all lies on the device. `key` and the layouts of `laid_out`, which are
-        added here, decide everything that `function` does but the addresses.
+        `inputs` are all tensors that `function` hands to a kernel and does not make itself; the
+        first lies on the device. `key` decides everything that `function` does but the addresses.
         """
-        inputs = [*laid_out, *plain]
         addresses = [0 if t is None else t.data_ptr() for t in inputs]
-        device = laid_out[0].device  # type: ignore[union-attr]
-        problem = (
-            key, device.index,
-            # Plans ask of an address only whether it is a multiple of 16.
-            *[
-                None if t is None else (t.shape, t.stride(), t.dtype, at & 15)
-                for t, at in zip(laid_out, addresses)
-            ],
-        )  # fmt: skip
-        found = self._seen.get(problem)
+        # Plans ask of an address only whether it is a multiple of 16.
+        if functools.reduce(operator.or_, addresses) & 15:
+            key = (key, *[at & 15 for at in addresses])
+        found = self._seen.get(key)
         if found.__class__ is Tape:
-            return play(found, inputs, addresses, device)  # type: ignore[arg-type]
+            return play(found, inputs, addresses)  # type: ignore[arg-type]
+        device = inputs[0].device  # type: ignore[union-attr]
         if found is None:
             if len(self._seen) >= KEPT:
                 self._seen.clear()
-            self._seen[problem] = "once"
+            self._seen[key] = "once"
         elif found == "once" and not _capturing(device):
             recorder = Recorder(inputs, device)
             with recorder:
                 results = function(recorder)
-            self._seen[problem] = recorder.tape(results) or "never"
+            self._seen[key] = recorder.tape(results) or "never"
             return results
         return function(launching.send_to_gpu)
 
@@ -117,45 +118,43 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def play(
-    tape: Tape, inputs: Sequence[Tensor | None], addresses: list[int], device: torch.device
-) -> list[Tensor | None]:
-    """Do what was recorded with other `inputs`; `addresses` are theirs."""
+def play(tape: Tape, tensors: list[Tensor | None], values: list[Any]) -> list[Tensor | None]:
+    """Do what was recorded with other inputs `tensors`, at the addresses `values`."""
     makes, counters, steps, results, launch = tape
-    roots, addresses = [None, *inputs], [0, *addresses]
-    first: Any = inputs[0]
-    index = device.index
-    for make, shape, dtype in makes:
-        made = first.new_empty(shape) if make is None else make(shape, dtype=dtype, device=device)
-        roots.append(made)
-        addresses.append(made.data_ptr())
+    first: Any = tensors[0]
+    device = first.get_device()
+    for make, shape, options in makes:
+        made = make(first, *shape, **options)
+        tensors.append(made)
+        values.append(made.data_ptr())
     if counters:
-        made = launching.arrival_counters(device, counters)
-        roots.append(made)
-        addresses.append(made.data_ptr())
-    stream = torch._C._cuda_getCurrentRawStream(index)
+        made = launching.arrival_counters(first.device, counters)
+        tensors.append(made)
+        values.append(made.data_ptr())
+    stream = torch._C._cuda_getCurrentRawStream(device)
     for step in steps:
         if step.__class__ is Launch:
-            head, pack, maps, places, rest, options = step  # type: ignore[misc]
-            values: list[Any] = [addresses[root] + offset for root, offset in places]
-            if maps:
-                values = [_map(addresses[m[0]] + m[1], m[2], m[3]) for m in maps] + values
-            launch(*head, pack(*values) + rest, index, stream, *options)
+            head, constants, shifts, maps, pick, pack, flags = step  # type: ignore[misc]
+            values += constants
+            for value, offset in shifts:
+                values.append(values[value] + offset)
+            for value, encode, known in maps:
+                address = values[value]
+                values.append(known.get(address) or _encoded(address, encode, known))
+            launch(*head, pack(*pick(values)), device, stream, *flags)
         else:
             function, operands, fresh = step  # type: ignore[misc]
-            result = function(*[None if i is None else roots[i] for i in operands])
+            result = function(*[None if i is None else tensors[i] for i in operands])
             if fresh:
-                roots.append(result)
-                addresses.append(result.data_ptr())
-    return [None if i is None else roots[i] for i in results]
+                tensors.append(result)
+                values.append(result.data_ptr())
+    return [None if i is None else tensors[i] for i in results]
 
 
-def _map(address: int, encode: Callable[[int], bytes], known: dict[int, bytes]) -> bytes:
-    found = known.get(address)
-    if found is None:
-        if len(known) >= MAPS_KEPT:
-            known.clear()
-        found = known[address] = encode(address)
+def _encoded(address: int, encode: Callable[[int], bytes], known: dict[int, bytes]) -> bytes:
+    if len(known) >= MAPS_KEPT:
+        known.clear()
+    found = known[address] = encode(address)
     return found
 
 
@@ -184,11 +183,14 @@ class Recorder(TorchDispatchMode):
         if name not in EMPTY and name not in ZEROS:
             self._foreign = True
             return result
-        self._foreign |= not result.is_contiguous() or result.device != self._device
+        self._foreign |= result.device != self._device or not (
+            result.is_contiguous() and result.dim()
+        )
         same = result.dtype == self._inputs[0].dtype  # type: ignore[union-attr]
-        make = torch.zeros if name in ZEROS else None if same else torch.empty
+        make: Callable[..., Tensor] = Tensor.new_zeros if name in ZEROS else Tensor.new_empty
+        options = {} if same else {"dtype": result.dtype}
         self._made.append(result)
-        self._makes.append(Made(make, tuple(result.shape), result.dtype))
+        self._makes.append(Made(make, tuple(result.shape), options))
         return result
 
     def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
@@ -220,35 +222,48 @@ class Recorder(TorchDispatchMode):
         if self._foreign:
             return None
         counters = [] if self._counters is None else [self._counters]
-        self._roots = [None, *self._inputs, *self._made, *counters, *self._fresh]
+        self._tensors = [*self._inputs, *self._made, *counters]
+        self._values: list[int] = list(range(len(self._tensors)))  # where play has their addresses
+        self._count = len(self._values)
+        steps: list[Product | Launch] = []
+        fresh = iter(self._fresh)
         try:
-            steps = tuple([
-                self._launch(*s) if isinstance(s[0], Plan)
-                else Product(s[0], tuple([self._index(t) for t in s[1]]), s[2])
-                for s in self._steps
-            ])  # fmt: skip
-            found = tuple([self._index(t) for t in results])
+            for step in self._steps:
+                if isinstance(step[0], Plan):
+                    steps.append(self._launch(*step))
+                    continue
+                function, operands, is_fresh = step
+                steps.append(Product(function, tuple(map(self._index, operands)), is_fresh))
+                if is_fresh:
+                    self._tensors.append(next(fresh))
+                    self._values.append(self._add())
+            found = tuple(map(self._index, results))
         except LookupError:
             return None
         count = 0 if self._counters is None else self._counters.numel()
-        return Tape(tuple(self._makes), count, steps, found, _cuda.launch)
+        return Tape(tuple(self._makes), count, tuple(steps), found, _cuda.launch)
+
+    def _add(self) -> int:
+        """The index of the next value."""
+        self._count += 1
+        return self._count - 1
 
     def _index(self, tensor: Tensor | None) -> int | None:
-        """The root that is `tensor`: torch.empty hands out another object than the mode sees."""
+        """Which tensor this is: torch.empty hands out another object than the mode sees."""
         if tensor is None:
             return None
-        found = [i for i, root in enumerate(self._roots) if root is tensor or _same(root, tensor)]
+        found = [i for i, t in enumerate(self._tensors) if t is tensor or _same(t, tensor)]
         if len(found) != 1:
-            raise LookupError("no root, or one of two")
+            raise LookupError("no tensor of the call, or one of two")
         return found[0]
 
     def _place(self, tensor: Tensor) -> tuple[int, int]:
-        """The one root whose memory `tensor` begins in, and how far in."""
+        """The value that is the address of the memory `tensor` begins in, and how far in."""
         address = tensor.data_ptr()
         found = [
-            (i, address - root.data_ptr())
-            for i, root in enumerate(self._roots)
-            if root is not None and 0 <= address - root.data_ptr() < _extent(root)
+            (value, address - t.data_ptr())
+            for value, t in zip(self._values, self._tensors)
+            if t is not None and 0 <= address - t.data_ptr() < _extent(t)
         ]
         if len(found) != 1:
             raise LookupError("unknown memory, or memory of two tensors")
@@ -257,59 +272,46 @@ class Recorder(TorchDispatchMode):
     def _launch(self, plan: Plan, fields: Sequence[Any]) -> Launch:
         from ... import _cuda
 
+        layout, count = LAYOUTS[plan.params], len(plan.maps)
+        data = layout.pack(
+            *[b""] * count,
+            *[0 if v is None or isinstance(v, Tensor) else v for v in fields[count:]],
+        )
+        # Maps and addresses; between them all is constant.
+        mapped = [i for i, spec in enumerate(plan.maps) if spec is not None]
+        varied = mapped + [i for i, v in enumerate(fields) if i >= count and isinstance(v, Tensor)]
+        sizes = [MAP_BYTES if i < count else 8 for i in varied]
+        begins = [_starts(layout)[i] for i in varied]
+        gaps = list(zip([0, *map(operator.add, begins, sizes)], [*begins, len(data)]))
+        constants = [data[begin:end] for begin, end in gaps]
+        kept = [c for c in constants if c]
+        places = [self._add() if c else -1 for c in constants]
+        shifts: list[tuple[int, int]] = []
+        addresses = {}
+        for i in varied:
+            value, offset = self._place(fields[i])
+            if offset:
+                shifts.append((value, offset))
+                value = self._add()
+            addresses[i] = value
         maps: list[Any] = []
-        for spec, tensor in zip(plan.maps, fields):
+        for i, spec in enumerate(plan.maps):
             if spec is not None:
-                told = (tensor.dtype == torch.bfloat16, *spec.dims, spec.stride, *spec.box)
-                encode = functools.partial(_encode, _cuda.tensor_map, told)
-                maps.append((*self._place(tensor), encode, {}))
-        places = {
-            i: self._place(v)
-            for i, v in enumerate(fields)
-            if i >= len(plan.maps) and isinstance(v, Tensor)
-        }
-        pack, order, rest = _packing(plan, fields, places)
+                told = (fields[i].dtype == torch.bfloat16, *spec.dims, spec.stride, *spec.box)
+                maps.append((addresses[i], functools.partial(_encode, _cuda.tensor_map, told), {}))
+                addresses[i] = self._add()
+        order, form = [], "="
+        for constant, place, field in zip(constants, places, [*varied, None]):
+            if constant:
+                order.append(place)
+                form += f"{len(constant)}s"
+            if field is not None:
+                order.append(addresses[field])
+                form += "Q" if field >= count else f"{MAP_BYTES}s"
         return Launch(
-            launching.launch_head(plan), pack, tuple(maps), order, rest,
-            launching.launch_options(plan),
+            launching.launch_head(plan), tuple(kept), tuple(shifts), tuple(maps),
+            operator.itemgetter(*order), struct.Struct(form).pack, launching.launch_options(plan),
         )  # fmt: skip
-
-
-def _packing(
-    plan: Plan, fields: Sequence[Any], places: dict[int, tuple[int, int]]
-) -> tuple[Callable[..., bytes], tuple[tuple[int, int], ...], bytes]:
-    """How to pack the launch: pack(*maps, *addresses) + rest.
-
-    Zeros between the addresses are pad bytes of the format, other constants are offsets from
-    address zero.
-    """
-    layout = LAYOUTS[plan.params]
-    count = len(plan.maps)
-    values = [b""] * count + [
-        0 if v is None or i in places else v for i, v in enumerate(fields) if i >= count
-    ]
-    data, starts = layout.pack(*values), _starts(layout)
-    form = "=" + "".join(["128x" if spec is None else "128s" for spec in plan.maps])
-    order: list[tuple[int, int]] = []
-    at = 128 * count
-
-    def constants(stop: int) -> str:
-        nonlocal at
-        text = ""
-        while at < stop:
-            size = 8 if stop - at >= 8 else 4
-            number = int.from_bytes(data[at : at + size], sys.byteorder)
-            if number:
-                order.append((NOTHING, number))
-            text += f"{size}x" if not number else "Q" if size == 8 else "I"
-            at += size
-        return text
-
-    for i in sorted(places):
-        form += constants(starts[i]) + "Q"
-        order.append(places[i])
-        at = starts[i] + 8
-    return struct.Struct(form).pack, tuple(order), data[at:]
 
 
 @functools.cache
