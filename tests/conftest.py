@@ -24,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         default=2,
         metavar="T",
-        help="a kernel test's cases show every combination of T of its factors (2: every pair)",
+        help="a kernel test's cases show every T levels of different factors together (2: pairs)",
     )
 
 

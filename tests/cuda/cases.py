@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,18 +71,23 @@ def _strided_vector(values: Tensor) -> Tensor:
     return torch.stack([values, torch.full_like(values, torch.nan)], 1)[:, 0]
 
 
-def run(
-    case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
-    other: Backend | None = None, make_sender: type[PtxSender] = PtxSender,
-) -> PtxSender:  # fmt: skip
-    """Fails unless every result is at most twice as far from the truth as PyTorch's own.
+class Inputs(NamedTuple):
+    """What the backend is asked with."""
 
-    Without `backward` only the outputs are made, as for inference. With `gpu` the kernels are
-    launched; the caller makes the GPU torch's default device. `other` is asked instead of the CUDA
-    backend.
-    """
-    dtype, m, k, n, r = case.dtype, case.m, case.k, case.n, case.r
-    adapter = torch.float32 if case.adapter == "fp32" else dtype
+    mask: Tensor
+    call: Call
+    x: Tensor
+    projections: list[Projection]
+    dys: list[Tensor]
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(True, *([(True,) * len(self.projections)] * 3))
+
+
+def inputs(case: Case, seed: int) -> Inputs:
+    m, k, n, r = case.m, case.k, case.n, case.r
+    dtype, adapter = case.dtype, torch.float32 if case.adapter == "fp32" else case.dtype
     mask = mask_of(case)
     act = Activation.from_mask(mask)
     if not case.known:
@@ -104,12 +109,27 @@ def run(
     scalings = tuple(1.5 - 0.5 * i for i in range(case.count))
     key = torch.tensor([seed - 2**40])
     call = Call(act, scalings, case.dropout, key if case.dropout else None, case.prefix_grad)
-    needs = Needs(True, *([(True,) * case.count] * 3))
+    return Inputs(mask, call, x, projections, dys)
+
+
+def run(
+    case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
+    other: Backend | None = None, make_sender: type[PtxSender] = PtxSender,
+) -> PtxSender:  # fmt: skip
+    """Fails unless every result is at most twice as far from the truth as PyTorch's own.
+
+    Without `backward` only the outputs are made, as for inference. With `gpu` the kernels are
+    launched; the caller makes the GPU torch's default device. `other` is asked instead of the CUDA
+    backend.
+    """
+    dtype, m, n = case.dtype, case.m, case.n
+    asked = inputs(case, seed)
+    mask, call, x, projections, dys = asked
 
     def expected(dt: torch.dtype, change: Change = lambda t: t) -> list[Tensor | None]:
         leaf = change(x).to(dt).detach().requires_grad_()
         outs, leaves = [], [leaf]
-        for p, scaling in zip(projections, scalings):
+        for p, scaling in zip(projections, call.scalings):
             own = [
                 change(t).to(dtype).to(dt).requires_grad_()
                 for t in (p.lora_a, p.lora_b, p.lora_bias)
@@ -129,7 +149,7 @@ def run(
                     scaling,
                     lora_bias=own[2] if len(own) > 2 else None,
                     dropout_p=case.dropout,
-                    seed=key,
+                    seed=call.seed,
                     prefix_grad=case.prefix_grad,
                     base_out=base,
                 )
@@ -153,13 +173,13 @@ def run(
             assert true is not None
             assert_error("y", y, true, own, dtype)
         return sender
-    got = backend.backward(call, case.strategy, x, todo, xa, dys, needs)
+    got = backend.backward(call, case.strategy, x, todo, xa, dys, asked.needs)
     flat: list[Any] = [*ys, got.x]
     names = [f"y{i}" for i in range(case.count)] + ["dx"]
     for i, p in enumerate(projections):
         flat += [got.lora_a[i], got.lora_b[i]] + ([] if p.lora_bias is None else [got.lora_bias[i]])
         names += [f"dA{i}", f"dB{i}"] + ([] if p.lora_bias is None else [f"dbias{i}"])
-        assert got.lora_a[i].dtype == adapter and got.lora_b[i].dtype == adapter
+        assert got.lora_a[i].dtype == got.lora_b[i].dtype == p.lora_a.dtype
     exact, owns = expected(torch.float64), errors_of_pytorch(expected, dtype)
     assert len(flat) == len(exact)
     sender.results, sender.errors = dict(zip(names, flat)), dict(zip(names, owns))

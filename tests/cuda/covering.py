@@ -17,9 +17,11 @@ Allowed = Callable[[Row], bool]
 CANDIDATES = 100  # random rows of which the one that covers most is taken
 
 
-def chosen(config: pytest.Config, factors: Factors, allowed: Allowed) -> list[Row]:
-    """The rows that `--exhaustive` or `--strength` ask for."""
-    part, strength = config.getoption("--exhaustive"), config.getoption("--strength")
+def chosen(
+    config: pytest.Config, factors: Factors, allowed: Allowed, strength: int = 2
+) -> list[Row]:
+    """The rows that `--exhaustive` or `--strength` ask for, of `strength` at least."""
+    part, strength = config.getoption("--exhaustive"), max(config.getoption("--strength"), strength)
     return product(factors, allowed, part) if part else covering(factors, allowed, strength)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import pytest
 
+from alora_kernels.backends.cuda import CudaBackend
+
 from . import test_kernels, test_persistent
+from .cases import Case, inputs
 from .covering import Row, covering, product
+from .ptx_sender import CSRC, compiled
 
 FACTORS: dict[str, list[Any]] = {
     "a": [1, 2, 3],
@@ -56,11 +61,22 @@ def test_every_allowed_combination_is_covered(strength: int) -> None:
     assert len(rows) < len(every) or strength == len(FACTORS)
 
 
+ROWS = {**test_kernels.ROWS, "fused_row": test_persistent.FUSED_FACTORS}
+HOPPER_TAIL = {"strategy": "tail", "arch": "sm_90a"}
+FIXED: dict[str, dict[str, Any]] = {  # what the tests of these rows say themselves
+    "row": {},
+    "sm90_row": HOPPER_TAIL,
+    "onepass_sm90_row": {"strategy": "onepass", "arch": "sm_90a"},
+    "decode_row": {"strategy": "onepass"},
+    "fused_row": {**HOPPER_TAIL, "n": 264},
+}
+
+
 @pytest.mark.parametrize("strength", [2, 3])
-@pytest.mark.parametrize("name", [*test_kernels.ROWS, "fused_row"])
+@pytest.mark.parametrize("name", ROWS)
 def test_the_kernels_cases_are_covered(name: str, strength: int) -> None:
     """A combination is missing only if it is itself what no case may have."""
-    factors = {**test_kernels.ROWS, "fused_row": test_persistent.FUSED_FACTORS}[name]
+    factors = ROWS[name]
     rows = covering(factors, test_kernels.allowed, strength)
     there = combinations(rows, strength)
     harmless = {"strategy": "delta", "dropout": 0.0, "r": 1}
@@ -68,3 +84,26 @@ def test_the_kernels_cases_are_covered(name: str, strength: int) -> None:
         for values in itertools.product(*(factors[n] for n in names)):
             some = tuple(zip(names, values))
             assert some in there or not test_kernels.allowed({**harmless, **dict(some)})
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_the_cases_of_ci_launch_every_kernel(arch: str, seed: int) -> None:
+    sources = [s for s in CSRC.glob("*.cu") if arch == "sm_90a" or "sm90" not in s.stem]
+    texts = [compiled(s.name, arch, "ptx").read_text() for s in sources]
+    every = {name for text in texts for name in re.findall(r"\.entry (\w+)", text)}
+    launched = {name for name in every if "vector_32" in name}  # test_shrink_of_many_active_rows
+    for name, factors in ROWS.items():
+        for row in covering(factors, test_kernels.allowed, test_kernels.STRENGTH.get(name, 2)):
+            case = Case(**FIXED[name], **row)
+            if case.arch != arch:
+                continue
+            backend = CudaBackend(
+                lambda plan, fields: launched.add(plan.kernel), (case.machine, int(arch[3:5]))
+            )
+            asked, save = inputs(case, seed), name != "decode_row"
+            given = asked.call, case.strategy, asked.x, asked.projections
+            _, xa = backend.forward(*given, None, save)
+            if save:
+                backend.backward(*given, xa, asked.dys, asked.needs)
+    assert launched == every

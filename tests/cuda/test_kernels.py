@@ -1,7 +1,8 @@
 """Every kernel, dtype and strategy, executed from the plans that the backend itself makes.
 
 The sizes cross tile edges: 32 and 128 rows, 128 columns, 32 steps, 16 ranks; odd ones force the
-strided kernels. Pairs of factors are covered here, more with `--strength` and `--exhaustive`.
+strided kernels. Pairs of factors are covered here, triples on sm_80, and more with `--strength` and
+`--exhaustive`.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ ONEPASS_SM90_FACTORS: dict[str, list[Any]] = {
 }
 
 DECODE_FACTORS: dict[str, list[Any]] = {
+    "arch": ["sm_80", "sm_90a"],
     "dtype": [torch.bfloat16, torch.float16],
     "adapter": ["same", "fp32"],
     "m": [1, 9, 16],
@@ -97,6 +99,9 @@ ROWS = {
     "onepass_sm90_row": ONEPASS_SM90_FACTORS,
     "decode_row": DECODE_FACTORS,
 }
+# Which kernel of sm_80 runs follows from dtype, rows, multiprocessors and alignment together: pairs
+# of the factors miss some.
+STRENGTH = {"row": 3}
 
 
 def allowed(row: Row) -> bool:
@@ -107,7 +112,7 @@ def allowed(row: Row) -> bool:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name, factors in ROWS.items():
         if name in metafunc.fixturenames:
-            rows = chosen(metafunc.config, factors, allowed)
+            rows = chosen(metafunc.config, factors, allowed, STRENGTH.get(name, 2))
             ids = ["-".join(str(v).removeprefix("torch.") for v in row.values()) for row in rows]
             metafunc.parametrize(name, rows, ids=ids)
 
@@ -166,6 +171,14 @@ def test_decode_matches_reference(decode_row: Row, seed: int) -> None:
     sender = run(Case("onepass", **decode_row), seed, backward=False)
     assert [k for k in sender.kernels if "decode" not in k] == []
     assert all((t == 0).all() for t in launch._arrived.values())
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shrink_of_many_active_rows(arch: str, dtype: torch.dtype, seed: int) -> None:
+    sizes = {"m": 70, "k": 72, "n": 16, "r": 24, "active": "all", "machine": 1}
+    sender = run(Case("delta", arch=arch, dtype=dtype, **sizes), seed)
+    assert sum("vector_32" in k for k in sender.kernels) == 2
 
 
 @pytest.mark.parametrize("strategy", ["delta", "tail", "onepass"])
