@@ -141,6 +141,7 @@ def prefix_forward(
             take(positions, index),
             offsets=layout.suffix_offsets(),
             cache=cache,
+            everywhere=not layout.inactive,
         )
         targets = None
         if labels is not None:

@@ -132,6 +132,29 @@ class PrefixCollector(Cache):
         ]
 
 
+class _Extend(torch.autograd.Function):
+    """A batch's right-aligned prefixes, then its suffixes, written once into one tensor.
+
+    The prefixes are constants: the gradient is the suffixes' part.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, suffix: Tensor, stored: int, *prefixes: Tensor) -> Tensor:
+        ctx.stored = stored
+        batch, heads, length, width = suffix.shape
+        out = suffix.new_empty(batch, heads, stored + length, width)
+        for b, prefix in enumerate(prefixes):
+            gap = stored - prefix.shape[1]
+            out[b, :, :gap] = 0
+            out[b, :, gap:stored] = prefix
+        out[:, :, stored:] = suffix
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return grad[:, :, ctx.stored :], None, *[None] * (len(ctx.needs_input_grad) - 2)
+
+
 class _ReadOnlyLayer(_Layer):
     """Lends one layer's prefix: `update` is pure."""
 
@@ -141,28 +164,14 @@ class _ReadOnlyLayer(_Layer):
         self.stored = length if window is None else min(length, window - 1)
         self.rows = list(rows)
 
-    def prefix(self) -> KeyValue:
-        """The right-aligned prefixes, `[B, H, stored, D]` twice; padding is zero."""
-        return self._align(0), self._align(1)
-
-    def _align(self, which: int) -> Tensor:
-        rows = [row[which] for row in self.rows]
-        if len(rows) == 1 and rows[0].shape[1] == self.stored:
-            return rows[0].unsqueeze(0)
-        heads, _, width = rows[0].shape
-        out = rows[0].new_empty(len(rows), heads, self.stored, width)
-        for b, row in enumerate(rows):
-            gap = self.stored - row.shape[1]
-            out[b, :, :gap] = 0
-            out[b, :, gap:] = row
-        return out
-
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self._align(0).to(key_states.dtype), key_states], dim=-2)
-        values = torch.cat([self._align(1).to(value_states.dtype), value_states], dim=-2)
-        return keys, values
+        keys, values = zip(*self.rows)
+        return (
+            _Extend.apply(key_states, self.stored, *keys),
+            _Extend.apply(value_states, self.stored, *values),
+        )
 
     def get_seq_length(self) -> int:
         return self.length

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
 from .guard import text_config, unwrap
@@ -42,15 +43,21 @@ class ModelCall:
         *,
         offsets: list[int | None],
         cache: ReadOnlyPrefix | None = None,
+        everywhere: bool = False,
         **inputs: Any,
     ) -> Tensor:
-        """One pass with gradient through the outermost wrapper; returns the logits."""
+        """One pass with gradient through the outermost wrapper; returns the logits.
+
+        `everywhere`: the adapter is on at every token.
+        """
         inputs["use_cache"] = False
         if cache is not None:
             inputs[self.cache_name] = cache
         if self.takes_positions:
             inputs["position_ids"] = positions
         with ExitStack() as stack:
+            if everywhere:
+                stack.enter_context(unmasked_adapter(self.peft))
             if not torch.is_grad_enabled():
                 stack.enter_context(_attribute(self.peft, "gradient_checkpointing", True, False))
             elif cache is not None:
@@ -93,6 +100,33 @@ def prefix_pass(peft: Any, device: torch.device) -> Iterator[None]:
         peft._adapters_disabled = True  # PEFT then installs no hooks
         stack.callback(setattr, peft, "_adapters_disabled", disabled)
         yield
+
+
+@contextmanager
+def unmasked_adapter(peft: Any) -> Iterator[None]:
+    """PEFT's layers without their search for active tokens, for a pass where every token is.
+
+    PEFT's aLoRA gathers the active rows and scatters them back, serially and for each layer; with
+    every row active its plain LoRA computes the same. Layers that are checkpointed run again when
+    this is over, so a checkpointed model is left as it is; so are accelerated layers.
+    """
+    modules = list(peft.modules())
+    if any(getattr(m, "gradient_checkpointing", None) is True for m in modules):
+        yield
+        return
+    changed = []
+    for module in modules:
+        variants = getattr(module, "lora_variant", None)
+        if variants and not hasattr(module, "alora_owner"):
+            changed.append((module, variants))
+            module.lora_variant = {
+                name: v for name, v in variants.items() if not isinstance(v, ALoraLinearVariant)
+            }
+    try:
+        yield
+    finally:
+        for module, variants in changed:
+            module.lora_variant = variants
 
 
 @contextmanager

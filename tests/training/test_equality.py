@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from models import INVOCATION, KINDS, alone, gradients, make_batch, make_model, worst
+from peft.tuners.lora.variants import ALoraLinearVariant
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alora_kernels.training import PrefixStore, prefix_forward
@@ -39,6 +40,25 @@ def test_each_row_alone(kind, pad, seed):
         assert abs(got - loss) <= EXACT * loss, (mode, options)
         assert worst(got_grads, grads) <= EXACT, (mode, options)
     assert (store.misses, store.hits) == (4, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_on_at_every_suffix_token_is_not_masked(kind, seed, monkeypatch):
+    """Without a row of the base model the suffix runs as a plain LoRA; nothing of that is left."""
+    model = make_model(kind, seed=seed)
+    batch = make_batch([(20, 6), (0, 7), (11, 9), (3, 4)], seed=seed)
+    loss, grads = alone(model, *batch)
+    layers = [m for m in model.modules() if getattr(m, "lora_variant", None)]
+    before = [dict(m.lora_variant) for m in layers]
+    with monkeypatch.context() as patch:
+        patch.setattr(ALoraLinearVariant, "forward", None)  # a call would raise
+        for mode in ("no_grad", "cached"):
+            got, got_grads = run(model, batch, mode, store=PrefixStore())
+            assert abs(got - loss) <= EXACT * loss
+            assert worst(got_grads, grads) <= EXACT
+        with pytest.raises(TypeError):
+            prefix_forward(model, *make_batch(LENGTHS, seed=seed))  # a row of the base model
+    assert layers and [m.lora_variant for m in layers] == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,10 +155,11 @@ def test_last_layer_stops_after_keys_and_values(seed):
     assert [m.__dict__.keys() for m in layers] == [d.keys() for d in own]
 
 
-@keeps_cache
-def test_exception_leaves_the_model_as_it_was(seed):
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=keeps_cache)])
+def test_exception_leaves_the_model_as_it_was(checkpointed, seed):
     model = make_model(seed=seed)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     batch = make_batch([(16, 6)], seed=seed)
     layer = model.get_base_model().model.layers[-1]
 
@@ -152,7 +173,8 @@ def test_exception_leaves_the_model_as_it_was(seed):
             prefix_forward(model, *batch)
         handle.remove()
         for name, m in model.named_modules():
-            for flag in ("gradient_checkpointing", "_disable_adapters", "_adapters_disabled"):
+            for flag in ("gradient_checkpointing", "_disable_adapters", "_adapters_disabled",
+                         "lora_variant"):  # fmt: skip
                 assert m.__dict__.get(flag) == before[name].get(flag), (name, flag)
             assert "forward" not in m.__dict__ or "forward" in before[name]
 
