@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from rows import Example, RowError, encode, load_rows
-from scoring import Score, exact_match
+from scoring import Score, answer_limit, exact_match
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import alora_kernels
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> None:
     plot_losses(curves, options.output_dir / "loss.png")
     console.print(f"adapter and loss.png in {options.output_dir}", highlight=False)
     if scores:
-        _print_scores(scores, options)
+        _print_scores(scores, options, answer_limit(heldout))
     show_answer(base, tokenizer, (heldout or validation or train)[0], options)
     console.print(f"{time.monotonic() - began:.0f} s in all", highlight=False)
     if options.push_to_hub:
@@ -308,8 +308,13 @@ def _for_plain_lora(collator: AloraDataCollator) -> Any:
     return collate
 
 
-def _print_scores(scores: dict[str, tuple[Score, float]], options: argparse.Namespace) -> None:
-    table = Table(title="Held-out exact match")
+def _print_scores(
+    scores: dict[str, tuple[Score, float]], options: argparse.Namespace, limit: int
+) -> None:
+    table = Table(
+        title="Held-out exact match",
+        caption=f"greedy; at most {limit} new tokens; a row ends once it cannot match any more",
+    )
     for column in ("model", "right", "share", "95 % interval", "training"):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, (s, seconds) in scores.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rows import Example
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,41 @@ class Score:
         return f"{self.right}/{self.count} = {share:.1%}  [{low:.1%}, {high:.1%}]"
 
 
+class Mismatch(StoppingCriteria):
+    """Ends a row whose answer can no longer become the expected one.
+
+    Tokens are only ever appended, so what was generated must be the beginning of the expected
+    answer, or all of it and spaces. Anything else is wrong, whatever follows.
+    The test is on text, as the score's is: other tokens that spell the same answer stay right.
+    """
+
+    def __init__(self, tokenizer: Any, width: int, expected: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.width = width  # tokens of the padded prompts
+        self.expected = [text.strip() for text in expected]
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        texts = (decode(self.tokenizer, row[self.width :]) for row in input_ids)
+        wrong = [not may_become(text, want) for text, want in zip(texts, self.expected)]
+        return torch.tensor(wrong, device=input_ids.device)
+
+
+def may_become(text: str, expected: str) -> bool:
+    """Whether `text`, continued and stripped, can equal `expected`."""
+    text = text.lstrip().rstrip("\ufffd")  # the character's other bytes are still to come
+    return expected.startswith(text) or text.rstrip() == expected
+
+
+def decode(tokenizer: Any, ids: Any) -> str:
+    # Cleaning would remove spaces from what stands already once more tokens follow.
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def answer_limit(examples: Sequence[Example]) -> int:
+    """New tokens that any model may generate on these rows: the longest answer and a few more."""
+    return max(len(e.answer_ids) for e in examples) + 4
+
+
 @torch.no_grad()
 def exact_match(
     model: Any,
@@ -41,7 +77,12 @@ def exact_match(
     batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[Score, list[str]]:
-    """Greedy answers of a model in eval mode, compared with the rows' after stripping spaces."""
+    """Greedy answers of a model in eval mode, compared with the rows' after stripping spaces.
+
+    A row ends at its end token, where it went wrong (`Mismatch`), or after `answer_limit` tokens;
+    a wrong answer is therefore returned only as far as it was generated.
+    """
+    limit = answer_limit(examples)
     was_training = model.training
     model.eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -60,11 +101,14 @@ def exact_match(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
-            max_new_tokens=max(len(examples[i].answer_ids) for i in chosen) + 4,
+            max_new_tokens=limit,
             pad_token_id=pad,
+            stopping_criteria=StoppingCriteriaList(
+                [Mismatch(tokenizer, width, [examples[i].answer for i in chosen])]
+            ),
         )
         for i, row in zip(chosen, out):
-            texts[i] = tokenizer.decode(row[width:], skip_special_tokens=True).strip()
+            texts[i] = decode(tokenizer, row[width:]).strip()
         on_batch(len(chosen))
     model.train(was_training)
     answers = [texts[i] for i in range(len(examples))]

@@ -66,6 +66,45 @@ def test_the_interval_is_wilsons() -> None:
     assert importlib.import_module("scoring").Score(0, 10).interval[0] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("text", "possible"),
+    [
+        ("", True), (" Fri", True), ("Friday |", True), ("Friday | 9:00", True),
+        ("Friday | 9:00 \n", True), ("Fri\ufffd", True), ("Friday |  9", False),
+        ("Friday | 9:00.", False), ("friday", False), ("The", False),
+    ],
+)  # fmt: skip
+def test_an_answer_is_wrong_once_it_cannot_become_the_expected_one(
+    text: str, possible: bool
+) -> None:
+    assert importlib.import_module("scoring").may_become(text, "Friday | 9:00") is possible
+
+
+def test_ending_wrong_answers_early_changes_no_score(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Half of the expected answers are what the model writes when nothing ends it early."""
+    scoring, rows = importlib.import_module("scoring"), importlib.import_module("rows")
+    tok, model = tokenizer(CHAT_TEMPLATE), base_model("llama", seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def example(prompt: list[int], answer: str) -> Any:
+        return rows.Example([{"role": "assistant", "content": answer}], prompt, [5] * 12)
+
+    prompts = [torch.randint(4, 40, (n,), generator=generator).tolist() for n in range(5, 15)]
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "may_become", lambda text, expected: True)
+        _, texts = scoring.exact_match(model, tok, [example(p, "") for p in prompts])
+        wanted = [t if i % 2 else f"{t}?" for i, t in enumerate(texts)]
+        examples = [example(p, t) for p, t in zip(prompts, wanted)]
+        slow, _ = scoring.exact_match(model, tok, examples)
+    quick, _ = scoring.exact_match(model, tok, examples)
+    assert quick == slow and quick.right == 5
+    wrong = [example(p, "\u00a7") for p in prompts]
+    _, answers = scoring.exact_match(model, tok, wrong)
+    assert sum(map(len, answers)) < sum(map(len, texts))
+
+
 def test_rows_are_checked() -> None:
     rows = importlib.import_module("rows")
     tok = tokenizer(CHAT_TEMPLATE)
