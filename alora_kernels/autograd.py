@@ -64,19 +64,10 @@ def run_backward(
         if known is not None:
             known.backward = chosen
     backend, strategy = chosen
-    with torch.autocast(x.device.type, enabled=False) if in_autocast(x) else _nothing:
-        return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
-_nothing = _Nothing()
+    if torch._C._is_any_autocast_enabled() and in_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
+    return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -133,43 +124,50 @@ class AloraFunction(torch.autograd.Function):
         return tuple([y.view(shape) for y, shape in zip(ys, ctx.shapes)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        x, xa, seed, _, _, _, *flat = ctx.saved_tensors
-        call = ctx.call if seed is None else ctx.call._replace(seed=seed)
-        count = len(call.scalings)
-        projections = projections_of(flat, count)
-        wanted = ctx.needs_input_grad
-        groups = [wanted[3 + i * count : 3 + (i + 1) * count] for i in range(6)]
-        base_grads = dys if projections[0].weight is None else (None,) * count
-        rows = x.reshape(-1, x.shape[-1])
-        dy_rows = [
-            x.new_zeros(rows.shape[0], shape[-1]) if dy is None else dy.reshape(-1, dy.shape[-1])
-            for dy, shape in zip(dys, ctx.shapes)
-        ]
-        needs = Needs(wanted[2], groups[3], groups[4], groups[5])
-        if needs.x or any(needs.lora_a) or any(needs.lora_b) or any(needs.lora_bias):
-            saved = Saved(xa, ctx.backend)
-            grads = run_backward(call, rows, projections, saved, dy_rows, needs)
-            dx = None if grads.x is None else grads.x.view(x.shape)
-        else:
-            dx, grads = None, Gradients(None, [None] * count, [None] * count, [None] * count)
-        frozen = (None,) * (2 * count)
-        return (
-            None,
-            None,
-            dx,
-            *base_grads,
-            *frozen,
-            *grads.lora_a,
-            *grads.lora_b,
-            *grads.lora_bias,
-        )
+        # Who asks for no graph cannot differentiate again, and need not pay for the refusal.
+        return _refused_twice(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
+
+
+def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+    x, xa, seed, _, _, _, *flat = ctx.saved_tensors
+    call = ctx.call if seed is None else ctx.call._replace(seed=seed)
+    count = len(call.scalings)
+    projections = projections_of(flat, count)
+    wanted = ctx.needs_input_grad
+    base_grads = dys if projections[0].weight is None else (None,) * count
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    dy_rows = [
+        x.new_zeros(rows.shape[0], shape[-1])
+        if dy is None
+        else dy
+        if dy.dim() == 2
+        else dy.reshape(-1, dy.shape[-1])
+        for dy, shape in zip(dys, ctx.shapes)
+    ]
+    a, b, bias, end = [3 + i * count for i in (3, 4, 5, 6)]
+    needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
+    if needs.x or any(wanted[a:end]):
+        grads = run_backward(call, rows, projections, Saved(xa, ctx.backend), dy_rows, needs)
+    else:
+        grads = Gradients(None, [None] * count, [None] * count, [None] * count)
+    dx = grads.x
+    if dx is not None and rows is not x:
+        dx = dx.view(x.shape)
+    frozen = (None,) * (2 * count)
+    return (
+        None, None, dx, *base_grads, *frozen, *grads.lora_a, *grads.lora_b, *grads.lora_bias,
+    )  # fmt: skip
+
+
+_refused_twice = once_differentiable(_backward)
 
 
 def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection]:
     """The projections of `weights…, biases…, lora_a…, lora_b…, lora_bias…`."""
     flat = list(flat)
+    if count == 1:
+        return [Projection(*flat)]  # type: ignore[arg-type]
     columns = [flat[i * count : (i + 1) * count] for i in range(5)]
     return [Projection(*fields) for fields in zip(*columns)]  # type: ignore[arg-type]
 

@@ -46,6 +46,7 @@ BAD = [
     ({"lora_bias": torch.randn(3)}, ValueError, r"lora_bias must have shape \[5\]"),
     ({"activation": torch.ones(6)}, TypeError, "got Tensor; Activation.from_mask"),
     ({"activation": Activation.all(7)}, ValueError, "describes 7 rows but x has 6"),
+    ({"activation": Activation.from_offsets([6], 8)}, ValueError, "describes 8 rows but x has 6"),
     ({"activation": Activation.all(6).to("meta")}, ValueError, "activation is on meta"),
     ({"scaling": math.nan}, ValueError, "scaling must be finite, got nan"),
     ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), got 1.0"),
@@ -59,8 +60,27 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD, ids=[words for *_, words in BAD])
 def test_alora_linear_refuses(change, error, words) -> None:
-    with pytest.raises(error, match=words):
-        alora_linear(**{**good(), **change})
+    """Whatever was called before: what is known of good calls excuses no bad one."""
+    for _ in range(2):
+        with pytest.raises(error, match=words):
+            alora_linear(**{**good(), **change})
+        alora_linear(**good())
+
+
+def test_alora_add_refuses_another_base_output() -> None:
+    args = good()
+    rest = [args[n] for n in ("x", "lora_a", "lora_b", "activation", "scaling")]
+    for _ in range(2):
+        alora_add(torch.randn(2, 3, 5), *rest)
+        with pytest.raises(ValueError, match=r"base_out must have shape \[2, 3, 5\]"):
+            alora_add(torch.randn(2, 3, 4), *rest)
+        with pytest.raises(TypeError, match=r"base_out must be torch\.float32"):
+            alora_add(torch.randn(2, 3, 5).half(), *rest)
+
+
+def test_what_has_no_hash_is_refused_too() -> None:
+    with pytest.raises(ValueError, match=r"unknown strategy \['tail'\]"):
+        alora_linear(**{**good(), "strategy": ["tail"]})
 
 
 def test_errors_name_the_function_that_was_called() -> None:
@@ -103,8 +123,10 @@ def test_a_weight_subclass_is_pointed_to_alora_add() -> None:
     class Quantised(torch.Tensor):
         pass
 
-    with pytest.raises(TypeError, match=r"weight is a Quantised.*alora_add"):
-        alora_linear(**{**good(), "weight": torch.randn(5, 8).as_subclass(Quantised)})
+    for _ in range(2):
+        alora_linear(**good())
+        with pytest.raises(TypeError, match=r"weight is a Quantised.*alora_add"):
+            alora_linear(**{**good(), "weight": torch.randn(5, 8).as_subclass(Quantised)})
 
 
 def test_a_frozen_weight_in_no_grad_may_require_grad() -> None:

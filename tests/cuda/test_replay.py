@@ -50,7 +50,7 @@ class Case:
                  rank: int = 16, active: int = 40, adapter: torch.dtype = torch.bfloat16,
                  bias: bool = False, lora_bias: bool = False, dropout_p: float = 0.0,
                  prefix_grad: bool = True, scaling: float = 1.5, base_given: bool = False,
-                 shift: int = 0, transposed: bool = False,
+                 shift: int = 0, transposed: bool = False, unknown: bool = False,
                  needs: tuple[bool, bool, bool] = (True, True, True)) -> None:  # fmt: skip
         self.__dict__.update({n: v for n, v in locals().items() if n != "self"})
 
@@ -69,6 +69,9 @@ class Case:
                 torch.randn(n).to(adapter) if self.lora_bias else None,
             ))  # fmt: skip
         activation = Activation.from_offsets([self.active], self.rows)
+        if self.unknown:  # to the host
+            tensors = (activation.row_adapter, activation.active_rows, activation.active_count)
+            activation = Activation(*tensors)
         seed = torch.tensor([7]) if self.dropout_p else None
         return {
             "call": Call(activation, (self.scaling,) * count, self.dropout_p, seed,
@@ -168,6 +171,7 @@ CASES = {
     "no dx": Case(needs=(False, True, True)),
     "dx alone": Case(needs=(True, False, False)),
     "nothing active": Case(active=0),
+    "an unknown number active": Case(unknown=True),
     "ragged": Case(77, k=88, widths=(56,), rank=5),
     "base given": Case(base_given=True),
     "base given, group": Case(base_given=True, widths=(64, 128)),
@@ -221,7 +225,8 @@ OTHERS = {
     "rows": Case(64), "active": Case(active=41), "scaling": Case(scaling=2.0),
     "prefix_grad": Case(prefix_grad=False), "rank": Case(rank=8), "shift": Case(shift=1),
     "adapter": Case(adapter=torch.float32), "layout": Case(rank=64, transposed=True),
-    "bias": Case(bias=True), "needs": Case(needs=(True, False, True)),
+    "unknown": Case(unknown=True), "bias": Case(bias=True),
+    "needs": Case(needs=(True, False, True)),
 }  # fmt: skip
 
 
