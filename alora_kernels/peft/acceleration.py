@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
 from ..activation import Activation, current_activation, find_invocation_starts
 from . import checkpointing, records
@@ -38,6 +39,7 @@ class Acceleration:
         options: passed to every op.
         layers: every LoRA layer, by its name in `root`.
         served: the names of those that run our forward.
+        auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
     """
 
     def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
@@ -45,6 +47,7 @@ class Acceleration:
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.auxiliary: set[nn.Module] = set()
         self.places = self._argument_places()
         self.handles: list[Any] = []
         self.checkpointing = [m for m in root.modules() if hasattr(m, "gradient_checkpointing")]
@@ -74,16 +77,34 @@ class Acceleration:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Forward pre-hook of `root`: find the active rows and make them the current state."""
-        if module.training and not torch.compiler.is_compiling():
-            checkpointing.watch(self.checkpointing)
-        state = self.state_of(args, kwargs)
-        state.outer = current_state()
-        set_state(state)
+        if torch.compiler.is_compiling():
+            self._enter(args, kwargs)
+        else:
+            self._enter_eagerly(module, args, kwargs)
 
     def after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Forward hook of `root`, called after an exception as well."""
+        if torch.compiler.is_compiling():
+            self._leave(args, kwargs, output)
+        else:
+            self._leave_eagerly(args, kwargs, output)
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.state_of(args, kwargs)
+        state.outer = current_state()
+        set_state(state)
+
+    @torch.compiler.disable
+    def _enter_eagerly(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if module.training:
+            checkpointing.watch(self.checkpointing)
+        self._enter(args, kwargs)
+
+    def _leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         state = current_state()
         if state is None or state.owner is not self:
             return  # the pre-hook itself raised
@@ -99,6 +120,8 @@ class Acceleration:
             record, ids, past, starts = note
             length = past + state.seq_len
             records.write_record(cache, record.extended(ids, length, starts))
+
+    _leave_eagerly = torch.compiler.disable(_leave)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         found = {}
@@ -344,3 +367,9 @@ class Acceleration:
     def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
         """`root._prefill_chunking` through the hooks of `root`."""
         return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)
+
+
+# torch.compile of `root` itself runs its hooks outside the graph, and would compile each of them as
+# a graph of its own; of a model around `root` it takes them into the graph.
+for _hook in (Acceleration.before_forward, Acceleration.after_forward):
+    skip_code(_hook.__code__)

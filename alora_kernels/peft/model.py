@@ -11,6 +11,7 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..activation import Activation
@@ -245,6 +246,11 @@ def adopt(owner: Acceleration) -> None:
         for field, value in zip(LAYER_FIELDS, (owner, None, index, fused, strange, {})):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
+    for module in owner.root.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and module not in owner.auxiliary:
+            owner.auxiliary.add(module)
+            before = Unserved(owner).before_auxiliary
+            owner.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     served = {path: owner.layers[path] for path in owner.served}
     for group in find_groups(owner.root, served):
         for member in group.members:

@@ -1,4 +1,4 @@
-"""Layers and adapters that keep PEFT's own forward: what it has to be handed."""
+"""Layers, adapters and modules that keep PEFT's own forward: what it has to be handed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def peft_arguments(
 
 
 class Unserved:
-    """The hook of the layers of one model that keep PEFT's forward."""
+    """The hooks of the modules of one model that keep PEFT's forward."""
 
     def __init__(self, owner: Acceleration) -> None:
         self.owner = owner
@@ -69,3 +69,18 @@ class Unserved:
         if extra["alora_offsets"] is None:
             del extra["alora_offsets"]
         return args, {**kwargs, **extra}
+
+    def before_auxiliary(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Forward pre-hook of a `modules_to_save` or trainable tokens: the adapter of each row."""
+        state = current_state()
+        if state is None or state.owner is not self.owner or state.names is None:
+            return None
+        active = list(module.active_adapters)
+        if state.row_names is None and active == list(state.names):
+            return None
+        one = state.names[0] if state.names else None
+        rows = [one] * len(args[0]) if state.row_names is None else state.row_names
+        names = [BASE if n is None or n not in module._adapters else n for n in rows]
+        return args, {**kwargs, "adapter_names": names}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from .models import ASK, FIRST, SUM, VOCAB, cache_of, cached, oracle, prompt, put, twins
+from .models import ASK, FIRST, SUM, VOCAB, base_model, cache_of, cached, oracle, prompt, put, twins
 
 NEW = 6
 
@@ -46,6 +46,11 @@ def asked(batch=2, length=14):
 def test_greedy(pair, how):
     model, stock = pair
     ids, starts = asked()
+    if "prefill_chunk_size" in how:
+        try:
+            generate(base_model(), ids, **how)
+        except ValueError as error:  # transformers 5.0
+            pytest.skip(f"this transformers does not prefill in chunks: {error}")
     assert torch.equal(generate(model, ids, **how), oracle(stock, ids, NEW, starts))
 
 

@@ -1,0 +1,94 @@
+"""Inductor's code for an accelerated decoder, and `generate` with a compiled forward."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+
+import pytest
+import torch
+import transformers
+
+from .models import ASK, VOCAB, prompt, put, twins
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_logits(kind, dtype):
+    """Bound by twice the error of PEFT's eager model, or inductor's own on the base model."""
+    model, stock = twins(kind, dtype)
+    exact = copy.deepcopy(stock).double()
+    base, ids = copy.deepcopy(stock).unload(), prompt(3, 12)
+    with torch.no_grad():
+        plain = torch.compile(base, fullgraph=True)(input_ids=ids, use_cache=False).logits
+        with exact.disable_adapter():
+            inductors = (plain - exact(input_ids=ids).logits).norm()
+    fast = torch.compile(model, fullgraph=True)
+    before = graphs()
+    for places in ((3, 7), (0, 9)):
+        ids = put(put(prompt(3, 12), 0, places[0], ASK), 1, places[1], ASK)
+        with torch.no_grad():
+            true = exact(input_ids=ids).logits
+            bound = (stock(input_ids=ids).logits - true).norm()
+            error = (fast(input_ids=ids, use_cache=False).logits - true).norm()
+        assert error <= 2 * max(bound, inductors)
+    assert graphs() == before + 1  # the starts are no part of the graph
+
+
+def test_gradients():
+    """Bound by twice PEFT's own error."""
+    model, stock = twins()
+    exact = copy.deepcopy(stock).double()
+    fast = torch.compile(model, fullgraph=True)
+    ids = put(put(prompt(2, 12), 0, 3, ASK), 1, 7, ASK)
+    for m in (fast, stock, exact):
+        m.train()
+        m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    for mine, theirs, true in zip(model.parameters(), stock.parameters(), exact.parameters()):
+        if true.grad is not None:
+            bound = (theirs.grad - true.grad).norm()
+            assert (mine.grad - true.grad).norm() <= 2 * bound + 1e-7 * true.grad.norm()
+
+
+def settings(backend: str) -> transformers.CompileConfig:
+    config = transformers.CompileConfig(fullgraph=True, backend=backend, mode=None)
+    config._compile_all_devices = True  # transformers compiles on a GPU alone
+    return config
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generate_compiles_its_decoding(kind):
+    """A static cache; the graph of one prompt serves the next, whose invocation is elsewhere."""
+    model, _ = twins(kind)
+    made = []
+    for places in ((3, 7), (0, 9), (6, 2)):
+        ids = put(put(prompt(3, 12), 0, places[0], ASK), 1, places[1], ASK)
+        how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        how |= {"attention_mask": torch.ones_like(ids), "cache_implementation": "static"}
+        how |= {"output_logits": True, "return_dict_in_generate": True}
+        slow = model.generate(input_ids=ids, disable_compile=True, **how)
+        fast = model.generate(input_ids=ids, compile_config=settings("inductor"), **how)
+        assert fast.sequences.shape == (3, 17) and slow.sequences.max() < VOCAB
+        made.append(graphs())
+        for one, other in zip(fast.logits, slow.logits):
+            torch.testing.assert_close(one, other)
+    assert made == [1, 1, 1]
