@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
+from .refusal import invocation_of
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
@@ -147,6 +148,8 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
         return Activation.from_mask(mask.view(batch, seq_len, *(1,) * len(lead[2:])).expand(lead))
     if len(lead) >= 3 and (lead[0], lead[-1]) == (batch, seq_len):  # [B, H, T, K]
         return Activation.from_mask(mask.view(batch, *(1,) * len(lead[1:-1]), seq_len).expand(lead))
+    if lead == (batch,) and invocation_of(state.owner.configs.get(name)) is None:
+        return Activation.from_mask(mask[:, 0])  # one vector a row: a plain LoRA has whole rows
     if len(lead) == 2 and lead[0] == batch:
         kept = mask[:, -state.keep :] if isinstance(state.keep, int) else mask[:, state.keep]
         if kept.shape == lead:  # what logits_to_keep left

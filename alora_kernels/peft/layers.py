@@ -42,9 +42,13 @@ class AcceleratedLayer:
     alora_strange: dict[str, str]  # adapters that keep PEFT's arithmetic, and why
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or self._disable_adapters or self.merged_adapters:
+        if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
         state = current_state()
+        if self.merged_adapters:
+            if state is not None and state.names is not None:
+                return self._by_peft(x, state, state.names)  # which refuses to choose
+            return self.alora_kind.forward(self, x)
         if state is None:
             state = self.alora_owner.outside(self, x)
         names: Any = state.names

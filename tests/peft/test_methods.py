@@ -72,6 +72,8 @@ def test_merging_plain_adapters():
         m.set_adapter("plain")
         m.merge_adapter()
     same(model, stock, ids)
+    with pytest.raises(ValueError, match="merged adapters"):  # the base alone is not there
+        model(input_ids=ids, adapter_names=["plain", "__base__"])
     for m in (model, stock):
         m.unmerge_adapter()
     same(model, stock, ids)
@@ -159,3 +161,25 @@ def test_names_are_checked():
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(input_ids=ids, adapter_names=["ask", "sum"])
+
+
+def test_a_mixed_batch_of_vectors():
+    """A plain LoRA in a layer that sees one vector for each row, as a pooler's or an MLP's."""
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.top = torch.nn.Embedding(64, 8), torch.nn.Linear(8, 5)
+
+        def forward(self, ids):
+            return self.top(self.table(ids).mean(1))
+
+    config = {"target_modules": ["top"], "task_type": None}
+    stock = get_peft_model(Pooled(), lora(None, **config), "one")
+    stock.add_adapter("two", lora(None, **config))
+    model = accelerate(copy.deepcopy(stock.eval()))
+    ids, rows = prompt(4, 7), ["one", "__base__", "two", "one"]
+    with torch.no_grad():
+        mixed = model(ids, adapter_names=rows)
+        torch.testing.assert_close(mixed, stock(ids, adapter_names=rows))
+        assert not torch.allclose(mixed, stock(ids))
