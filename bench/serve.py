@@ -1,6 +1,6 @@
 """Many adapters over one context: this package's Session against plain LoRA.
 
-    python bench/run.py --mode serve                 Gemma 3 270M, five adapters, ten minutes
+    python bench/run.py --mode serve                 Gemma 3 270M, five adapters, four minutes
     python bench/run.py --mode serve --context 2000 --rounds 5 --csv serve.csv --plot serve.png
     python bench/serve.py --small                    a tiny model, seconds: shows that it runs
 
@@ -9,48 +9,49 @@ The base model has read the context (a turn that it has just answered). Timed fr
                   context again (a plain LoRA with the same tensors, whose keys are its own)
     all answers   every adapter's answer: in one batch over one copy of the cache, one by one on
                   it, and the plain LoRAs one by one and batched by PEFT's adapter_names
+
+Rounds are interleaved. Answers one by one, and all of the plain LoRAs' answers, take longest and
+vary least, for each is made of many long forwards: they get fewer rounds (--long-rounds). The first
+token is measured in many pairs with the base model's forward of the same tokens on that cache
+(--pairs). Before the timing some of the adapters' answers are checked at each context length, and
+every adapter's at one of them, against one forward from scratch.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import dataclasses
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from intervals import ratio_interval
 from machine import describe_machine
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
+from serve_models import load_models
+from serve_report import (
+    ALL,
+    ALONE,
+    BASE,
+    BATCH,
+    FIRST,
+    OURS,
+    PLAIN,
+    PLAIN_ALONE,
+    PLAIN_BATCH,
+    Row,
+    print_rows,
+    write_csv,
+    write_plot,
+)
 
 import alora_kernels
 from alora_kernels.inference import Session, view_of
-
-INVOCATION_LENGTH = 5
-FIRST, ALL = "first token", "all answers"
-SHORT = ("aLoRA on the base cache", "base forward of its tokens")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One variant at one context length; the columns of the csv file."""
-
-    context: int
-    what: str
-    variant: str
-    rounds: int
-    median_s: float
-    min_s: float
-    ratio: float | None = None  # time over that of the first variant of the group
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,6 +68,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=32)
     add("--targets", default="all-linear", help="adapted layers (default: all-linear)")
     add("--rounds", type=int, default=3)
+    add("--long-rounds", type=int, default=1, help="of the long variants (default: 1)")
+    add("--pairs", type=int, default=24, help="of first token and base forward (default: 24)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--threads", type=int, default=os.cpu_count() or 1)
     add(
@@ -85,41 +88,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print. Returns 1 when an answer on the cache is not that from scratch."""
     p = parser()
     o = p.parse_args(arguments)
-    if min(o.adapters, o.tokens, o.rank, o.rounds, o.threads) < 1:
-        p.error("--adapters, --tokens, --rank, --rounds and --threads must be at least 1")
+    counts = ("adapters", "tokens", "rank", "rounds", "long_rounds", "pairs", "threads")
+    if min(getattr(o, name) for name in counts) < 1:
+        p.error(", ".join(f"--{name.replace('_', '-')}" for name in counts) + ": at least 1 each")
     if o.clock == "cpu" and (o.threads > 1 or o.device != "cpu"):
         p.error("--clock cpu adds up the threads of a CPU: it needs --threads 1 and --device cpu")
     torch.set_num_threads(o.threads)
     contexts = o.context or ([64, 128] if o.small else [500, 1000, 2000])
-    console = Console()
-    activated, plain, tokenizer = _models(o)
-    device = torch.device(o.device)
-    console.print(describe_machine(device), highlight=False, soft_wrap=True)
+    # A file or a pipe has no width: give it one that holds the tables.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    activated, plain, tokenizer = load_models(o)
+    machine = describe_machine(torch.device(o.device))
+    console.print(machine, highlight=False, soft_wrap=True)
     name = o.model or ("tiny" if o.small else "Gemma 3 270M")
-    console.print(
-        f"{name}, {activated.get_base_model().dtype}, {o.adapters} adapters of rank {o.rank} on "
-        f"{o.targets}, answers of {o.tokens} tokens, {o.clock} time",
-        highlight=False,
+    dtype = str(activated.get_base_model().dtype).removeprefix("torch.")
+    served = (
+        f"{name}, {dtype}, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
+        f"{o.tokens} tokens"
     )
+    console.print(f"{served}, {o.clock} time", highlight=False, soft_wrap=True)
     rows: list[Row] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("checking", total=len(contexts) * (o.rounds + 1))
-        for context in contexts:
+        for number, context in enumerate(contexts):
+            progress.update(task, description=f"checking, {context} tokens")
             bench = Bench(o, activated, plain, tokenizer, context)
-            wrong = bench.check()
+            wrong = bench.check(share(bench.names, number, len(contexts)))
             if wrong:
                 console.print(f"[red]{wrong}[/]", highlight=False)
                 return 1
             progress.update(task, advance=1, description=f"{context} tokens")
             rows += bench.measure(lambda: progress.advance(task))
-    _print(console, rows)
+    print_rows(console, rows)
     if o.csv:
-        with o.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [f.name for f in dataclasses.fields(Row)])
-            writer.writeheader()
-            writer.writerows(dataclasses.asdict(row) for row in rows)
+        write_csv(o.csv, rows)
     if o.plot:
-        _plot(o.plot, rows, describe_machine(device))
+        write_plot(o.plot, rows, served, machine)
     return 0
 
 
@@ -143,10 +147,11 @@ class Bench:
     def suffix(self, name: str) -> list[int]:
         return [self.ids[-1], *self.activated.peft_config[name].alora_invocation_tokens]
 
-    def check(self) -> str | None:
-        """Every answer of the batch against one forward from scratch, or what is wrong."""
-        answers = self.session.ask(self.names, **self._length(), **self.options)
-        for name, answer in zip(self.names, answers):
+    def check(self, names: Sequence[str]) -> str | None:
+        """These answers of the batch against one forward from scratch, or what is wrong."""
+        answers = dict(zip(self.names, self.all_batch()))
+        for name in names:
+            answer = answers[name]
             before = [*self.ids, *answer.invocation]
             ids = torch.tensor([[*before, *answer.token_ids]], device=self.device)
             with (
@@ -166,42 +171,58 @@ class Bench:
 
     def measure(self, tick: Callable[[], None]) -> list[Row]:
         """Interleaved rounds; medians."""
-        groups = {
-            FIRST: {
-                SHORT[0]: self.first_alora,
-                SHORT[1]: self.first_base,
-                "plain LoRA": self.first_plain,
-            },
-            ALL: {
-                "aLoRA, one batch": self.all_batch,
-                "aLoRA, one by one": self.all_alone,
-                "plain LoRA, one by one": self.all_plain,
-                "plain LoRA, batched": self.all_plain_batch,
-            },
+        o = self.o
+        times: dict[tuple[str, str], list[float]] = {(FIRST, OURS): [], (FIRST, BASE): []}
+        calls = {
+            (FIRST, PLAIN): (self.first_plain, o.rounds),
+            (ALL, BATCH): (self.all_batch, o.rounds),
+            (ALL, ALONE): (self.all_alone, o.long_rounds),
+            (ALL, PLAIN_ALONE): (self.all_plain, o.long_rounds),
+            (ALL, PLAIN_BATCH): (self.all_plain_batch, o.long_rounds),
         }
-        times: dict[tuple[str, str], list[float]] = {}
-        for calls in groups.values():
-            calls[next(iter(calls))]()  # warm
-        for _ in range(self.o.rounds):
-            for what, calls in groups.items():
-                order = list(calls)
-                if what == FIRST:
-                    # The short ones in turns, so that noise weighs on both alike. The first turn
-                    # does not count: it finds the caches as a long one has left them.
-                    order = [*SHORT * 5, *(v for v in calls if v not in SHORT)]
-                for turn, variant in enumerate(order):
-                    spent = self._time(calls[variant])
-                    if what != FIRST or turn >= len(SHORT):
-                        times.setdefault((what, variant), []).append(spent)
+        for number in range(o.rounds):
+            self._pairs(-(-o.pairs // o.rounds), times[FIRST, OURS], times[FIRST, BASE])
+            for key, (call, rounds) in calls.items():
+                if number in spread(rounds, o.rounds):
+                    times.setdefault(key, []).append(self._time(call))
             tick()
+        pairs = list(zip(times[FIRST, OURS], times[FIRST, BASE]))
+        middle = {key: statistics.median(samples) for key, samples in times.items()}
+        over_base = {
+            (FIRST, OURS): (
+                middle[FIRST, OURS] / middle[FIRST, BASE],
+                *ratio_interval(pairs, o.seed),
+            )
+        }
         rows = []
         for (what, variant), samples in times.items():
-            own = statistics.median(times[what, next(iter(groups[what]))])
-            middle = statistics.median(samples)
+            key = what, variant
+            own = middle[what, OURS if what == FIRST else BATCH]
             rows.append(
-                Row(self.context, what, variant, len(samples), middle, min(samples), middle / own)
+                Row(
+                    self.context,
+                    what,
+                    variant,
+                    len(samples),
+                    middle[key],
+                    min(samples),
+                    middle[key] / own,
+                    *over_base.get(key, ()),
+                )
             )
         return rows
+
+    def _pairs(self, count: int, ours: list[float], base: list[float]) -> None:
+        """The two short calls in turn, the order changing, so that noise weighs on both alike.
+
+        The first pair does not count: it finds the processor's caches as a long call has left them.
+        """
+        for turn in range(count + 1):
+            order = [(self.first_alora, ours), (self.first_base, base)]
+            for call, samples in order if turn % 2 else reversed(order):
+                seconds = self._time(call)
+                if turn:
+                    samples.append(seconds)
 
     def _time(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
@@ -254,71 +275,14 @@ class Bench:
             )
 
 
-def _models(o: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """The same tensors twice: as activated adapters (accelerated), and as plain ones (PEFT)."""
-    if o.small:
-        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-        torch.manual_seed(o.seed)
-        config = Gemma3TextConfig(
-            vocab_size=512,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            sliding_window=32,
-            max_position_embeddings=1024,
-        )
-        bases = [Gemma3ForCausalLM(config) for _ in range(2)]
-        bases[1].load_state_dict(bases[0].state_dict())
-        tokenizer: Any = _NoText(config.vocab_size)
-    else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        from alora_kernels.gguf import gemma_270m
-
-        folder = o.model or gemma_270m()
-        bases = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    models = []
-    for base, activated in zip(bases, (True, False)):
-        model: Any = None
-        for i in range(o.adapters):
-            config = LoraConfig(
-                task_type="CAUSAL_LM",
-                r=o.rank,
-                lora_alpha=o.rank,
-                target_modules=o.targets if o.targets == "all-linear" else o.targets.split(","),
-                alora_invocation_tokens=[10 + i] * INVOCATION_LENGTH if activated else None,
-            )
-            if model is None:
-                model = get_peft_model(base, config, adapter_name=f"a{i}")
-            else:
-                model.add_adapter(f"a{i}", config)
-        torch.manual_seed(o.seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.normal_(std=0.02)
-        models.append(model.to(o.device).eval())
-    return alora_kernels.accelerate(models[0]), models[1], tokenizer
+def share(names: list[str], number: int, count: int) -> list[str]:
+    """The part of `names`, one at least, that the context `number` of `count` checks."""
+    return names[number::count] or [names[number % len(names)]]
 
 
-class _NoText:
-    """Token ids only: the tiny model has no tokenizer."""
-
-    eos_token_id, pad_token_id, chat_template = 1, 0, None
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def decode(self, ids: Sequence[int], **kwargs: Any) -> str:
-        return " ".join(map(str, ids))
+def spread(count: int, rounds: int) -> set[int]:
+    """Which of `rounds` rounds measure what is measured `count` times: the middle one, ..."""
+    return {int((i + 0.5) * rounds / min(count, rounds)) for i in range(min(count, rounds))}
 
 
 def _numbers(text: str) -> list[int]:
@@ -326,46 +290,6 @@ def _numbers(text: str) -> list[int]:
     if min(values) < 2:
         raise argparse.ArgumentTypeError("a context has at least 2 tokens")
     return values
-
-
-def _print(console: Console, rows: Sequence[Row]) -> None:
-    for what in (FIRST, ALL):
-        table = Table(title=what)
-        table.add_column("context", justify="right")
-        table.add_column("variant")
-        for column in ("median", "min", "× the first"):
-            table.add_column(column, justify="right")
-        for row in (r for r in rows if r.what == what):
-            table.add_row(
-                str(row.context),
-                row.variant,
-                f"{1e3 * row.median_s:.1f} ms",
-                f"{1e3 * row.min_s:.1f} ms",
-                f"{row.ratio:.2f}",
-            )
-        console.print(table)
-
-
-def _plot(path: Path, rows: Sequence[Row], subtitle: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, what in zip(axes, (FIRST, ALL)):
-        for variant in dict.fromkeys(r.variant for r in rows if r.what == what):
-            points = [
-                (r.context, r.median_s) for r in rows if (r.what, r.variant) == (what, variant)
-            ]
-            axis.plot(*zip(*sorted(points)), "o-", label=variant)
-        axis.set(title=what, xlabel="context, tokens", ylabel="seconds", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
-    figure.suptitle(subtitle, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
