@@ -33,6 +33,7 @@ class AdapterTable:
         parameters = inspect.signature(self.base.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self.limits_logits = "logits_to_keep" in parameters
+        self.takes_positions = "position_ids" in parameters
 
     def names(self) -> list[str]:
         """Every adapter that can be invoked."""

@@ -12,7 +12,8 @@ from .shared_prefix import SharedPrefixCache, SharedPrefixError, attending, shar
 from .views import shared_layers, view_of
 
 if TYPE_CHECKING:
-    from .session import Call, Session
+    from .calls import Call
+    from .session import Session
 
 logger = logging.getLogger("alora_kernels")
 _said: set[tuple[str, str]] = set()
@@ -74,6 +75,7 @@ def _batched(session: Session, calls: Sequence[Call], options: dict[str, Any]) -
         out = session.base.generate(
             torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
+            use_cache=True,
             **{session.adapters.cache_argument: shared},
             **options,
         )

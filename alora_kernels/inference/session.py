@@ -3,83 +3,25 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from .adapters import AdapterTable
 from .batch import ask_together
+from .calls import Answer, Call, ContextOverflow
+from .options import check_one_answer, check_options, setting
+from .streaming import stream_answer
 from .text import Encoder
-from .views import check_cache, view_of
+from .views import CacheError, check_cache, is_recurrent, view_of
 
 Message = Mapping[str, Any]
-# Options that a session sets itself, and what to do instead.
-_OWN_OPTIONS = {
-    "input_ids": "give text with prompt=, or extend() the session",
-    "inputs": "give text with prompt=, or extend() the session",
-    "inputs_embeds": "a session works on token ids",
-    "attention_mask": "a session's context has no padding",
-    "position_ids": "a session's context has no padding",
-    "past_key_values": "the session has its own cache",
-    "cache": "the session has its own cache",
-    "cache_implementation": "the session has its own cache",
-    "return_dict_in_generate": "the answer has the token ids",
-    # Seen on transformers 5.24: the first step runs the whole prompt again on the filled cache.
-    "assistant_model": "transformers' assisted decoding is wrong on a cache that is filled already",
-    "prompt_lookup_num_tokens": "transformers' assisted decoding is wrong on a cache that is "
-    "filled already",
-}
-
-
-class ContextOverflow(ValueError):
-    """The context and the answer do not fit into the model's positions."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What one call generated.
-
-    Attributes:
-        text: the generated tokens as text, special tokens left out.
-        token_ids: the generated tokens, the ending token included.
-        adapter: who answered; None is the base model.
-        invocation: the token ids that this call put between the context and the answer.
-        invocation_start: position of the adapter's first token; None for the base model.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    adapter: str | None
-    invocation: tuple[int, ...]
-    invocation_start: int | None
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Call:
-    """One row: the state of the session that it runs on, and its own tokens."""
-
-    adapter: str | None
-    cache: Cache  # of the base model; not written
-    cached: list[int]  # the tokens in it
-    suffix: list[int]  # the held part of the context, then what the call adds
-    added: list[int]
-    start: int | None  # absolute position of the adapter's first token
-
-    @property
-    def ids(self) -> list[int]:
-        """All tokens before the answer."""
-        return [*self.cached, *self.suffix]
 
 
 class Session:
@@ -97,7 +39,8 @@ class Session:
         model: a PeftModel with Activated LoRA adapters (accelerated here if it is not yet), or a
             plain transformers model. It stays in the mode (train or eval) that it is in: eval.
         tokenizer: the model's.
-        prefill_chunk: tokens of one forward while the context is read; bounds its memory.
+        prefill_chunk: tokens of one forward while the context is read; bounds its memory. A model
+            with recurrent layers reads its first context whole, and what follows token by token.
 
     Raises:
         TypeError: the model cannot generate, or keeps its state in a cache that calls cannot
@@ -187,20 +130,7 @@ class Session:
             ValueError: an unknown adapter, an empty context, an option that the session sets.
             ContextOverflow: context, prompt and answer are longer than the model's positions.
         """
-        call = self._plan(adapter, prompt)
-        self._check_options(call, options, "Session.generate")
-        several = max(int(options.get("num_return_sequences") or 1), 1)
-        if keep and several > 1:
-            raise ValueError("Session.generate: keep=True takes one answer, not several")
-        view = view_of(call.cache)
-        rows = max(several, int(options.get("num_beams") or 1))
-        if rows > 1:
-            view.batch_repeat_interleave(rows)
-        out = self._run(call, view, options, rows)
-        answers = [self._answer(call, row[len(call.ids) :].tolist(), options) for row in out]
-        if keep:
-            self._keep(call, answers[0], view if adapter is None and rows == 1 else None)
-        return answers if several > 1 else answers[0]
+        return self._generate(adapter, prompt, options, lambda: keep)
 
     def stream(
         self,
@@ -210,41 +140,10 @@ class Session:
     ) -> Iterator[str]:
         """`generate`, piece by piece. Closing the iterator stops the generation.
 
-        The arguments are those of `generate`; `keep=True` takes effect when the stream ends.
+        The arguments are those of `generate`; `keep=True` takes effect when the stream ends, and
+        not at all when it is closed before.
         """
-        from transformers import TextIteratorStreamer
-
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stop = threading.Event()
-        given = options.pop("stopping_criteria", None) or []
-        criteria = StoppingCriteriaList([*given, _Stop(stop)])
-        failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
-        keep = options.pop("keep", False)
-
-        def work() -> None:
-            try:
-                self.generate(
-                    adapter,
-                    prompt,
-                    keep=keep,
-                    streamer=streamer,
-                    stopping_criteria=criteria,
-                    **options,
-                )
-            except BaseException as error:
-                failure.put(error)
-            finally:
-                streamer.end()
-
-        thread = threading.Thread(target=work, name="alora-stream", daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            stop.set()
-            thread.join()
-        if not failure.empty():
-            raise failure.get()
+        return stream_answer(self._generate, self.tokenizer, adapter, prompt, options)
 
     # ------------------------------------------------------------------ many answers
 
@@ -268,7 +167,7 @@ class Session:
         if not adapters:
             raise ValueError("Session.ask: adapters is empty")
         prompts: Sequence[Any]
-        if isinstance(prompt, str) or prompt is None or isinstance(prompt[0], int):
+        if not prompt or isinstance(prompt, str) or isinstance(prompt[0], int):
             prompts = [prompt] * len(adapters)
         else:
             prompts = prompt
@@ -277,15 +176,11 @@ class Session:
                 f"Session.ask: {len(adapters)} adapters but {len(prompts)} prompts; give one for "
                 "all, or one for each"
             )
-        for name in ("num_beams", "num_return_sequences", "streamer", "assistant_model", "keep"):
-            if options.get(name) not in (None, 1, False):
-                raise ValueError(
-                    f"Session.ask: {name} is for one adapter at a time; use generate()"
-                )
+        check_one_answer(options, self._defaults)
         with self._lock:  # all rows on the same state of the session
             calls = [self._plan(a, p) for a, p in zip(adapters, prompts)]
         for call in calls:
-            self._check_options(call, options, "Session.ask")
+            self._check(call, options, "Session.ask")
         outs = ask_together(self, calls, options)
         return [self._answer(call, out, options) for call, out in zip(calls, outs)]
 
@@ -338,14 +233,40 @@ class Session:
             suffix = [*suffix, *tokens]
         return Call(adapter, cache, ids[:cached], suffix, added, cached + start)
 
+    def _generate(
+        self,
+        adapter: str | None,
+        prompt: str | Sequence[int] | None,
+        options: dict[str, Any],
+        keep: Callable[[], bool],
+    ) -> Any:
+        """`generate`; whether to keep the answer is asked when it is there."""
+        call = self._plan(adapter, prompt)
+        self._check(call, options, "Session.generate")
+        several = int(setting(options, "num_return_sequences", self._defaults) or 1)
+        if several > 1 and keep():
+            raise ValueError("Session.generate: keep=True takes one answer, not several")
+        view = view_of(call.cache)
+        rows = max(several, int(setting(options, "num_beams", self._defaults) or 1))
+        if rows > 1:
+            view.batch_repeat_interleave(rows)
+        out = self._run(call, view, options, rows)
+        answers = [self._answer(call, row[len(call.ids) :].tolist(), options) for row in out]
+        if keep():
+            self._keep(call, answers[0], view if adapter is None and rows == 1 else None)
+        return answers if several > 1 else answers[0]
+
     def _run(self, call: Call, view: Cache, options: dict[str, Any], rows: int) -> Tensor:
         ids = torch.tensor([call.ids])
         if "stop_strings" in options:
             options = {"tokenizer": self.tokenizer, **options}
+        if is_recurrent(view):
+            options = {**options, "prefill_chunk_size": 1}
         with torch.no_grad(), self.adapters.scope(call.adapter, [call.start] * rows):
             return self.base.generate(
                 ids.to(self.base.device),
                 attention_mask=torch.ones_like(ids).to(self.base.device),
+                use_cache=True,
                 **{self.adapters.cache_argument: view},
                 **options,
             )
@@ -359,14 +280,26 @@ class Session:
         view = view_of(cache)
         extra: dict[str, Any] = {"logits_to_keep": 1} if self.adapters.limits_logits else {}
         extra[self.adapters.cache_argument] = view
-        for begin in range(done, end, self.prefill_chunk):
-            chunk = ids[begin : min(begin + self.prefill_chunk, end)]
+        step = self.prefill_chunk
+        if is_recurrent(view):
+            step = 1 if done else end
+        for begin in range(done, end, step):
+            chunk = ids[begin : min(begin + step, end)]
+            if self.adapters.takes_positions:
+                # Some models count from 0 again when they are not told (Bamba, transformers 5.24).
+                positions = torch.arange(begin, begin + len(chunk), device=self.base.device)
+                extra["position_ids"] = positions.unsqueeze(0)
             with torch.no_grad(), self.adapters.scope(None, [None]):
                 self.base(
                     input_ids=torch.tensor([chunk], device=self.base.device),
                     use_cache=True,
                     **extra,
                 )
+        if view.get_seq_length() != end:
+            raise CacheError(
+                f"Session: {type(self.base).__name__} does not keep what it has read in a "
+                "transformers Cache, so calls cannot share it"
+            )
         return view
 
     def _keep(self, call: Call, answer: Answer, view: Cache | None) -> None:
@@ -390,18 +323,28 @@ class Session:
         return Answer(text, tuple(generated), call.adapter, tuple(call.added), call.start)
 
     def _eos_ids(self, options: Mapping[str, Any] | None = None) -> set[int]:
-        eos = (options or {}).get("eos_token_id")
-        config = getattr(self.base, "generation_config", None)
-        if eos is None and config is not None:
-            eos = config.eos_token_id
+        eos = setting(options or {}, "eos_token_id", self._defaults)
         if eos is None:
             eos = self.tokenizer.eos_token_id
         return set(eos) if isinstance(eos, list | tuple | set) else {eos}
+
+    @property
+    def _defaults(self) -> Any:
+        """The model's own generation settings."""
+        return getattr(self.base, "generation_config", None)
 
     def _max_length(self) -> int | None:
         return getattr(
             self.base.config.get_text_config(decoder=True), "max_position_embeddings", None
         )
+
+    def _check(self, call: Call, options: Mapping[str, Any], where: str) -> None:
+        check_options(options, where)
+        new = setting(options, "max_new_tokens", self._defaults)
+        length = len(call.ids) + (1 if new is None else int(new))
+        if new is None:
+            length = max(length, int(setting(options, "max_length") or 0))
+        self._check_length(length, where)
 
     def _check_length(self, length: int, where: str) -> None:
         limit = self._max_length()
@@ -410,26 +353,6 @@ class Session:
                 f"{where}: {length} tokens, but the model has {limit} positions; "
                 "shorten the context, the prompt or max_new_tokens"
             )
-
-    def _check_options(self, call: Call, options: Mapping[str, Any], where: str) -> None:
-        for name, instead in _OWN_OPTIONS.items():
-            if options.get(name) is not None:
-                raise ValueError(f"{where}: {name} is not an option of a session; {instead}")
-        if options.get("use_cache") is False:
-            raise ValueError(f"{where}: use_cache=False; a session is a cache")
-        length = len(call.ids)
-        new = options.get("max_new_tokens")
-        self._check_length(length + (1 if new is None else int(new)), where)
-
-
-class _Stop(StoppingCriteria):
-    """Stops a generation from outside."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 def _last(ids: list[int], tokens: list[int]) -> int | None:

@@ -12,7 +12,12 @@ from typing import Any
 
 from torch import Tensor
 from transformers import cache_utils
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 # Layers that only ever replace their tensors: a shallow copy is a view.
 _VIEWED = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -61,6 +66,11 @@ def check_cache(cache: Cache) -> None:
             f"{type(cache).__name__} is offloaded: its layers move between devices while the model "
             "runs, so calls cannot share them. Use DynamicCache(config=model.config)"
         )
+    if cache.layers and not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        raise CacheError(
+            f"every layer of the cache is recurrent ({type(cache.layers[0]).__name__}), so it does "
+            "not know how many tokens it has read; a session needs a layer of attention"
+        )
     for i, layer in enumerate(cache.layers):
         for kind in type(layer).__mro__:
             if kind.__name__ in _REFUSED:
@@ -79,6 +89,15 @@ def check_cache(cache: Cache) -> None:
 def shared_layers(cache: Cache) -> bool:
     """Whether every layer is a plain dynamic one, full or sliding."""
     return all(type(layer) in _VIEWED for layer in cache.layers)
+
+
+def is_recurrent(cache: Cache) -> bool:
+    """Whether some layer's state can be continued by one token at a time only.
+
+    Seen on transformers 5.24 (Bamba): several tokens at once begin with an empty state.
+    """
+    kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+    return kind is not None and any(isinstance(layer, kind) for layer in cache.layers)
 
 
 def tensors_of(cache: Cache) -> list[Tensor]:

@@ -2,54 +2,28 @@
 
 from __future__ import annotations
 
-import random
-import threading
 from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from alora_kernels.inference import Session
 from alora_kernels.inference.views import tensors_of
 
 from .tiny import (
-    CHAT_TEMPLATE,
+    GREEDY,
     INVOCATIONS,
     WINDOW,
-    check_greedy,
+    check,
     context,
     peft_model,
     scratch_logits,
+    session_of,
     tokenizer,
 )
 
 KINDS = ("llama", "mistral", "gemma3")
-GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(2**31)
-    print(f"seed {value}")
-    return value
-
-
-def session_of(kind: str, seed: int, attention: str = "sdpa") -> tuple[Session, Any]:
-    """A session, and the same model for stock PEFT."""
-    return (
-        Session(peft_model(kind, seed, attention), tokenizer(CHAT_TEMPLATE)),
-        peft_model(kind, seed, attention),
-    )
-
-
-def check(reference: Any, before: list[int], answer: Any) -> int:
-    return check_greedy(
-        reference,
-        answer.adapter,
-        [*before, *answer.invocation],
-        answer.invocation_start,
-        list(answer.token_ids),
-    )
 
 
 @pytest.mark.parametrize(
@@ -228,79 +202,32 @@ def test_stop_strings_and_eos(seed: int) -> None:
     assert ended.token_ids == free.token_ids[:1]
 
 
-def test_a_stream_gives_the_same_text_and_can_be_cancelled(seed: int) -> None:
-    session, _ = session_of("gemma3", seed)
-    session.extend(context(2 * WINDOW, seed))
-    before = [t.clone() for t in tensors_of(session._cache)]
-    whole = session.generate("red", **GREEDY)
-    assert "".join(session.stream("red", **GREEDY)) == whole.text
-    stream = session.stream("red", max_new_tokens=200, min_new_tokens=200, do_sample=False)
-    next(stream)
-    stream.close()
-    assert not [t for t in threading.enumerate() if t.name == "alora-stream"]
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session._cache)))
-    assert session.generate("red", **GREEDY) == whole
-    with pytest.raises(ValueError, match="unknown adapter 'grey'"):
-        list(session.stream("grey"))
-
-
-def test_an_exception_inside_the_model_changes_nothing(seed: int) -> None:
-    session, _ = session_of("gemma3", seed)
-    session.extend(context(2 * WINDOW, seed))
-    before = [t.clone() for t in tensors_of(session._cache)]
+def test_settings_may_come_in_a_generation_config(seed: int) -> None:
+    """The caller's or the model's own: beams, the end, the length, what a session sets itself."""
+    session, _ = session_of("llama", seed)
+    session.extend(context(WINDOW, seed))
+    beams = session.generate("red", num_beams=3, **GREEDY)
+    given = GenerationConfig(num_beams=3, pad_token_id=0, eos_token_id=2, **GREEDY)
+    assert session.generate("red", generation_config=given) == beams
+    free = session.generate("red", min_new_tokens=10, **GREEDY)
+    end = GenerationConfig(eos_token_id=free.token_ids[0], pad_token_id=0, **GREEDY)
+    assert session.generate("red", generation_config=end).token_ids == free.token_ids[:1]
+    assert session.ask(["red"], generation_config=end)[0].token_ids == free.token_ids[:1]
+    with pytest.raises(ValueError, match="num_beams is for one adapter"):
+        session.ask(["red"], generation_config=given)
+    with pytest.raises(ValueError, match="256 positions; shorten"):
+        session.generate("red", generation_config=GenerationConfig(max_length=257))
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not an option"):
+        session.generate("red", generation_config=GenerationConfig(prompt_lookup_num_tokens=2))
     wanted = session.generate("red", **GREEDY)
-    many = session.ask(["red", "green"], **GREEDY)
-
-    def fail(*args: Any) -> None:
-        raise FloatingPointError("halfway")
-
-    handle = session.base.model.layers[1].mlp.register_forward_hook(fail)
-    for call in (
-        lambda: session.generate("red", keep=True, **GREEDY),
-        lambda: session.ask(["red", None], **GREEDY),
-        lambda: session.extend(context(5, seed)),
-        lambda: list(session.stream("blue", **GREEDY)),
-    ):
-        with pytest.raises(FloatingPointError):
-            call()
-    handle.remove()
-    assert session.base.config._attn_implementation == "sdpa"
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session._cache)))
-    assert len(session) == 2 * WINDOW
+    own = session.base.generation_config
+    own.use_cache = session.base.config.use_cache = False
     assert session.generate("red", **GREEDY) == wanted
-    assert session.ask(["red", "green"], **GREEDY) == many
-
-
-def test_threads_equal_serial_runs(seed: int) -> None:
-    """Four threads, different adapters and the base, one model; two sessions, also in batches."""
-    session, _ = session_of("gemma3", seed)
-    session.extend(context(2 * WINDOW, seed))
-    other = Session(session.model, session.tokenizer).extend(context(9, seed + 1))
-    jobs: list[Any] = [
-        lambda s=s, n=n: s.generate(n, **GREEDY)
-        for s in (session, other)
-        for n in (None, *INVOCATIONS)
-    ]
-    jobs += [lambda s=s: s.ask(["blue", None, "red"], **GREEDY) for s in (session, other)]
-    wanted = [job() for job in jobs]
-    got: list[list[Any]] = [[] for _ in range(4)]
-
-    def work(i: int) -> None:
-        # Every thread starts elsewhere, so that different adapters meet.
-        for k in range(len(jobs)):
-            index = (k + 3 * i) % len(jobs)
-            got[i].append((index, jobs[index]()))
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for results in got:
-        assert len(results) == len(jobs)
-        for index, answer in results:
-            assert answer == wanted[index]
-    assert session.base.config._attn_implementation == "sdpa"
+    assert session.ask(["red"], **GREEDY) == [wanted]
+    own.num_beams = 3
+    assert session.generate("red", **GREEDY) == beams
+    with pytest.raises(ValueError, match="num_beams is for one adapter"):
+        session.ask(["red"], **GREEDY)
 
 
 def test_messages_one_by_one_are_the_chat_as_a_whole(seed: int) -> None:
@@ -366,6 +293,11 @@ def test_errors_say_what_to_do(seed: int) -> None:
         session.generate("red", keep=True, num_return_sequences=2, max_new_tokens=1)
     with pytest.raises(ValueError, match="num_beams is for one adapter"):
         session.ask(["red"], num_beams=2)
+    for option in ({"keep": True}, {"streamer": object()}, {"num_return_sequences": 2}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))} is for one adapter"):
+            session.ask(["red"], **option)
+    with pytest.raises(ValueError, match="256 positions; shorten"):
+        session.generate("red", max_length=257)
     with pytest.raises(ValueError, match="2 adapters but 1 prompts"):
         session.ask(["red", "green"], ["x"])
     with pytest.raises(ValueError, match="adapters is empty"):

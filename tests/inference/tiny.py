@@ -8,6 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
@@ -17,9 +19,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from alora_kernels.inference import Session
+
 VOCABULARY = 96
 WINDOW = 16
 # The model generates freely: every id from 3 on is an ordinary token; 2 ends.
+GREEDY: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False}
 INVOCATIONS = {"red": [5, 9, 5], "green": [11], "blue": [7, 7, 13, 21]}
 
 _COMMON = {
@@ -57,9 +62,27 @@ def base_model(kind: str, seed: int, attention: str = "sdpa", **changes: Any) ->
             attn_implementation=attention,
         )
         model = Gemma3ForCausalLM(config)
+    elif kind == "bamba":
+        model = BambaForCausalLM(_bamba(attention, common))
     else:
         raise ValueError(kind)
     return model.eval()
+
+
+def _bamba(attention: str, common: dict[str, Any]) -> BambaConfig:
+    """Recurrent layers beside those of attention."""
+    sizes = {k: v for k, v in common.items() if k != "head_dim"}
+    return BambaConfig(
+        **sizes,
+        attn_layer_indices=[1],
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_n_groups=1,
+        mamba_expand=2,
+        mamba_chunk_size=8,
+        attn_implementation=attention,
+    )
 
 
 def peft_model(
@@ -162,3 +185,21 @@ def check_greedy(
             )
             ties += 1
     return ties
+
+
+def session_of(kind: str, seed: int, attention: str = "sdpa") -> tuple[Session, Any]:
+    """A session, and the same model for stock PEFT."""
+    return (
+        Session(peft_model(kind, seed, attention), tokenizer(CHAT_TEMPLATE)),
+        peft_model(kind, seed, attention),
+    )
+
+
+def check(reference: Any, before: list[int], answer: Any) -> int:
+    return check_greedy(
+        reference,
+        answer.adapter,
+        [*before, *answer.invocation],
+        answer.invocation_start,
+        list(answer.token_ids),
+    )

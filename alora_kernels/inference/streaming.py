@@ -1,0 +1,59 @@
+"""An answer piece by piece, while a thread of its own generates it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+
+def stream_answer(
+    generate: Callable[..., Any],
+    tokenizer: Any,
+    adapter: str | None,
+    prompt: str | Sequence[int] | None,
+    options: dict[str, Any],
+) -> Iterator[str]:
+    """The text that a session's `generate` makes; a closed iterator stops it and keeps nothing."""
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    cancelled = threading.Event()
+    keep = options.pop("keep", False)
+    given = options.pop("stopping_criteria", None) or []
+    options["stopping_criteria"] = StoppingCriteriaList([*given, _Stop(cancelled)])
+    options["streamer"] = streamer
+    failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            generate(adapter, prompt, options, lambda: keep and not cancelled.is_set())
+        except BaseException as error:
+            failure.put(error)
+        finally:
+            streamer.end()
+
+    thread = threading.Thread(target=work, name="alora-stream", daemon=True)
+    thread.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    except BaseException:
+        cancelled.set()
+        raise
+    finally:
+        thread.join()
+    if not failure.empty():
+        raise failure.get()
+
+
+class _Stop(StoppingCriteria):
+    """Stops a generation from outside."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)

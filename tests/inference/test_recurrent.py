@@ -1,0 +1,52 @@
+"""Models with recurrent layers: their state is copied for each call, or they are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausalLM, cache_utils
+
+from alora_kernels.inference import CacheError, Session
+from alora_kernels.inference.views import tensors_of
+
+from .tiny import GREEDY, INVOCATIONS, VOCABULARY, check, context, peft_model, tokenizer
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(cache_utils, "LinearAttentionLayer"),
+    reason="this transformers keeps recurrent states outside its Cache",
+)
+
+
+def test_a_recurrent_state_is_copied_for_each_call(seed: int) -> None:
+    """Several tokens on a state, alone and by ask, kept, in chunks; the base's state untouched."""
+    model, reference = peft_model("bamba", seed), peft_model("bamba", seed)
+    ids = context(20, seed)
+    session = Session(model, tokenizer(), prefill_chunk=7).extend(ids)
+    kinds = {type(layer).__name__ for layer in session._cache.layers}
+    assert kinds == {"LinearAttentionLayer", "DynamicLayer"}
+    before = [t.clone() for t in tensors_of(session._cache)]
+    answers = [session.generate(name, **GREEDY) for name in (None, *INVOCATIONS)]
+    answers += session.ask([None, *INVOCATIONS], **GREEDY)
+    after = tensors_of(session._cache)
+    assert len(before) == len(after)
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
+    kept = session.generate("red", keep=True, **GREEDY)
+    assert [check(reference, ids, answer) for answer in (*answers, kept)] == [0] * 9
+    later = [*session.token_ids]
+    assert later == [*ids, *kept.invocation, *kept.token_ids]
+    fresh = Session(model, tokenizer()).extend(later)
+    for grown, scratch in zip(tensors_of(session._cache), tensors_of(fresh._cache)):
+        torch.testing.assert_close(grown, scratch, rtol=0, atol=2e-4)
+    assert check(reference, later, session.generate("blue", **GREEDY)) == 0
+
+
+def test_a_state_outside_the_cache_is_refused() -> None:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=8)).eval()
+    with pytest.raises(CacheError, match=r"every layer of the cache is recurrent \(LinearAtt"):
+        Session(mamba, tokenizer())
+    rwkv = RwkvForCausalLM(RwkvConfig(**sizes, context_length=64)).eval()
+    with pytest.raises(CacheError, match="RwkvForCausalLM does not keep what it has read"):
+        Session(rwkv, tokenizer()).extend(context(9, 1))
