@@ -1,6 +1,6 @@
 """Many adapters over one context: this package's Session against plain LoRA.
 
-    python bench/run.py --mode serve                 Gemma 3 270M, five adapters, four minutes
+    python bench/run.py --mode serve                 Gemma 3 270M, five adapters, minutes
     python bench/run.py --mode serve --context 2000 --rounds 5 --csv serve.csv --plot serve.png
     python bench/serve.py --small                    a tiny model, seconds: shows that it runs
 
