@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +16,14 @@ from .backends import Call, Gradients, Needs, Projection
 from .dispatch import choose, problem_of
 
 
-class Saved(NamedTuple):
-    """What forward hands to backward beside the tensors of the call."""
-
-    xa: Tensor | None
-    backend: str
-
-
 def run_forward(
     call: Call,
     x: Tensor,  # [M, K]
     projections: Sequence[Projection],
     base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
     save: bool,
-) -> tuple[list[Tensor], Saved]:
-    """Choose and run: the outputs `[M, N]`, and what backward needs when `save`."""
+) -> tuple[list[Tensor], Tensor | None, str]:
+    """Choose and run: the outputs `[M, N]`, xa when `save`, and the backend's name."""
     known = call.known
     chosen = None if known is None else known.forward
     if chosen is None:
@@ -40,34 +33,35 @@ def run_forward(
             known.forward = chosen
     backend, strategy = chosen
     ys, xa = backend.forward(call, strategy, x, projections, base_outs, save)
-    return ys, Saved(xa, backend.name)
+    return ys, xa, backend.name
 
 
 def run_backward(
     call: Call,
     x: Tensor,
     projections: Sequence[Projection],
-    saved: Saved,
+    xa: Tensor | None,
+    ran: str,
     dys: Sequence[Tensor],
     needs: Needs,
 ) -> Gradients:
-    """The wanted gradients, by the backend that ran forward."""
+    """The wanted gradients, by the backend `ran`, which ran forward and made `xa`."""
     known = call.known
     chosen = None if known is None else known.backward
     if chosen is None:
         problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
         try:
-            chosen = choose(problem, saved.backend, call.strategy)
+            chosen = choose(problem, ran, call.strategy)
         except RuntimeError:
             # A strategy forced for forward need not exist in backward; the backend's others do.
-            chosen = choose(problem, saved.backend, "auto")
+            chosen = choose(problem, ran, "auto")
         if known is not None:
             known.backward = chosen
     backend, strategy = chosen
     if torch._C._is_any_autocast_enabled() and in_autocast(x):
         with torch.autocast(x.device.type, enabled=False):
-            return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
-    return backend.backward(call, strategy, x, projections, saved.xa, dys, needs)
+            return backend.backward(call, strategy, x, projections, xa, dys, needs)
+    return backend.backward(call, strategy, x, projections, xa, dys, needs)
 
 
 def in_autocast(x: Tensor) -> bool:
@@ -102,11 +96,11 @@ class AloraFunction(torch.autograd.Function):
                 ctx.mark_dirty(*given)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         flat_given = None if given is None else [as_rows(b) for b in given]
-        ys, saved = run_forward(call, rows, projections, flat_given, save=True)
+        ys, xa, ran = run_forward(call, rows, projections, flat_given, save=True)
         activation = call.activation
         ctx.save_for_backward(
             x,
-            saved.xa,
+            xa,
             call.seed,
             activation.row_adapter,
             activation.active_rows,
@@ -114,7 +108,7 @@ class AloraFunction(torch.autograd.Function):
             *flat[count:],
         )
         ctx.call = call if call.seed is None else call._replace(seed=None)
-        ctx.backend = saved.backend
+        ctx.backend = ran
         ctx.set_materialize_grads(False)
         ctx.shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
         if given is not None:
@@ -148,7 +142,7 @@ def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
     a, b, bias, end = [3 + i * count for i in (3, 4, 5, 6)]
     needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
     if needs.x or any(wanted[a:end]):
-        grads = run_backward(call, rows, projections, Saved(xa, ctx.backend), dy_rows, needs)
+        grads = run_backward(call, rows, projections, xa, ctx.backend, dy_rows, needs)
     else:
         grads = Gradients(None, [None] * count, [None] * count, [None] * count)
     dx = grads.x

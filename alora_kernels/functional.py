@@ -279,7 +279,7 @@ def _eager(
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if base_out is None:
-        ys, _ = run_forward(call, rows, projections, None, save=False)
+        ys, _, _ = run_forward(call, rows, projections, None, save=False)
         if len(shape) == 2:
             return tuple(ys)
         lead = shape[:-1]

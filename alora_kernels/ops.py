@@ -1,8 +1,8 @@
 """The registered torch ops: schema, fake and autograd, used while a compiler traces or exports.
 
 Eager calls do not come here: a registered op with autograd costs about 100 µs on a CPU, an
-autograd.Function 15. Both run `autograd.run_forward` and `run_backward`. The ops take tensors and
-constants alone: nothing that the host knows of an activation enters a graph.
+empty autograd.Function 7. Both run `autograd.run_forward` and `run_backward`. The ops take tensors
+and constants alone: nothing that the host knows of an activation enters a graph.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .autograd import Saved, projections_of, run_backward, run_forward
+from .autograd import projections_of, run_backward, run_forward
 from .backends import Call, Needs, Projection, saved_columns, saved_dtype
 from .dispatch import choose, problem_of
 
@@ -88,9 +88,8 @@ def _forward(*args: Any) -> list[Tensor]:
     call, projections = _call(tensors, options)
     copy = torch.contiguous_format
     given = [_rows(b).clone(memory_format=copy) for b in base_outs] or None
-    ys, saved = run_forward(call, _rows(x), projections, given, save)
-    xa = saved.xa if save else None
-    if xa is None:
+    ys, xa, _ = run_forward(call, _rows(x), projections, given, save)
+    if xa is None or not save:
         _, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
         xa = x.new_empty(x.shape[:-1].numel() if save else 0, columns, dtype=dtype)
@@ -120,7 +119,8 @@ def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
         call,
         _rows(x),
         projections,
-        Saved(xa, backend.name),
+        xa,
+        backend.name,
         [_rows(dy) for dy in dys],
         Needs(needs[0], *groups),
     )

@@ -9,6 +9,8 @@ outputs is timed alone and subtracted; nothing else is. The stub encodes tensor 
 driver takes some hundred nanoseconds for each, once for each address and layout.
 
 Times are processor time of the one thread that runs, so that other work on the machine adds little.
+"forward with grad" is one call that autograd records; "forward + backward" adds PyTorch's engine
+and the second call, which the engine makes.
 The cpu backend and the vendor's GEMM in `delta` do their arithmetic, at a size where that is small:
 upper bounds.
 """

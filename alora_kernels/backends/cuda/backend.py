@@ -150,7 +150,7 @@ class CudaBackend:
             key: Hashable = (call.known, strategy, save)
         else:
             key = (_facts(call), strategy, save, base_outs is None, layouts(inputs))
-        *outs, xa = self._replays.run(key, inputs + _plain(call), run)
+        *outs, xa = self._replays.run(key, [*inputs, *_plain(call)], run)
         return outs, xa  # type: ignore[return-value]
 
     def backward(
@@ -169,7 +169,7 @@ class CudaBackend:
 
         # (Hooks of autograd may have laid out saved tensors anew: `known` is of forward's.)
         key = (_facts(call), strategy, needs, layouts(inputs))
-        dx, *rest = self._replays.run(key, inputs + _plain(call), run)
+        dx, *rest = self._replays.run(key, [*inputs, *_plain(call)], run)
         return Gradients(dx, rest[:count], rest[count : 2 * count], rest[2 * count :])
 
     def _launcher(self, send: Send, call: Call, x: Tensor) -> Launcher:
