@@ -149,7 +149,9 @@ class _SharedLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.length + self.suffix_length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        if isinstance(query_length, Tensor):  # transformers 4 passes the positions
+            query_length = query_length.shape[0]
         return self.suffix_length + query_length, self.length
 
     def get_max_length(self) -> int:
