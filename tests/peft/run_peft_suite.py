@@ -30,12 +30,13 @@ import transformers  # noqa: E402
 
 from alora_kernels.peft import accelerate  # noqa: E402
 
-# Two expect an error where an accelerated model gives the right result; one expects other words of
+# Two expect an error where an accelerated model gives the right result; two expect other words of
 # an error; one gives an aLoRA inputs_embeds alone, which PEFT runs without the adapter, silently.
 MENDED = (
     "TestActivatedLora::test_num_beams_error",
     "TestActivatedLora::test_gradient_checkpointing_double_forward_raises",
     "TestMixedAdapterBatches::test_mixed_adapter_batches_length_mismatch_raises",
+    "TestMixedAdapterBatches::test_mixed_adapter_batches_lora_wrong_adapter_name_raises",
     "TestDecoderModels::test_passing_input_embeds_works",
 )
 STAND_INS = {
