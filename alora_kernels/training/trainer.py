@@ -105,6 +105,8 @@ class AloraTrainerMixin:
     ) -> Any:
         inputs = dict(inputs)
         starts = inputs.pop(STARTS, None)
+        if starts is None and getattr(self, "completion_only_loss", False):
+            starts = self._starts_before_answer(inputs)
         # Outputs are asked for to compare whole logits with whole labels: only `full` has them.
         if self.prefix == "full" or return_outputs:
             if starts is not None and inputs.get("alora_offsets") is None:
@@ -131,8 +133,6 @@ class AloraTrainerMixin:
     ) -> PrefixOutput:
         known = ("input_ids", "attention_mask", "labels", "position_ids")
         rest = {k: v for k, v in inputs.items() if k not in known}
-        if starts is None and getattr(self, "completion_only_loss", False):
-            starts = self._starts_before_answer(inputs)
         return prefix_forward(
             model,
             inputs["input_ids"],
@@ -149,18 +149,25 @@ class AloraTrainerMixin:
             **rest,
         )
 
-    def _starts_before_answer(self, inputs: dict[str, Any]) -> Tensor:
-        """The last invocation that stands before the first label: an answer cannot move it."""
+    def _starts_before_answer(self, inputs: dict[str, Any]) -> Tensor | None:
+        """The last invocation that stands before the first label: an answer cannot move it.
+
+        None without labels, or for an adapter that has no invocation.
+        """
         from ..activation import find_invocation_starts
 
+        peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        config = getattr(peft, "active_peft_config", None)
+        tokens = getattr(config, "alora_invocation_tokens", None)
+        if tokens is None or inputs.get("labels") is None:
+            return None
         labels, ids = inputs["labels"], inputs["input_ids"]
         column = torch.arange(ids.shape[1], device=ids.device)
         first = torch.where(labels != IGNORE, column, ids.shape[1]).amin(1)
         prompt = (column < first.unsqueeze(1)).to(torch.int64)
         if inputs.get("attention_mask") is not None:
             prompt = prompt * inputs["attention_mask"]
-        peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        return find_invocation_starts(ids, peft.active_peft_config.alora_invocation_tokens, prompt)
+        return find_invocation_starts(ids, tokens, prompt)
 
     def _record(self, output: PrefixOutput, inputs: dict[str, Any]) -> None:
         """TRL's SFTTrainer logs the accuracy of tokens and counts them; so does this step."""

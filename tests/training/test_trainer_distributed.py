@@ -12,6 +12,10 @@ FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 WRAPPERS = {
     "ddp": {},
     "fsdp2": {"fsdp": True, "fsdp_config": FSDP2},
+    "fsdp2 sharded": {
+        "fsdp": True,
+        "fsdp_config": {**FSDP2, "state_dict_type": "SHARDED_STATE_DICT"},
+    },
     "fsdp2 checkpointed": {
         "fsdp": True,
         "fsdp_config": FSDP2,
@@ -42,6 +46,8 @@ def _let_accelerate_shard_on_a_cpu() -> None:
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        # Every later AcceleratorState() shares this one's fields and would reset the type.
+        fsdp_plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
@@ -98,6 +104,16 @@ def test_equals_one_process(wrapper, prefix, tmp_path):
         assert all(hits > 0 and misses > 0 for hits, misses in (g["counts"] for g in got.values()))
 
 
+def moments(runner):
+    """The optimizer's state, gathered."""
+    states = enumerate(runner.optimizer.state.values())
+    return {f"{i} {n}": whole(t).numpy().copy() for i, s in states for n, t in s.items()}
+
+
+def content(runner):
+    return {**weights(runner), **moments(runner)}
+
+
 def resume(rank, folder, wrapper):
     options = {
         **options_of(wrapper), "prefix": "cached", "dropout": 0.3, "save_strategy": "steps",
@@ -105,18 +121,23 @@ def resume(rank, folder, wrapper):
         "num_train_epochs": 2, "per_device_train_batch_size": 1,
     }  # fmt: skip
     straight = train(f"{folder}/straight", **options)
+    after = torch.get_rng_state()
     train(f"{folder}/part", callbacks=[Stop(2)], **options)
     again = train(f"{folder}/part", resume=f"{folder}/part/checkpoint-2", **options)
     assert again.state.global_step == straight.state.global_step == 12
+    assert torch.equal(torch.get_rng_state(), after)
     assert again.prefix_store.misses > 0  # it began empty
-    return losses(straight), losses(again), weights(straight), weights(again)
+    assert moments(straight)
+    return losses(straight), losses(again), content(straight), content(again)
 
 
-def test_resuming_equals_an_uninterrupted_run(tmp_path):
-    """Into the next epoch, each rank with random numbers of its own."""
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2 sharded"])
+def test_resuming_equals_an_uninterrupted_run(wrapper, tmp_path):
+    """Into the next epoch; weights, optimizer, order of the data, random numbers of each rank."""
     for straight_losses, again_losses, straight, again in run_two(
-        resume, str(tmp_path), "ddp"
+        resume, str(tmp_path), wrapper
     ).values():
         assert again_losses[2:] == straight_losses[2:]
+        assert straight.keys() == again.keys()
         for name, value in straight.items():
             assert (again[name] == value).all(), name
