@@ -225,10 +225,9 @@ def run(
     numbers = tuple([s if s.__class__ is float else finite(name, s) for s in scalings])
     known = None
     if not traced:
-        options = (
-            numbers, dropout_p, prefix_grad, adapter_precision, strict_inactive,
-            asked_for(backend, strategy),
-        )  # fmt: skip
+        options = options_of(
+            numbers, dropout_p, prefix_grad, adapter_precision, strict_inactive, backend, strategy
+        )
         known = find(x, projections, base_out, activation, options)
     if known is None or not known.checked:
         check_options(name, numbers, dropout_p, adapter_precision, backend, strategy)
@@ -261,6 +260,45 @@ def run(
     return _eager(call, x, projections, base_out, inplace, needs_grad)
 
 
+def options_of(
+    scalings: tuple[float, ...],
+    dropout_p: float,
+    prefix_grad: bool,
+    adapter_precision: str,
+    strict_inactive: bool,
+    backend: str,
+    strategy: str,
+) -> tuple[Any, ...]:
+    """What a call asks for beside its tensors, for its signature."""
+    return (
+        scalings, dropout_p, prefix_grad, adapter_precision, strict_inactive,
+        asked_for(backend, strategy),
+    )  # fmt: skip
+
+
+def run_again(
+    call: Call, x: Tensor, projections: list[Projection], activation: Activation
+) -> tuple[Tensor, ...]:
+    """`run` for eager calls that are mostly alike; `call` has their options, without dropout.
+
+    A layer in decoding spends more time on reading its arguments than on its products.
+    """
+    _, scalings, _, _, prefix_grad, precision, strict, backend, strategy, _ = call
+    if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
+        options = options_of(scalings, 0.0, prefix_grad, precision, strict, backend, strategy)
+        known = find(x, projections, None, activation, options)
+        if known is not None and known.checked:
+            call = Call(
+                activation, scalings, 0.0, None, prefix_grad, precision, strict, backend, strategy,
+                known,
+            )  # fmt: skip
+            return _eager(call, x, projections, None, False, False)
+    return run(
+        "alora_linear_group", x, projections, scalings, activation, 0.0, None, prefix_grad,
+        precision, strict, backend, strategy,
+    )  # fmt: skip
+
+
 def _needs_grad(x: Tensor, projections: list[Projection], base_out: Tensor | None) -> bool:
     tensors = (x, base_out, *[t for p in projections for t in p])
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -280,7 +318,7 @@ def _eager(
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     if base_out is None:
         ys, _, _ = run_forward(call, rows, projections, None, save=False)
-        if len(shape) == 2:
+        if ys[0].dim() == len(shape):
             return tuple(ys)
         lead = shape[:-1]
         return tuple([y.view(*lead, y.shape[-1]) for y in ys])

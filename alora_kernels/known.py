@@ -8,6 +8,7 @@ the same signature, so it is found out once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,11 +44,11 @@ def find(
     options: tuple[Any, ...],  # all that the call asks for beside its tensors
 ) -> Known | None:
     """What is known of these calls; None where a signature does not describe them."""
+    tensors = (x, base_out, *chain.from_iterable(projections))
     try:
         mask = activation.row_adapter
         signature = (
             options,
-            torch.is_grad_enabled(),
             activation.__class__,
             mask.shape,
             mask.device,
@@ -55,18 +56,16 @@ def find(
             activation.max_active,
             activation.expected_active,
             *[
-                None
-                if t is None
-                else (t.__class__, t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
-                for tensors in ((x, base_out), *projections)
+                None if t is None else (t.__class__, t.shape, t.stride(), t.dtype, t.device)
                 for t in tensors
             ],
         )
+        if torch.is_grad_enabled():
+            signature += tuple([t is not None and t.requires_grad for t in tensors])
         found = _known.get(signature)
     except (AttributeError, TypeError, RuntimeError):
         return None
     if found is None:
-        tensors = (x, base_out, *[t for p in projections for t in p])
         if any(t is not None and t.__class__ not in PLAIN for t in tensors):
             return None  # a subclass may be more than its layout says
         if len(_known) >= KEPT:

@@ -100,7 +100,8 @@ class Backend(Protocol):
         base_outs: Sequence[Tensor] | None,  # [M, N] each, to be added to in place
         save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """The outputs `[M, N]` and, with `save`, the low-rank activation for backward.
+        """The outputs `[M, N]` (`[N]` will do for one row) and, with `save`, the low-rank
+        activation for backward.
 
         With `base_outs` the base is not computed: the adapter's part is added to those tensors,
         which are returned.

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from ..backends import Projection
-from ..functional import run
+from ..backends import Call, Projection
+from ..functional import run_again
 from .ambient import ForwardState
 
 
@@ -20,14 +20,15 @@ class Ready:
     dropout are compared in every call, hooks by torch's own count of all registrations.
     """
 
-    __slots__ = ("cells", "hooks", "indices", "options", "projections", "registrations", "scalings")
+    __slots__ = ("call", "cells", "hooks", "indices", "projections", "registrations")
 
     def __init__(
         self, name: str, members: list[Any], projections: list[Projection], options: dict[str, Any]
     ) -> None:
         scalings = [layer.scaling[name] for layer in members]
-        self.projections, self.scalings = projections, scalings
-        self.options = options
+        self.projections = projections
+        # (Each run has its own activation.)
+        self.call = Call(None, tuple([float(s) for s in scalings]), **options)  # type: ignore[arg-type]
         self.indices = tuple([layer.alora_index for layer in members])
         self.registrations = RemovableHandle.next_id
         self.hooks: list[dict[int, Any]] = []
@@ -85,12 +86,4 @@ class Ready:
                 or (drop is not None and drop.training)
             ):
                 return None
-        activation = state.activation_for(name, x)
-        return run(
-            "alora_linear_group",
-            x,
-            self.projections,
-            self.scalings,
-            activation,
-            **self.options,
-        )
+        return run_again(self.call, x, self.projections, state.activation_for(name, x))

@@ -63,14 +63,16 @@ def _all_rows(
     else:
         ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
     for p, y, scaling in zip(projections, ys, call.scalings):
-        a, b = cast_frozen(p.lora_a, dtype), cast_frozen(p.lora_b, dtype)
+        a, b = p.lora_a, p.lora_b
+        if a.dtype != dtype:
+            a, b = cast_frozen(a, dtype), cast_frozen(b, dtype)
         if vector:
             y.addmv_(b, a.mv(row), alpha=scaling)
         else:
             y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)
         if p.lora_bias is not None:
             y.add_(p.lora_bias.to(dtype), alpha=scaling)
-    return [y.view(1, -1) for y in ys] if vector else ys
+    return ys
 
 
 def _base_vector(p: Projection, row: Tensor) -> Tensor:
