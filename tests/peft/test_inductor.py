@@ -34,7 +34,10 @@ def graphs() -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
 def test_logits(kind, dtype):
-    """Bound by twice the error of PEFT's eager model, or inductor's own on the base model."""
+    """Bound by twice the error of PEFT's eager model, or inductor's own on the base model.
+
+    PEFT's error is the largest of five draws, as in the other tests' oracle.
+    """
     model, stock = twins(kind, dtype)
     exact = copy.deepcopy(stock).double()
     base, ids = copy.deepcopy(stock).unload(), prompt(3, 12)
@@ -45,10 +48,12 @@ def test_logits(kind, dtype):
     fast = torch.compile(model, fullgraph=True)
     before = graphs()
     for places in ((3, 7), (0, 9)):
-        ids = put(put(prompt(3, 12), 0, places[0], ASK), 1, places[1], ASK)
+        bound = 0.0
         with torch.no_grad():
-            true = exact(input_ids=ids).logits
-            bound = (stock(input_ids=ids).logits - true).norm()
+            for _ in range(5):
+                ids = put(put(prompt(3, 12), 0, places[0], ASK), 1, places[1], ASK)
+                true = exact(input_ids=ids).logits
+                bound = max(bound, (stock(input_ids=ids).logits - true).norm())
             error = (fast(input_ids=ids, use_cache=False).logits - true).norm()
         assert error <= 2 * max(bound, inductors)
     assert graphs() == before + 1  # the starts are no part of the graph
