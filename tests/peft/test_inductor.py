@@ -59,19 +59,34 @@ def test_logits(kind, dtype):
     assert graphs() == before + 1  # the starts are no part of the graph
 
 
+def gradients(model, ids) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return {
+        name.removeprefix("_orig_mod."): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+
+
 def test_gradients():
-    """Bound by twice PEFT's own error."""
+    """Bound by twice the error of PEFT's model, eager or in inductor's code, of five draws."""
     model, stock = twins()
     exact = copy.deepcopy(stock).double()
-    fast = torch.compile(model, fullgraph=True)
-    ids = put(put(prompt(2, 12), 0, 3, ASK), 1, 7, ASK)
-    for m in (fast, stock, exact):
-        m.train()
-        m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    for mine, theirs, true in zip(model.parameters(), stock.parameters(), exact.parameters()):
-        if true.grad is not None:
-            bound = (theirs.grad - true.grad).norm()
-            assert (mine.grad - true.grad).norm() <= 2 * bound + 1e-7 * true.grad.norm()
+    fast, inductors = torch.compile(model, fullgraph=True), torch.compile(stock)
+    bounds: dict[str, float] = {}
+    for _ in range(5):
+        ids = put(put(prompt(2, 12), 0, 3, ASK), 1, 7, ASK)
+        true = gradients(exact, ids)
+        for theirs in (stock, inductors):
+            for name, grad in gradients(theirs, ids).items():
+                error = float((grad - true[name]).norm())
+                bounds[name] = max(bounds.get(name, 0.0), error)
+    mine = gradients(fast, ids)
+    assert mine.keys() == true.keys() == bounds.keys()
+    for name, grad in mine.items():
+        assert (grad - true[name]).norm() <= 2 * bounds[name] + 1e-7 * true[name].norm(), name
 
 
 def settings(backend: str) -> transformers.CompileConfig:
