@@ -166,11 +166,13 @@ def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection
     return [Projection(*fields) for fields in zip(*columns)]  # type: ignore[arg-type]
 
 
-def flat_of(projections: Sequence[Projection], base_out: Tensor | None) -> list[Tensor | None]:
+def flat_of(
+    projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
+) -> list[Tensor | None]:
     """What `AloraFunction.apply` takes after x."""
+    flat: list[Tensor | None] = [None] * len(projections) if base_outs is None else list(base_outs)
     if len(projections) == 1:
-        return [base_out, *projections[0]]
-    flat = [base_out] * len(projections)
+        return [*flat, *projections[0]]
     for column in zip(*projections):
         flat.extend(column)
     return flat

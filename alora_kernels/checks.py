@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def check_tensors(
     x: Tensor,
     projections: list[Projection],
     activation: Activation,
-    base_out: Tensor | None,
+    base_outs: Sequence[Tensor] | None,
 ) -> None:
     """Refuse tensors that do not fit together, or an activation that does not fit x."""
     if not isinstance(activation, Activation):
@@ -90,10 +91,8 @@ def check_tensors(
             f"{name}: activation is on {activation.device} but x is on {device}; "
             f"move it once per forward with activation.to({str(device)!r})"
         )
-    if base_out is not None:
-        _check(
-            name, "base_out", base_out, (*x.shape[:-1], projections[0].lora_b.shape[0]), x, (dtype,)
-        )
+    for base_out, p in zip(base_outs or (), projections):
+        _check(name, "base_out", base_out, (*x.shape[:-1], p.lora_b.shape[0]), x, (dtype,))
     for weight, bias, lora_a, lora_b, lora_bias in projections:
         if lora_a.dim() != 2 or lora_b.dim() != 2:
             raise ValueError(
@@ -112,7 +111,7 @@ def check_tensors(
         _check(name, "lora_b", lora_b, (width, rank), x, (lora_a.dtype,))
         if lora_bias is not None:
             _check(name, "lora_bias", lora_bias, (width,), x, (lora_a.dtype,))
-        if base_out is None:
+        if base_outs is None:
             if weight is None or weight.dim() != 2:
                 got = None if weight is None else tuple(weight.shape)
                 raise ValueError(f"{name}: weight must have shape [N, K], got {got}")

@@ -191,7 +191,7 @@ def alora_add(
         strict_inactive,
         backend,
         strategy,
-        base_out,
+        [base_out],
         inplace,
     )
     return y
@@ -210,7 +210,7 @@ def run(
     strict_inactive: bool = False,
     backend: str = "auto",
     strategy: str = "auto",
-    base_out: Tensor | None = None,
+    base_outs: Sequence[Tensor] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, ...]:
     """Check, cast for autocast, and run: what all public functions do. `name` is for errors."""
@@ -220,19 +220,19 @@ def run(
     if autocast:
         x, projections = _autocast(x, projections, torch.get_autocast_dtype(x.device.type))
         adapter_precision = "compute" if adapter_precision == "fp32" else adapter_precision
-        if base_out is not None and not inplace:
-            base_out = base_out.to(x.dtype)
+        if base_outs is not None and not inplace:
+            base_outs = [b.to(x.dtype) for b in base_outs]
     numbers = tuple([s if s.__class__ is float else finite(name, s) for s in scalings])
     known = None
     if not traced:
         options = options_of(
             numbers, dropout_p, prefix_grad, adapter_precision, strict_inactive, backend, strategy
         )
-        known = find(x, projections, base_out, activation, options)
+        known = find(x, projections, base_outs, activation, options)
     if known is None or not known.checked:
         check_options(name, numbers, dropout_p, adapter_precision, backend, strategy)
-        check_tensors(name, x, projections, activation, base_out)
-        needs_grad = _needs_grad(x, projections, base_out)
+        check_tensors(name, x, projections, activation, base_outs)
+        needs_grad = _needs_grad(x, projections, base_outs)
         if known is not None:
             known.checked, known.needs_grad = True, needs_grad
     else:
@@ -250,14 +250,14 @@ def run(
         backend, strategy, known,
     )  # fmt: skip
     if traced:
-        ys = traced_linear(call, x, flat_of(projections, base_out), needs_grad)
-        if inplace and base_out is not None:
-            return (base_out.copy_(ys[0]),)
+        ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
+        if inplace and base_outs is not None:
+            return tuple([base_out.copy_(y) for base_out, y in zip(base_outs, ys)])
         return ys
     if autocast:
         with torch.autocast(x.device.type, enabled=False):
-            return _eager(call, x, projections, base_out, inplace, needs_grad)
-    return _eager(call, x, projections, base_out, inplace, needs_grad)
+            return _eager(call, x, projections, base_outs, inplace, needs_grad)
+    return _eager(call, x, projections, base_outs, inplace, needs_grad)
 
 
 def options_of(
@@ -277,30 +277,38 @@ def options_of(
 
 
 def run_again(
-    call: Call, x: Tensor, projections: list[Projection], activation: Activation
+    call: Call,
+    x: Tensor,
+    projections: list[Projection],
+    activation: Activation,
+    base_outs: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`run` for eager calls that are mostly alike; `call` has their options, without dropout.
 
-    A layer in decoding spends more time on reading its arguments than on its products.
+    A layer in decoding spends more time on reading its arguments than on its products. What is
+    added to `base_outs` is added in place.
     """
     _, scalings, _, _, prefix_grad, precision, strict, backend, strategy, _ = call
+    inplace = base_outs is not None
     if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
         options = options_of(scalings, 0.0, prefix_grad, precision, strict, backend, strategy)
-        known = find(x, projections, None, activation, options)
+        known = find(x, projections, base_outs, activation, options)
         if known is not None and known.checked:
             call = Call(
                 activation, scalings, 0.0, None, prefix_grad, precision, strict, backend, strategy,
                 known,
             )  # fmt: skip
-            return _eager(call, x, projections, None, False, False)
+            return _eager(call, x, projections, base_outs, inplace, False)
     return run(
         "alora_linear_group", x, projections, scalings, activation, 0.0, None, prefix_grad,
-        precision, strict, backend, strategy,
+        precision, strict, backend, strategy, base_outs, inplace,
     )  # fmt: skip
 
 
-def _needs_grad(x: Tensor, projections: list[Projection], base_out: Tensor | None) -> bool:
-    tensors = (x, base_out, *[t for p in projections for t in p])
+def _needs_grad(
+    x: Tensor, projections: list[Projection], base_outs: Sequence[Tensor] | None
+) -> bool:
+    tensors = (x, *(base_outs or ()), *[t for p in projections for t in p])
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -308,23 +316,24 @@ def _eager(
     call: Call,
     x: Tensor,
     projections: list[Projection],
-    base_out: Tensor | None,
+    base_outs: Sequence[Tensor] | None,
     inplace: bool,
     needs_grad: bool,
 ) -> tuple[Tensor, ...]:
     if needs_grad:
-        return AloraFunction.apply(call, inplace, x, *flat_of(projections, base_out))
+        return AloraFunction.apply(call, inplace, x, *flat_of(projections, base_outs))
     shape = x.shape
     rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    if base_out is None:
+    if base_outs is None:
         ys, _, _ = run_forward(call, rows, projections, None, save=False)
         if ys[0].dim() == len(shape):
             return tuple(ys)
         lead = shape[:-1]
         return tuple([y.view(*lead, y.shape[-1]) for y in ys])
-    y = base_out if inplace else base_out.clone(memory_format=torch.contiguous_format)
-    run_forward(call, rows, projections, [as_rows(y)], save=False)
-    return (y,)
+    if not inplace:
+        base_outs = [b.clone(memory_format=torch.contiguous_format) for b in base_outs]
+    run_forward(call, rows, projections, [as_rows(b) for b in base_outs], save=False)
+    return tuple(base_outs)
 
 
 def _autocast(

@@ -39,12 +39,12 @@ class Known:
 def find(
     x: Tensor,
     projections: Sequence[Projection],
-    base_out: Tensor | None,
+    base_outs: Sequence[Tensor] | None,
     activation: Activation,
     options: tuple[Any, ...],  # all that the call asks for beside its tensors
 ) -> Known | None:
     """What is known of these calls; None where a signature does not describe them."""
-    tensors = (x, base_out, *chain.from_iterable(projections))
+    tensors = (x, *chain.from_iterable(projections), *(base_outs or ()))
     try:
         mask = activation.row_adapter
         signature = (

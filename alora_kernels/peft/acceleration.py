@@ -286,7 +286,7 @@ class Acceleration:
         key = (relative, seq_len, device)
         found = self.recent.get(key)
         if found is None:
-            if len(self.recent) >= 8:
+            if len(self.recent) >= 64:
                 self.recent.clear()
             found = self.recent[key] = Activation.from_starts(relative, seq_len, device=device)
         return found

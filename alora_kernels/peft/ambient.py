@@ -118,13 +118,15 @@ class ForwardState:
 class Pending:
     """Outputs of a group that wait for their layers."""
 
-    def __init__(self, group: Group, name: str, x: Tensor, outputs: dict[int, Tensor]) -> None:
-        self.group, self.name, self.x, self.outputs = group, name, x, outputs
+    def __init__(
+        self, group: Group, names: tuple[str, ...], x: Tensor, outputs: dict[int, Tensor]
+    ) -> None:
+        self.group, self.names, self.x, self.outputs = group, names, x, outputs
         self.version = _version(x)
 
-    def fits(self, x: Tensor, name: str) -> bool:
-        """Whether `name` is asked for on the tensor that the group read, not written since."""
-        return x is self.x and name == self.name and _version(x) == self.version
+    def fits(self, x: Tensor, names: tuple[str, ...]) -> bool:
+        """Whether `names` are asked for on the tensor that the group read, not written since."""
+        return x is self.x and names == self.names and _version(x) == self.version
 
 
 def _version(x: Tensor) -> int:

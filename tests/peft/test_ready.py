@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 from alora_kernels import Activation
 from alora_kernels.peft import accelerate, adapter_scope
+from alora_kernels.peft import layers as layers_module
 
 from .models import ASK, FIRST, SUM, adapted, base_model, cached, lora, prompt, put, twins
 
@@ -157,19 +159,92 @@ def test_a_change_between_two_tokens_is_noticed(change, kind):
         assert not torch.allclose(before.to(expected.dtype), expected)
 
 
+def mixed(model, ids, **keywords):
+    return model(
+        input_ids=ids, adapter_names=["sum", "ask", "__base__", "plain"], **keywords
+    ).logits
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in (train, disable, switch)])
+def test_a_change_between_two_mixed_batches_is_noticed(change, kind):
+    model, stock = twins(kind)
+    ids = put(put(prompt(4, 9), 0, 2, SUM), 1, 4, ASK)
+    with torch.no_grad():
+        before = mixed(model, ids)
+        torch.testing.assert_close(before, mixed(stock, ids))
+        for m in (model, stock):
+            change(m)
+        expected = mixed(stock, ids)
+        for _ in range(2):
+            torch.testing.assert_close(mixed(model, ids), expected)
+    assert not torch.allclose(before.to(expected.dtype), expected)
+
+
+def test_several_active_adapters_take_the_short_way(monkeypatch):
+    """On the same rows: their parts add up, each from its own start, with groups or without."""
+    model, stock = twins()
+    ids = put(put(prompt(2, 12), 0, 2, ASK), 0, 6, SUM)
+    for m in (model, stock):
+        m.base_model.set_adapter(["ask", "plain"])
+    with torch.no_grad():
+        expected = stock(input_ids=ids).logits
+        for way in range(3):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+            if way == 0:
+                monkeypatch.setattr(layers_module, "alora_linear", None)
+                monkeypatch.setattr(layers_module, "alora_add", None)
+            if way == 1:
+                for layer in layers(model):
+                    if layer.alora_group is not None:
+                        layer.alora_group.dissolve("the test says so")
+
+
+def test_the_short_ways_of_a_layer_are_bounded():
+    model, _ = twins()
+    ids = put(prompt(4, 9), 1, 4, ASK)
+    names = ["ask", "sum", "plain", "__base__"]
+    count = 0
+    with torch.no_grad():
+        for rows in itertools.product(names, repeat=4):
+            count = max(count, len(layers(model)[0].alora_ready))
+            model(input_ids=ids[:, :2], adapter_names=list(rows), use_cache=False)
+    assert 10 < count <= layers_module.KEPT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_mixed_decoding_equals_peft(dtype):
+    """One token at a time, bound by twice PEFT's own error in float64."""
+    model, stock = twins("llama", dtype)
+    exact = copy.deepcopy(stock).double()
+    ids = put(put(prompt(4, 12), 0, 2, SUM), 1, 4, ASK)
+    with torch.no_grad():
+        true, theirs = mixed(exact, ids), mixed(stock, ids)
+        cache, got = None, []
+        for part in (ids[:, :7], *ids[:, 7:].split(1, 1)):
+            extra = {} if cache is None else cached(model, cache)
+            names = ["sum", "ask", "__base__", "plain"]
+            out = model(input_ids=part, adapter_names=names, use_cache=True, **extra)
+            cache = out["cache"] if "cache" in out else out["past_key_values"]
+            got.append(out.logits)
+    error = (torch.cat(got, 1).double() - true).norm()
+    assert error <= 2 * (theirs.double() - true).norm() + 1e-12 * true.norm()
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_short_way_is_taken(kind, monkeypatch):
-    from alora_kernels.peft import layers as module
-
     model, stock = twins(kind)
     ids = put(put(prompt(2, 9), 0, 2, ASK), 1, 4, ASK)
     with torch.no_grad():
         model(input_ids=ids)
-        monkeypatch.setattr(module, "alora_linear", None)
-        monkeypatch.setattr(module, "alora_linear_group", None)
+        monkeypatch.setattr(layers_module, "alora_linear", None)
+        monkeypatch.setattr(layers_module, "alora_linear_group", None)
         for part in (ids, ids[:1, :1], ids[:1, :5]):  # other sizes, other activations
             expected = stock(input_ids=part).logits  # PEFT registers hooks, of its own layers
             torch.testing.assert_close(model(input_ids=part).logits, expected)
+        several = put(put(prompt(4, 9), 0, 2, SUM), 1, 4, ASK)
+        monkeypatch.setattr(layers_module, "alora_add", None)
+        torch.testing.assert_close(mixed(model, several), mixed(stock, several))
     with pytest.raises(TypeError):
         model(input_ids=ids)  # with gradients it is not
 
