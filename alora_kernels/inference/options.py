@@ -35,7 +35,7 @@ def setting(options: Mapping[str, Any], name: str, defaults: Any = None) -> Any:
     return None
 
 
-def check_options(options: Mapping[str, Any], where: str) -> None:
+def check_options(options: Mapping[str, Any], defaults: Any, where: str) -> None:
     """Refuse what would bypass the session's cache.
 
     Raises:
@@ -47,18 +47,25 @@ def check_options(options: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {name} is not an option of a session; {instead}")
     if setting(options, "use_cache") is False:
         raise ValueError(f"{where}: use_cache=False; a session is a cache")
+    if getattr(defaults, "prefill_chunk_size", None) is not None:
+        raise ValueError(
+            f"{where}: the model's generation_config sets prefill_chunk_size, which older "
+            "transformers read wrongly on a cache that is filled already; set it to None and give "
+            "prefill_chunk_size with the call"
+        )
 
 
 def check_one_answer(options: Mapping[str, Any], defaults: Any) -> None:
     """Refuse what a batch of adapters cannot have.
 
     Raises:
-        ValueError: several answers of one row, a streamer, or keep=True.
+        ValueError: several answers of one row, a prompt in chunks, a streamer, or keep=True.
     """
     several = [
         name
         for name in ("num_beams", "num_return_sequences")
         if int(setting(options, name, defaults) or 1) > 1
     ]
+    several += [name for name in ("prefill_chunk_size",) if setting(options, name)]
     for name in (*several, *(name for name in ("streamer", "keep") if options.get(name))):
         raise ValueError(f"Session.ask: {name} is for one adapter at a time; use generate()")

@@ -19,7 +19,7 @@ from .calls import Answer, Call, ContextOverflow
 from .options import check_one_answer, check_options, setting
 from .streaming import stream_answer
 from .text import Encoder
-from .views import CacheError, check_cache, is_recurrent, view_of
+from .views import CacheError, check_cache, check_model, is_recurrent, view_of
 
 Message = Mapping[str, Any]
 
@@ -59,6 +59,7 @@ class Session:
         self._encoder = Encoder(tokenizer, self._eos_ids())
         self._lock = threading.RLock()
         self._ids: list[int] = []
+        check_model(self.base)
         self._cache: Cache = DynamicCache(config=self.base.config)
         check_cache(self._cache)
 
@@ -130,7 +131,7 @@ class Session:
             ValueError: an unknown adapter, an empty context, an option that the session sets.
             ContextOverflow: context, prompt and answer are longer than the model's positions.
         """
-        return self._generate(adapter, prompt, options, lambda: keep)
+        return self._generate(adapter, prompt, options, keep)
 
     def stream(
         self,
@@ -238,13 +239,14 @@ class Session:
         adapter: str | None,
         prompt: str | Sequence[int] | None,
         options: dict[str, Any],
-        keep: Callable[[], bool],
+        keep: bool,
+        wanted: Callable[[], bool] = lambda: True,
     ) -> Any:
-        """`generate`; whether to keep the answer is asked when it is there."""
+        """`generate`; an answer to keep is kept if it is still wanted when it is there."""
         call = self._plan(adapter, prompt)
         self._check(call, options, "Session.generate")
         several = int(setting(options, "num_return_sequences", self._defaults) or 1)
-        if several > 1 and keep():
+        if several > 1 and keep:
             raise ValueError("Session.generate: keep=True takes one answer, not several")
         view = view_of(call.cache)
         rows = max(several, int(setting(options, "num_beams", self._defaults) or 1))
@@ -252,7 +254,7 @@ class Session:
             view.batch_repeat_interleave(rows)
         out = self._run(call, view, options, rows)
         answers = [self._answer(call, row[len(call.ids) :].tolist(), options) for row in out]
-        if keep():
+        if keep and wanted():
             self._keep(call, answers[0], view if adapter is None and rows == 1 else None)
         return answers if several > 1 else answers[0]
 
@@ -260,9 +262,15 @@ class Session:
         ids = torch.tensor([call.ids])
         if "stop_strings" in options:
             options = {"tokenizer": self.tokenizer, **options}
+        # transformers before 5.16 reads a prompt in chunks from its beginning, whatever is cached.
+        step = setting(options, "prefill_chunk_size")
+        options = {**options, "prefill_chunk_size": None}
         if is_recurrent(view):
-            options = {**options, "prefill_chunk_size": 1}
+            step = 1
         with torch.no_grad(), self.adapters.scope(call.adapter, [call.start] * rows):
+            if step is not None:
+                last = (len(call.suffix) - 1) // step * step  # the rest is generate's
+                self._read(call.ids[: len(call.cached) + last], view, step, rows)
             return self.base.generate(
                 ids.to(self.base.device),
                 attention_mask=torch.ones_like(ids).to(self.base.device),
@@ -278,29 +286,30 @@ class Session:
         if end <= done:
             return cache
         view = view_of(cache)
-        extra: dict[str, Any] = {"logits_to_keep": 1} if self.adapters.limits_logits else {}
-        extra[self.adapters.cache_argument] = view
         step = self.prefill_chunk
         if is_recurrent(view):
             step = 1 if done else end
-        for begin in range(done, end, step):
-            chunk = ids[begin : min(begin + step, end)]
-            if self.adapters.takes_positions:
-                # Some models count from 0 again when they are not told (Bamba, transformers 5.24).
-                positions = torch.arange(begin, begin + len(chunk), device=self.base.device)
-                extra["position_ids"] = positions.unsqueeze(0)
-            with torch.no_grad(), self.adapters.scope(None, [None]):
-                self.base(
-                    input_ids=torch.tensor([chunk], device=self.base.device),
-                    use_cache=True,
-                    **extra,
-                )
+        with torch.no_grad(), self.adapters.scope(None, [None]):
+            self._read(ids[:end], view, step)
         if view.get_seq_length() != end:
             raise CacheError(
                 f"Session: {type(self.base).__name__} does not keep what it has read in a "
                 "transformers Cache, so calls cannot share it"
             )
         return view
+
+    def _read(self, ids: list[int], view: Cache, step: int, rows: int = 1) -> None:
+        """Run what `view` does not hold of `ids`, `step` tokens at a time."""
+        device = self.base.device
+        extra: dict[str, Any] = {"logits_to_keep": 1} if self.adapters.limits_logits else {}
+        extra[self.adapters.cache_argument] = view
+        for begin in range(view.get_seq_length(), len(ids), step):
+            chunk = torch.tensor([ids[begin : begin + step]] * rows, device=device)
+            if self.adapters.takes_positions:
+                # Some models count from 0 again when they are not told (Bamba, transformers 5.24).
+                positions = torch.arange(begin, begin + chunk.shape[1], device=device)
+                extra["position_ids"] = positions.expand(rows, -1)
+            self.base(input_ids=chunk, use_cache=True, **extra)
 
     def _keep(self, call: Call, answer: Answer, view: Cache | None) -> None:
         """Append what a call added and generated; the base model reads it, if it has not yet."""
@@ -339,7 +348,7 @@ class Session:
         )
 
     def _check(self, call: Call, options: Mapping[str, Any], where: str) -> None:
-        check_options(options, where)
+        check_options(options, self._defaults, where)
         new = setting(options, "max_new_tokens", self._defaults)
         length = len(call.ids) + (1 if new is None else int(new))
         if new is None:

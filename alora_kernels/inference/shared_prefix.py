@@ -305,8 +305,9 @@ def _forward(original: str) -> Any:
 
 def _implementation(name: str, module: Any) -> Any:
     """The attention that `module` would have called. Eager is a function of its own file."""
-    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
 
 
 _FORWARDS = {name: _forward(name) for name in ("sdpa", "eager")}

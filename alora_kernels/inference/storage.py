@@ -91,9 +91,7 @@ def load_session(session: Session, folder: Path) -> None:
         stored = length if window is None else min(length, window - 1)
         if keys is None or values is None or keys.shape[-2] != stored:
             raise ValueError(f"Session.load: layer {i} in {folder} does not hold {stored} tokens")
-        layer.lazy_initialization(keys, values)
-        layer.keys = keys.to(session.base.device)
-        layer.values = values.to(session.base.device)
+        layer.update(keys.to(session.base.device), values.to(session.base.device))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = length
     session._ids, session._cache = [int(i) for i in header["token_ids"]], cache

@@ -21,16 +21,20 @@ def stream_answer(
 ) -> Iterator[str]:
     """The text that a session's `generate` makes; a closed iterator stops it and keeps nothing."""
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    cancelled = threading.Event()
+    cancelled, over = threading.Event(), threading.Event()
     keep = options.pop("keep", False)
     given = options.pop("stopping_criteria", None) or []
     options["stopping_criteria"] = StoppingCriteriaList([*given, _Stop(cancelled)])
     options["streamer"] = streamer
     failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
+    def wanted() -> bool:
+        over.wait()  # an answer that is there may still be closed before it is read
+        return not cancelled.is_set()
+
     def work() -> None:
         try:
-            generate(adapter, prompt, options, lambda: keep and not cancelled.is_set())
+            generate(adapter, prompt, options, keep, wanted)
         except BaseException as error:
             failure.put(error)
         finally:
@@ -44,6 +48,7 @@ def stream_answer(
         cancelled.set()
         raise
     finally:
+        over.set()
         thread.join()
     if not failure.empty():
         raise failure.get()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import transformers
 from torch import Tensor
 from transformers import cache_utils
 from transformers.cache_utils import (
@@ -84,6 +85,20 @@ def check_cache(cache: Cache) -> None:
                 f"layer {i} of the cache is a {type(layer).__name__}, which is not known to leave "
                 "its tensors unwritten. Use DynamicCache(config=model.config)"
             )
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that does not keep all of its state in transformers' DynamicCache.
+
+    Raises:
+        CacheError: names the model and the version: some moved to DynamicCache in transformers 5.
+    """
+    serves = getattr(model, "_supports_default_dynamic_cache", None)
+    if serves is not None and not serves():
+        raise CacheError(
+            f"{type(model).__name__} does not keep what it has read in a DynamicCache in "
+            f"transformers {transformers.__version__}, so calls cannot share it"
+        )
 
 
 def shared_layers(cache: Cache) -> bool:

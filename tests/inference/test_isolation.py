@@ -38,6 +38,19 @@ def test_a_stream_keeps_its_answer_only_when_it_ends(seed: int) -> None:
     next(stream)
     stream.close()
     assert list(session.token_ids) == ids
+    finished, run = threading.Event(), session._run
+
+    def seen(*args: Any) -> Any:
+        out = run(*args)
+        finished.set()
+        return out
+
+    session._run = seen  # type: ignore[method-assign]
+    stream = session.stream("red", keep=True, **GREEDY)
+    next(stream)
+    finished.wait()  # the answer is there, but was not read to its end
+    stream.close()
+    assert list(session.token_ids) == ids
     wanted = session.generate("red", **GREEDY)
     assert "".join(session.stream("red", keep=True, **GREEDY)) == wanted.text
     assert list(session.token_ids) == [*ids, *wanted.invocation, *wanted.token_ids]

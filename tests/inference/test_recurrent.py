@@ -11,14 +11,18 @@ from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausa
 from alora_kernels.inference import CacheError, Session
 from alora_kernels.inference.views import tensors_of
 
-from .tiny import GREEDY, INVOCATIONS, VOCABULARY, check, context, peft_model, tokenizer
+from .tiny import GREEDY, INVOCATIONS, VOCABULARY, base_model, check, context, peft_model, tokenizer
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(cache_utils, "LinearAttentionLayer"),
-    reason="this transformers keeps recurrent states outside its Cache",
-)
+RECURRENT_LAYERS = hasattr(cache_utils, "LinearAttentionLayer")
 
 
+@pytest.mark.skipif(RECURRENT_LAYERS, reason="this transformers has layers for recurrent states")
+def test_a_recurrent_model_of_older_transformers_is_refused() -> None:
+    with pytest.raises(CacheError, match="BambaForCausalLM does not keep what it has read"):
+        Session(base_model("bamba", 1), tokenizer())
+
+
+@pytest.mark.skipif(not RECURRENT_LAYERS, reason="this transformers refuses Bamba, see above")
 def test_a_recurrent_state_is_copied_for_each_call(seed: int) -> None:
     """Several tokens on a state, alone and by ask, kept, in chunks; the base's state untouched."""
     model, reference = peft_model("bamba", seed), peft_model("bamba", seed)
@@ -45,8 +49,9 @@ def test_a_recurrent_state_is_copied_for_each_call(seed: int) -> None:
 def test_a_state_outside_the_cache_is_refused() -> None:
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
     mamba = MambaForCausalLM(MambaConfig(**sizes, state_size=8)).eval()
-    with pytest.raises(CacheError, match=r"every layer of the cache is recurrent \(LinearAtt"):
+    wanted = r"every layer of the cache is recurrent \(LinearAtt|does not keep what it has read"
+    with pytest.raises(CacheError, match=wanted):
         Session(mamba, tokenizer())
     rwkv = RwkvForCausalLM(RwkvConfig(**sizes, context_length=64)).eval()
     with pytest.raises(CacheError, match="RwkvForCausalLM does not keep what it has read"):
-        Session(rwkv, tokenizer()).extend(context(9, 1))
+        Session(rwkv, tokenizer())

@@ -186,7 +186,23 @@ def test_a_prompt_in_chunks_changes_nothing(kind: str, seed: int) -> None:
     session.extend(ids)
     prompt = [50, 51, 52, *INVOCATIONS["red"], *ids[1:5]]
     wanted = session.generate("red", prompt, **GREEDY)
+    forwards: list[int] = []
+    handle = session.base.register_forward_pre_hook(
+        lambda _, args, kwargs: forwards.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     assert session.generate("red", prompt, prefill_chunk_size=2, **GREEDY) == wanted
+    handle.remove()
+    assert forwards[:6] == [2, 2, 2, 2, 2, 1]  # the held token and the prompt
+    given = GenerationConfig(prefill_chunk_size=3, pad_token_id=0, eos_token_id=2, **GREEDY)
+    assert session.generate("red", prompt, generation_config=given) == wanted
+    beams: dict[str, Any] = {**GREEDY, "num_beams": 2}
+    whole = session.generate("red", prompt, **beams)
+    assert session.generate("red", prompt, prefill_chunk_size=4, **beams) == whole
+    with pytest.raises(ValueError, match="prefill_chunk_size is for one adapter"):
+        session.ask(["red"], prefill_chunk_size=2, **GREEDY)
+    session.base.generation_config.prefill_chunk_size = 2
+    with pytest.raises(ValueError, match="generation_config sets prefill_chunk_size"):
+        session.generate("red", prompt, **GREEDY)
     with pytest.raises(ValueError, match="assisted decoding is wrong on a cache"):
         session.generate("red", prompt_lookup_num_tokens=3, **GREEDY)
 
