@@ -2,8 +2,8 @@
 
 The bound is twice the error (in the Frobenius norm) that the reference, run by PyTorch in the same
 dtype, makes against float64. An error is a random number, and one of few elements scatters widely:
-PyTorch's is therefore the largest of several draws of the same problem, and a result of few
-elements may always err by two ulp of the largest.
+PyTorch's is therefore the largest of several draws of the same problem, of more where a result has
+few elements, and such a result may always err by two ulp of the largest.
 """
 
 from __future__ import annotations
@@ -85,6 +85,7 @@ def make_case(
 
 
 DRAWS = 5  # of one problem, to measure PyTorch's error
+ELEMENTS = 32  # of a result in all its draws together, at least
 
 Change = Callable[[Tensor], Tensor]
 
@@ -107,9 +108,14 @@ def errors_of_pytorch(
 ) -> list[float]:
     """PyTorch's error in `dtype` in each of the results of `expected(dtype, change)`."""
     worst: list[float] = []
-    for draw in range(DRAWS):
+    draw, draws = 0, DRAWS
+    while draw < draws:
         change: Change = Redraw() if draw else lambda tensor: tensor
-        pairs = zip(expected(torch.float64, change), expected(dtype, change))
+        exact = expected(torch.float64, change)
+        sizes = [e.numel() for e in exact if e is not None and e.numel()]
+        draws = max(DRAWS, -(-ELEMENTS // min(sizes, default=ELEMENTS)))
+        draw += 1
+        pairs = zip(exact, expected(dtype, change))
         errors = [0.0 if e is None else (t.double() - e).norm().item() for e, t in pairs]
         worst = [max(pair) for pair in zip(worst, errors)] if worst else errors
     return worst
