@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpointing import checkpointed_layers, hooks_run_again
+
 _DROPOUTS = (
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -67,12 +69,14 @@ def attention_windows(model: nn.Module) -> list[int | None]:
     config = text_config(model)
     windows: list[int | None] = []
     for index, layer in enumerate(DynamicCache(config=config).layers):
+        kind = (getattr(config, "layer_types", None) or [None] * (index + 1))[index]
+        if kind in ("chunked_attention", "linear_attention"):
+            raise PrefixError(
+                f"layer {index} uses {kind.replace('_', ' ')}, which is not supported"
+            )
         if type(layer) is DynamicLayer:
             windows.append(None)
         elif type(layer) is DynamicSlidingWindowLayer:
-            kind = (getattr(config, "layer_types", None) or [None] * (index + 1))[index]
-            if kind == "chunked_attention":
-                raise PrefixError(f"layer {index} uses chunked attention, which is not supported")
             windows.append(int(layer.sliding_window))
         else:
             raise PrefixError(
@@ -178,7 +182,8 @@ def _architecture(peft: Any) -> Iterator[str]:
             "output_router_logits is on: the router's auxiliary loss is taken over the prefix too "
             "(set it to False)"
         )
-    if getattr(base, "_is_stateful", False):
+    serves = getattr(base, "_supports_default_dynamic_cache", None)
+    if getattr(base, "_is_stateful", False) or (serves is not None and not serves()):
         yield f"{type(base).__name__} carries a recurrent state"
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         yield "ALiBi biases are made from the attention mask of one pass"
@@ -232,7 +237,6 @@ def _randomness(peft: Any) -> Iterator[str]:
 
 def _checkpointing(peft: Any) -> Iterator[str]:
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-    from transformers.modeling_layers import GradientCheckpointingLayer
 
     if not (peft.training and torch.is_grad_enabled()):
         return
@@ -241,14 +245,22 @@ def _checkpointing(peft: Any) -> Iterator[str]:
             "torch's checkpoint_wrapper (FSDP's activation_checkpointing) recomputes layers after "
             "PEFT has switched the adapter off; use the model's own gradient_checkpointing"
         )
-    on = [m for m in peft.modules() if getattr(m, "gradient_checkpointing", False)]
+    on = any(getattr(m, "gradient_checkpointing", False) for m in peft.modules())
     if not on:
         return
-    layers = [m for m in on if isinstance(m, GradientCheckpointingLayer)]
-    if not layers or not all(hasattr(m, "_can_checkpoint_with_cache") for m in layers):
+    accelerated = any(hasattr(m, "alora_owner") for m in peft.modules())
+    # Where enable_input_require_grads puts its hook.
+    inputs_have_gradients = bool(peft.get_input_embeddings()._forward_hooks)
+    if hooks_run_again() and not accelerated and not inputs_have_gradients:
+        yield (
+            "PEFT switches the adapter off before the first checkpointed layer runs again in this "
+            "transformers; call model.enable_input_require_grads(), or accelerate(model)"
+        )
+    if not checkpointed_layers(peft):
         import transformers
 
         yield (
-            f"transformers {transformers.__version__} drops the cache under gradient checkpointing "
-            "here (no _can_checkpoint_with_cache); turn checkpointing off or take another version"
+            f"{type(peft.get_base_model()).__name__} takes the cache away under gradient "
+            f"checkpointing in transformers {transformers.__version__} (its layers are no "
+            "GradientCheckpointingLayer with a cache among their arguments); turn checkpointing off"
         )

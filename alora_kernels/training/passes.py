@@ -12,6 +12,7 @@ import torch.distributed as dist
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
+from .checkpointing import lending
 from .guard import text_config, unwrap
 from .kv import LastLayerDone, PrefixCollector, ReadOnlyPrefix
 
@@ -61,9 +62,7 @@ class ModelCall:
             if not torch.is_grad_enabled():
                 stack.enter_context(_attribute(self.peft, "gradient_checkpointing", True, False))
             elif cache is not None:
-                stack.enter_context(
-                    _attribute(self.peft, "_can_checkpoint_with_cache", False, True)
-                )
+                stack.enter_context(lending(self.peft, cache))
             output = self.model(
                 input_ids=input_ids, attention_mask=mask, alora_offsets=offsets, **inputs
             )

@@ -7,7 +7,6 @@ import torch
 import transformers
 from models import INVOCATION, KINDS, alone, gradients, make_batch, make_model, worst
 from peft.tuners.lora.variants import ALoraLinearVariant
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from alora_kernels.training import PrefixStore, prefix_forward
 
@@ -95,13 +94,6 @@ def test_eager_attention_padded_float32(kind, seed):
     assert error(mine) <= 2 * error(full)
 
 
-keeps_cache = pytest.mark.skipif(
-    not hasattr(GradientCheckpointingLayer, "_can_checkpoint_with_cache"),
-    reason="this transformers drops the cache under gradient checkpointing, which is refused",
-)
-
-
-@keeps_cache
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind, reentrant, seed):
@@ -119,11 +111,11 @@ def test_gradient_checkpointing(kind, reentrant, seed):
             assert abs(prefix_forward(model, *batch).loss - loss) <= EXACT * loss
 
 
-@keeps_cache
 def test_checkpointing_recomputes_the_layers(seed):
     """The suffix really is checkpointed: layers run again in backward."""
     model = make_model(seed=seed)
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
     runs = []
     model.get_base_model().model.layers[1].input_layernorm.register_forward_hook(
         lambda *_: runs.append(1)
@@ -155,11 +147,12 @@ def test_last_layer_stops_after_keys_and_values(seed):
     assert [m.__dict__.keys() for m in layers] == [d.keys() for d in own]
 
 
-@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=keeps_cache)])
+@pytest.mark.parametrize("checkpointed", [False, True])
 def test_exception_leaves_the_model_as_it_was(checkpointed, seed):
     model = make_model(seed=seed)
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     batch = make_batch([(16, 6)], seed=seed)
     layer = model.get_base_model().model.layers[-1]
 

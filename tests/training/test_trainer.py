@@ -115,8 +115,11 @@ def test_cached_hits_from_the_second_epoch_on(tmp_path):
 def test_gradient_checkpointing_with_evaluation(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2}
     plain = train(tmp_path, **options)
+    model = make_model(seed=1)
+    model.enable_input_require_grads()
     checkpointed = train(
         tmp_path,
+        model=model,
         gradient_checkpointing=True,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         **options,
