@@ -25,7 +25,7 @@ def checkpointed_layers(model: nn.Module) -> dict[nn.Module, tuple[int, str]]:
     name."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    found = {}
+    found: dict[nn.Module, tuple[int, str]] = {}
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             names = list(inspect.signature(type(module).forward).parameters)[1:]  # but self
