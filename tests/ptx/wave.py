@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from .arithmetic import Arithmetic
+from .bits import Bits
 from .formats import PtxError
 from .parser import Instr
 from .registers import Mask
@@ -30,7 +31,7 @@ def is_collective(ins: Instr) -> bool:
     return op[0] in ALIGNED or (op[0] == "tcgen05" and "aligned" in op)
 
 
-class Wave(Arithmetic, Tcgen05, TensorCopies):
+class Wave(Arithmetic, Bits, Tcgen05, TensorCopies):
     """Co-resident blocks, run to completion.
 
     `groups` maps a pc to the threads that can run there. In step (`order="lockstep"`) the lowest
