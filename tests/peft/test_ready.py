@@ -110,6 +110,10 @@ def switch(model):
     model.set_adapter("sum")
 
 
+def switch_one_layer(model):
+    layers(model)[1].set_adapter("plain")
+
+
 def double(model):
     model.double()
 
@@ -132,6 +136,7 @@ CHANGES = [
     hook,
     disable,
     switch,
+    switch_one_layer,
     double,
     half_the_layers,
 ]
@@ -159,6 +164,9 @@ def test_a_change_between_two_tokens_is_noticed(change, kind):
         assert not torch.allclose(before.to(expected.dtype), expected)
 
 
+UNMIXED = (train, disable, switch, switch_one_layer)
+
+
 def mixed(model, ids, **keywords):
     return model(
         input_ids=ids, adapter_names=["sum", "ask", "__base__", "plain"], **keywords
@@ -166,7 +174,7 @@ def mixed(model, ids, **keywords):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("change", [c for c in CHANGES if c not in (train, disable, switch)])
+@pytest.mark.parametrize("change", [c for c in CHANGES if c not in UNMIXED])
 def test_a_change_between_two_mixed_batches_is_noticed(change, kind):
     model, stock = twins(kind)
     ids = put(put(prompt(4, 9), 0, 2, SUM), 1, 4, ASK)
@@ -210,6 +218,30 @@ def test_the_short_ways_of_a_layer_are_bounded():
             count = max(count, len(layers(model)[0].alora_ready))
             model(input_ids=ids[:, :2], adapter_names=list(rows), use_cache=False)
     assert 10 < count <= layers_module.KEPT
+
+
+def test_the_short_way_knows_autocast():
+    """Bound by twice the largest error in five draws that PEFT makes under autocast."""
+    model, stock = twins()
+    exact, bound = copy.deepcopy(stock).double(), 0.0
+    with torch.no_grad():
+        for _ in range(5):
+            ids = put(put(prompt(4, 9), 0, 2, SUM), 1, 4, ASK)
+            true = mixed(exact, ids)
+            mixed(model, ids)  # prepares
+            with torch.autocast("cpu", torch.bfloat16):
+                theirs, mine = mixed(stock, ids), mixed(model, ids)
+            bound = max(bound, float((theirs.double() - true).norm()))
+            assert mine.dtype == theirs.dtype == torch.bfloat16
+            torch.testing.assert_close(mixed(model, ids), mixed(stock, ids))
+    assert (mine.double() - true).norm() <= 2 * bound
+    hidden = torch.randn(4, 9, model.config.hidden_size)
+    projection = layers(model)[0]
+    with torch.no_grad(), adapter_scope(model, "ask", Activation.all(36)):
+        for _ in range(2):
+            assert projection(hidden).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert projection(hidden).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
