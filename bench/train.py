@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_csv(options.csv, figures)
         console.print(f"csv: {options.csv}")
     if options.plot:
-        write_plot(options.plot, figures)
+        write_plot(options.plot, figures, describe_machine(torch.device("cpu")))
         console.print(f"plot: {options.plot}")
     return 0
 

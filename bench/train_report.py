@@ -89,7 +89,7 @@ def write_csv(path: Path, figures: Sequence[Figure]) -> None:
         writer.writerows(dataclasses.asdict(f) for f in figures)
 
 
-def write_plot(path: Path, figures: Sequence[Figure]) -> None:
+def write_plot(path: Path, figures: Sequence[Figure], machine: str) -> None:
     """Seconds a step and peak memory over the prompt length."""
     import matplotlib
 
@@ -131,7 +131,8 @@ def write_plot(path: Path, figures: Sequence[Figure]) -> None:
         "aLoRA training step: work before the invocation left out (×: times faster than PEFT)",
         fontsize=11,
     )
-    figure.tight_layout()
+    figure.text(0.5, 0.01, machine, fontsize=6, ha="center", color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)

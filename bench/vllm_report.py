@@ -11,7 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-STARTS = ("aligned", "worst")
+# Where an invocation starts, and how the plot says it.
+STARTS = {"aligned": "on a block's edge", "worst": "at the worst offset"}
 
 
 @dataclass(frozen=True)
@@ -138,14 +139,14 @@ def write_csv(path: Path, rows: Sequence[Row], ops: Sequence[Op], base: Base | N
                 writer.writerows(dataclasses.astuple(item) for item in items)
 
 
-def write_plot(path: Path, rows: Sequence[Row], subtitle: str) -> None:
-    """Time to first token over the context length, at the first block size."""
+def write_plot(path: Path, rows: Sequence[Row], served: str, machine: str) -> None:
+    """Time to first token over the context length; plain LoRA's at the first block size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    figure, axis = pyplot.subplots(figsize=(7.4, 4.8))
     mine = [r for r in rows if r.block_size == rows[0].block_size]
     aligned = [r for r in mine if r.start == "aligned"]
     axis.plot(
@@ -156,15 +157,17 @@ def write_plot(path: Path, rows: Sequence[Row], subtitle: str) -> None:
             points = [r for r in rows if (r.block_size, r.start) == (block, start)]
             axis.plot(
                 [r.context for r in points], [r.first_alora for r in points], "o-",
-                label=f"aLoRA, start {start}, blocks of {block}",
+                label=f"aLoRA, start {STARTS[start]}, blocks of {block}",
             )  # fmt: skip
     axis.set(xlabel="context, tokens", ylabel="seconds to the first token", yscale="log")
     axis.set_xscale("log", base=2)
     axis.set_xticks([r.context for r in aligned], [str(r.context) for r in aligned])
     axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=8)
-    axis.set_title("After a base turn over the same context")
-    figure.text(0.5, 0.005, subtitle, ha="center", va="bottom", fontsize=5, color="#555555")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    axis.legend(frameon=False, fontsize=8)
+    figure.suptitle("vLLM, after a base turn over the same context")
+    note = {"ha": "center", "color": "#555555"}
+    figure.text(0.5, 0.915, served, fontsize=8, **note)
+    figure.text(0.5, 0.01, machine, fontsize=6, **note)
+    figure.tight_layout(rect=(0, 0.03, 1, 0.96))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -124,20 +124,26 @@ def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
     if o.csv:
         write_csv(o.csv, rows, ops, base)
     if o.plot:
-        write_plot(o.plot, rows, describe_machine(torch.device("cpu")))
+        write_plot(o.plot, rows, _served(o), describe_machine(torch.device("cpu")))
     return 0
+
+
+def _served(o: argparse.Namespace) -> str:
+    name = o.model or ("tiny model" if o.small else "Gemma 3 270M")
+    return (
+        f"{name}, float32, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
+        f"{o.tokens} tokens"
+    )
 
 
 def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> None:
     bound = "; ".join(
         f"{t['threads']} threads bound to cores {t['cores']}" for t in about["threads"]
     )
-    name = o.model or ("tiny model" if o.small else "Gemma 3 270M")
     for line in (
         describe_machine(torch.device("cpu")),
         f"vLLM {about['vllm']}, {bound}, at most {about['batched_tokens']} tokens a step",
-        f"{name}, float32, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
-        f"{o.tokens} tokens, invocations of {INVOCATION_LENGTH}, {o.clock} time, seed {o.seed}",
+        f"{_served(o)}, invocations of {INVOCATION_LENGTH}, {o.clock} time, seed {o.seed}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 

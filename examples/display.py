@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -84,7 +86,20 @@ def plot_losses(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     axis.set(xlabel="step", ylabel="loss after the invocation", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.tight_layout()
+    figure.text(0.5, 0.01, _machine(), fontsize=6, ha="center", color="#555555")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _machine() -> str:
+    """Machine, versions and commit, as under the plots of bench/; nothing where that is missing."""
+    file = Path(__file__).parents[1] / "bench" / "machine.py"
+    if not file.is_file():
+        return ""
+    spec = importlib.util.spec_from_file_location("bench_machine", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.describe_machine(torch.device("cpu"))
