@@ -1,11 +1,12 @@
 """Throughput of masked-LoRA linear layers: this package, PEFT, the base linear, five lines by hand.
 
-    python bench/run.py                                     the small models, under three minutes
+    python bench/run.py                                     the small models, about two minutes
     python bench/run.py --model Mistral-7B --active 0.1,0.5
     python bench/run.py --mode cpu-targets                  the package's CPU targets, measured
     python bench/run.py --mode host                         the host's part of a call
     python bench/run.py --tune                              measure this GPU for dispatch
     python bench/run.py --csv out.csv --plot out.png
+    python bench/run.py --mode serve --help                 the flags of train, serve or vllm
 
 docs/benchmark.md says what is measured and how.
 """

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(
         f"The cache holds {session.cached_length} tokens, once; every answer ran on a view of it."
     )
+    if o.adapter is None:
+        console.print("Untrained adapters answer as the base does; --adapter takes a trained one.")
     return 0
 
 
