@@ -293,6 +293,31 @@ def test_dropout_in_training_mode_without_gradient():
         assert torch.equal(model(input_ids=ids).logits, still)
 
 
+def test_dropout_of_several_active_adapters_without_gradient():
+    """Nothing is dropped at this probability, but the short way does not serve it."""
+    model, stock = twins(lora_dropout=1e-9)
+    ids = put(prompt(2, 12), 0, 2, ASK)
+    for m in (model, stock):
+        m.base_model.set_adapter(["ask", "plain"])
+        m.train()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_members_of_a_group_with_different_dropout():
+    model, _ = twins(lora_dropout=0.5)
+    model.train()
+    q, v, _ = layers(model)
+    v.lora_dropout["ask"] = nn.Identity()
+    seen: dict[str, list[torch.Tensor]] = {"q": [], "v": []}
+    q.register_forward_hook(lambda *args: seen["q"].append(args[-1]))
+    v.register_forward_hook(lambda *args: seen["v"].append(args[-1]))
+    ids = put(prompt(1, 9), 0, 2, ASK)
+    for _ in range(2):
+        model(input_ids=ids)
+    assert torch.equal(*seen["v"]) and not torch.equal(*seen["q"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("changes", [{}, {"lora_bias": True}], ids=str)
