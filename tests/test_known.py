@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from alora_kernels import Activation, alora_linear, alora_linear_reference, dispatch, known
+from alora_kernels import (
+    Activation,
+    alora_add,
+    alora_linear,
+    alora_linear_reference,
+    dispatch,
+    known,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +75,17 @@ def test_a_refused_call_is_not_known_as_good() -> None:
     for _ in range(3):
         with pytest.raises(ValueError, match="finite"):
             alora_linear(**arguments(scaling=float("inf")))
+
+
+def test_another_base_out_is_checked() -> None:
+    given = {n: v for n, v in arguments().items() if n not in ("weight", "bias")}
+    right = torch.randn(6, 5, dtype=torch.float64)
+    before = alora_add(right, **given)
+    for wrong in (right[:, :4], right[:5], right.float()):
+        with pytest.raises((ValueError, TypeError), match="base_out"):
+            alora_add(wrong, **given)
+    turned = right.t().contiguous().t()
+    torch.testing.assert_close(alora_add(turned, **given), before)
 
 
 def test_a_scaling_that_changes_in_place() -> None:
