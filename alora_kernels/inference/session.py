@@ -144,7 +144,8 @@ class Session:
         The arguments are those of `generate`; `keep=True` takes effect when the stream ends, and
         not at all when it is closed before.
         """
-        return stream_answer(self._generate, self.tokenizer, adapter, prompt, options)
+        device = self.base.device.type
+        return stream_answer(self._generate, self.tokenizer, adapter, prompt, options, device)
 
     # ------------------------------------------------------------------ many answers
 

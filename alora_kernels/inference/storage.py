@@ -17,6 +17,35 @@ if TYPE_CHECKING:
     from .session import Session
 
 FORMAT = "alora_kernels.session.1"
+# What beside the weights decides keys and values, where a config has it.
+_DECIDING = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "attention_chunk_size",
+    "num_kv_shared_layers",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "use_bidirectional_attention",
+    "partial_rotary_factor",
+    "rope_local_base_freq",
+    "num_experts_per_tok",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+)
 
 
 def save_session(session: Session, folder: Path) -> Path:
@@ -73,11 +102,12 @@ def load_session(session: Session, folder: Path) -> None:
             f"Session.load: {folder} has format {header.get('format')!r}, not {FORMAT}"
         )
     here = _identity(session)
-    differ = [k for k in here if header["base"].get(k) != here[k]]
+    saved = header["base"]
+    differ = [k for k in {**here, **saved} if saved.get(k) != here.get(k)]
     if differ:
         raise ValueError(
             f"Session.load: {folder} was saved for another base model: "
-            + ", ".join(f"{k} is {here[k]!r}, saved {header['base'].get(k)!r}" for k in differ)
+            + ", ".join(f"{k} is {here.get(k)!r}, saved {saved.get(k)!r}" for k in differ)
         )
     tensors = load_file(folder / "cache.safetensors")
     cache = DynamicCache(config=session.base.config)
@@ -98,8 +128,8 @@ def load_session(session: Session, folder: Path) -> None:
 
 
 def _identity(session: Session) -> dict[str, Any]:
-    """What the keys and values depend on: the base's shape, and a sample of its weights."""
-    config = session.base.config
+    """What the keys and values depend on: the base's config, and a sample of its weights."""
+    config = session.base.config.get_text_config(decoder=True)
     total = 0.0
     for name, parameter in session.base.named_parameters():
         if "lora_" in name or "magnitude" in name:
@@ -107,8 +137,21 @@ def _identity(session: Session) -> dict[str, Any]:
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         total += float(flat[::step].double().abs().sum())
-    return {
-        "model_type": config.model_type,
+    deciding = {name: getattr(config, name, None) for name in _DECIDING}
+    identity = {
+        "model_type": session.base.config.model_type,
         "dtype": str(session.base.dtype),
+        **{name: value for name, value in deciding.items() if value is not None},
+        "rope": _rope(config),
         "weights": f"{total:.9g}",
     }
+    return json.loads(json.dumps(identity))  # as it is read again
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """The rotary embedding in the words of transformers 5, also from a config of version 4."""
+    rope = getattr(config, "rope_parameters", None)
+    if rope is None:
+        scaling = getattr(config, "rope_scaling", None) or {"rope_type": "default"}
+        rope = {"rope_theta": getattr(config, "rope_theta", None), **scaling}
+    return dict(rope)

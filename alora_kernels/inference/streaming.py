@@ -18,8 +18,18 @@ def stream_answer(
     adapter: str | None,
     prompt: str | Sequence[int] | None,
     options: dict[str, Any],
+    device: str,
 ) -> Iterator[str]:
-    """The text that a session's `generate` makes; a closed iterator stops it and keeps nothing."""
+    """The text that a session's `generate` makes; a closed iterator stops it and keeps nothing.
+
+    `device` is the model's type of device: this thread's autocast for it holds in the other one.
+    """
+    autocast = torch.autocast(
+        device,
+        torch.get_autocast_dtype(device),
+        torch.is_autocast_enabled(device),
+        torch.is_autocast_cache_enabled(),
+    )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled, over = threading.Event(), threading.Event()
     keep = options.pop("keep", False)
@@ -34,7 +44,8 @@ def stream_answer(
 
     def work() -> None:
         try:
-            generate(adapter, prompt, options, keep, wanted)
+            with autocast:
+                generate(adapter, prompt, options, keep, wanted)
         except BaseException as error:
             failure.put(error)
         finally:

@@ -40,6 +40,27 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
         Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
 
 
+def test_another_config_over_the_same_weights_is_refused(tmp_path: Path) -> None:
+    Session(peft_model("mistral", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    with pytest.raises(ValueError, match=r"another base model: rope is .*500.0.*, saved .*10000"):
+        Session.load(tmp_path / "a", peft_model("mistral", 8, rope_parameters=rope), tokenizer())
+    for name, value in (("sliding_window", 8), ("rms_norm_eps", 1e-3), ("sliding_window", None)):
+        model = peft_model("mistral", 8)
+        setattr(model.get_base_model().config, name, value)
+        with pytest.raises(ValueError, match=f"another base model: {name} is {value}, saved"):
+            Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_what_does_not_change_the_cache_may_differ(tmp_path: Path) -> None:
+    Session(peft_model("mistral", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    model = peft_model("mistral", 8, attention="eager", bos_token_id=4, initializer_range=0.2)
+    config = model.get_base_model().config
+    config._name_or_path, config.transformers_version = "elsewhere", "0"
+    config.use_cache = False
+    assert len(Session.load(tmp_path / "a", model, tokenizer())) == 9
+
+
 def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
     session.save(tmp_path / "a")
