@@ -23,8 +23,8 @@ def bf16() -> Any:
 
 
 def check(reference: Any, ids: list[int], answer: Any, adapter: str | None) -> None:
-    """Greedy tokens of `adapter`, by logits that are at most twice as far from float32 as those of one forward
-    under autocast by stock PEFT."""
+    """Greedy tokens of `adapter`, by logits that are at most twice as far from float32 as those
+    of one forward under autocast by stock PEFT."""
     before, generated = [*ids, *answer.invocation], list(answer.token_ids)
     row = (reference, adapter, [*before, *generated], answer.invocation_start)
     exact = scratch_logits(*row)
