@@ -1,8 +1,8 @@
 """aLoRA on stock vLLM: the base model's cached keys and values against computing them again.
 
     python bench/run.py --mode vllm --engine-python ENV/bin/python    Gemma 3 270M
-    python bench/run.py --mode vllm --csv vllm.csv --plot vllm.png
-    python bench/run.py --mode vllm --small --context 256             a tiny model, a minute
+    python bench/run.py --mode vllm --csv vllm.csv --plot vllm.png    in that environment
+    python bench/run.py --mode vllm --small --context 256             a tiny model, two minutes
 
 The base model answers over a context; then adapters of rank 32 run on context and answer, 16 tokens
 each. The same tensors are served as aLoRA, which takes the base model's cache up to its start, and
@@ -21,6 +21,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -84,9 +85,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if min(contexts) < 2 * max(o.block_size) or any(c % b for c in contexts for b in o.block_size):
         p.error("--context: multiples of every block size, two blocks at least")
     o.context = contexts
+    if not _has_vllm(o.engine_python):
+        p.error(
+            f"--engine-python: no vLLM in the environment of {o.engine_python}; name the Python of "
+            "one that has vLLM and this package"
+        )
     console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as scratch:
         return _run(o, console, Path(scratch))
+
+
+def _has_vllm(python: str) -> bool:
+    """Looked up, not imported: that takes many seconds."""
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        return subprocess.run([python, "-c", look], check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:

@@ -7,7 +7,8 @@ python examples/vllm_pipeline.py --model M --adapter query_rewrite=DIR --adapter
 The base model answers a question over documents. After the user's next question one adapter
 rewrites it for a search and another judges whether the documents answer it; then the base model
 answers, and a third adapter judges the answer. Each adapter takes the keys and values of everything
-before its invocation from the base model's turns. Needs vLLM and this package beside it.
+before its invocation from the base model's turns. Needs vLLM and this package beside it, and peft
+and rich.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ def test_the_interval_holds_the_ratio_and_shrinks_with_the_spread() -> None:
         (["--context", "100"], "multiples of every block size"),
         (["--cores", "9999"], "this machine has"),
         (["--rounds", "0"], "at least 1"),
+        (["--engine-python", "no-python"], "no vLLM in the environment of no-python"),
     ],
 )
 def test_wrong_flags_are_named(
