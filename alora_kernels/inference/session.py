@@ -263,7 +263,7 @@ class Session:
         ids = torch.tensor([call.ids])
         if "stop_strings" in options:
             options = {"tokenizer": self.tokenizer, **options}
-        # transformers before 5.16 reads a prompt in chunks from its beginning, whatever is cached.
+        # transformers up to 5.20 reads a prompt in chunks from its beginning, whatever is cached.
         step = setting(options, "prefill_chunk_size")
         options = {**options, "prefill_chunk_size": None}
         if is_recurrent(view):

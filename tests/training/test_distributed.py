@@ -39,6 +39,7 @@ def work(rank, wrapper, kind, seed, checkpointing):
     model = make_model(kind, seed=5)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
     if wrapper == "ddp":
         run = torch.nn.parallel.DistributedDataParallel(model)
     else:
