@@ -82,7 +82,7 @@ def prefix_forward(
         num_items_in_batch: N, when the loss is normalised over more than this batch.
         store: where `cached` keeps the prefixes.
         prefix_loss: ask for the loss over the prefix as well: only `full` has it.
-        chunk_size: tokens of the prefix that run at once; bounds its memory.
+        chunk_size: tokens of a prefix that run at once, on the mean of the rows; bounds memory.
         store_extra: anything else that decides keys and values, e.g. an autocast setting that is
             applied inside of `model`.
         **inputs: other model inputs. `no_grad` and `cached` refuse them.
@@ -216,23 +216,24 @@ def _lend(
     twins = {b: next(a for a in missing if keys.get(a) == keys[b]) for b in missing if keys}
     missing = [b for b in missing if twins.get(b, b) == b]
     call.windows = attention_windows(call.model)
-    longest = max((layout.rows[b].prefix for b in missing), default=0)
-    passes = -(-longest // chunk_size)
+    tokens = chunk_size * len(missing)
+    groups = layout.prefix_groups(missing, tokens)
+    # For each group its rows, its longest prefix, and how much of it runs at once.
+    plan = [(rows, layout.rows[rows[0]].prefix, tokens // len(rows)) for rows in groups]
+    passes = sum(-(-longest // chunk) for _, longest, chunk in plan)
     total = _most_passes(passes, device) if call.sharded else passes
     if total:
         with torch.no_grad(), prefix_pass(call.peft, device):
-            if missing:
-                index, _ = layout.prefix_index(missing, device)
-                tokens = take(input_ids[missing], index)
-                places = take(positions[missing], index)
-                lengths = [layout.rows[b].prefix for b in missing]
+            for rows, longest, chunk in plan:
+                index, _ = layout.prefix_index(rows, device)
+                ids, places = take(input_ids[rows], index), take(positions[rows], index)
+                lengths = [layout.rows[b].prefix for b in rows]
                 collector = PrefixCollector(call.windows, lengths)
                 with stop_in_last_layer(call.peft, collector):
-                    for begin in range(0, longest, chunk_size):
-                        span = slice(begin, begin + chunk_size)
-                        call.collect(tokens[:, span], places[:, span], collector)
-                for b, layers in zip(missing, collector.rows()):
-                    found[b] = layers
+                    for begin in range(0, longest, chunk):
+                        span = slice(begin, begin + chunk)
+                        call.collect(ids[:, span], places[:, span], collector)
+                found.update(zip(rows, collector.rows()))
             for _ in range(total - passes):  # keep in step with the other ranks
                 call.collect(input_ids[:1, :1], positions[:1, :1], None)
     if not any_prefix:

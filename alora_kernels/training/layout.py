@@ -88,6 +88,20 @@ class Layout:
         spans = [(self.rows[b].lo, self.rows[b].prefix) for b in rows]
         return _index(spans, max(length for _, length in spans), device)
 
+    def prefix_groups(self, rows: Sequence[int], tokens: int) -> list[list[int]]:
+        """Groups of `rows`, longest prefix first, that hold `tokens` tokens or a single row.
+
+        A prefix in one piece attends to itself: causal attention then needs no mask and skips what
+        a mask would hide. So a group holds whole prefixes rather than a chunk of every row's.
+        """
+        groups: list[list[int]] = []
+        for b in sorted(rows, key=lambda row: self.rows[row].prefix, reverse=True):
+            if groups and (len(groups[-1]) + 1) * self.rows[groups[-1][0]].prefix <= tokens:
+                groups[-1].append(b)
+            else:
+                groups.append([b])
+        return groups
+
     def cache_mask(self, device: torch.device) -> Tensor | None:
         """int64 `[B, P + S]`: real slots of right-aligned prefixes, then left-aligned suffixes.
 

@@ -134,7 +134,7 @@ def test_last_layer_stops_after_keys_and_values(seed):
 
     def count(name):
         def hook(module, args, output):
-            tokens[name] += output.shape[1]
+            tokens[name] += output.shape[0] * output.shape[1]
 
         return hook
 
@@ -143,8 +143,24 @@ def test_last_layer_stops_after_keys_and_values(seed):
     model.get_base_model().lm_head.register_forward_hook(count("head"))
     own = [dict(m.__dict__) for m in layers]
     prefix_forward(model, *batch, chunk_size=8)
-    assert tokens == {"first": 16 + 6, "last": 6, "head": 2 + 6}  # one token for each chunk
+    # Each prefix runs by itself; the head sees one token of each.
+    assert tokens == {"first": 16 + 12 + 2 * 6, "last": 2 * 6, "head": 2 + 2 * 6}
     assert [m.__dict__.keys() for m in layers] == [d.keys() for d in own]
+
+
+def test_prefixes_run_whole_where_they_fit(seed):
+    """Four rows of at most 8 tokens each on the mean: a long one in chunks, the others together."""
+    model = make_model(seed=seed)
+    batch = make_batch([(6, 5), (40, 6), (9, 6), (10, 4)], seed=seed)
+    loss, grads = alone(model, *batch)
+    shapes = []
+    first = model.get_base_model().model.layers[0]
+    hook = first.register_forward_hook(lambda *args: shapes.append(tuple(args[2].shape[:2])))
+    got, got_grads = run(model, batch, "no_grad", chunk_size=8)
+    hook.remove()
+    assert shapes == [(1, 32), (1, 8), (3, 10), (4, 6)]  # the last are the suffixes
+    assert abs(got - loss) <= EXACT * loss
+    assert worst(got_grads, grads) <= EXACT
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
