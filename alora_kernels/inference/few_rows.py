@@ -1,9 +1,9 @@
 """The output layer of a few rows on a CPU.
 
 It is a model's widest product, and PyTorch mostly forms x Wᵀ of a few float32 rows slower than
-(W xᵀ)ᵀ, the same sums. As measured (AMD EPYC, MKL, K 512 to 4096, N 32,000 to 262,144), times slower:
-two to five rows 1.1 to 6.2 (once 0.9); six to eight rows 1.3 to 2.8 with two threads, 0.5 to 2.9
-with one.
+(W xᵀ)ᵀ, the same sums. Measured on an AMD EPYC with MKL, K 512 to 4096, N 32,000 to 262,144, times
+slower: two to five rows 1.1 to 6.2 (once 0.9); six to eight rows 1.3 to 2.8 with two threads, 0.5
+to 2.9 with one.
 """
 
 from __future__ import annotations
