@@ -138,3 +138,13 @@ def oracle(
             logits = model(input_ids=ids, alora_offsets=offsets, use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
     return ids
+
+
+def layers(model: Any) -> Any:
+    """Three LoRA layers of the first block."""
+    base = model.get_base_model()
+    if hasattr(base, "transformer"):  # GPT-2, whose base layers are Conv1D
+        block = base.transformer.h[0]
+        return block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj
+    block = base.model.layers[0]
+    return block.self_attn.q_proj, block.self_attn.v_proj, block.mlp.down_proj

@@ -1,30 +1,19 @@
-"""The short way of inference notices every change, and quantised bases keep their own forward."""
+"""The short way of inference notices every change."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from alora_kernels import Activation
-from alora_kernels.peft import accelerate, adapter_scope
+from alora_kernels.peft import adapter_scope
 from alora_kernels.peft import layers as layers_module
 
-from .models import ASK, FIRST, SUM, adapted, base_model, cached, lora, prompt, put, twins
-
-
-def layers(model):
-    base = model.get_base_model()
-    if hasattr(base, "transformer"):  # GPT-2, whose base layers are Conv1D
-        block = base.transformer.h[0]
-        return block.attn.c_attn, block.attn.c_proj, block.mlp.c_proj
-    block = base.model.layers[0]
-    return block.self_attn.q_proj, block.self_attn.v_proj, block.mlp.down_proj
+from .models import ASK, SUM, cached, layers, prompt, put, twins
 
 
 def rescale(model):
@@ -208,16 +197,16 @@ def test_several_active_adapters_take_the_short_way(monkeypatch):
                         layer.alora_group.dissolve("the test says so")
 
 
-def test_the_short_ways_of_a_layer_are_bounded():
+def test_the_short_ways_of_a_layer_are_bounded(monkeypatch):
+    monkeypatch.setattr(layers_module, "KEPT", 5)
     model, _ = twins()
-    ids = put(prompt(4, 9), 1, 4, ASK)
-    names = ["ask", "sum", "plain", "__base__"]
-    count = 0
+    ids = put(prompt(3, 9), 1, 4, ASK)
+    counts = []
     with torch.no_grad():
-        for rows in itertools.product(names, repeat=4):
-            count = max(count, len(layers(model)[0].alora_ready))
-            model(input_ids=ids[:, :2], adapter_names=list(rows), use_cache=False)
-    assert 10 < count <= layers_module.KEPT
+        for rows in itertools.permutations(["ask", "sum", "plain"]):
+            model(input_ids=ids, adapter_names=list(rows))
+            counts.append(len(layers(model)[0].alora_ready))
+    assert counts == [1, 2, 3, 4, 5, 1]
 
 
 def test_the_short_way_knows_autocast():
@@ -246,12 +235,14 @@ def test_the_short_way_knows_autocast():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_mixed_decoding_equals_peft(dtype):
-    """One token at a time, bound by twice PEFT's own error in float64."""
+    """One token at a time, bound by twice the largest of PEFT's own errors in five draws."""
     model, stock = twins("llama", dtype)
-    exact = copy.deepcopy(stock).double()
-    ids = put(put(prompt(4, 12), 0, 2, SUM), 1, 4, ASK)
+    exact, bound = copy.deepcopy(stock).double(), 0.0
     with torch.no_grad():
-        true, theirs = mixed(exact, ids), mixed(stock, ids)
+        for _ in range(5):
+            ids = put(put(prompt(4, 12), 0, 2, SUM), 1, 4, ASK)
+            true = mixed(exact, ids)
+            bound = max(bound, float((mixed(stock, ids).double() - true).norm()))
         cache, got = None, []
         for part in (ids[:, :7], *ids[:, 7:].split(1, 1)):
             extra = {} if cache is None else cached(model, cache)
@@ -259,8 +250,7 @@ def test_mixed_decoding_equals_peft(dtype):
             out = model(input_ids=part, adapter_names=names, use_cache=True, **extra)
             cache = out["cache"] if "cache" in out else out["past_key_values"]
             got.append(out.logits)
-    error = (torch.cat(got, 1).double() - true).norm()
-    assert error <= 2 * (theirs.double() - true).norm() + 1e-12 * true.norm()
+    assert (torch.cat(got, 1).double() - true).norm() <= 2 * bound
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -344,93 +334,3 @@ def test_decoding_equals_peft(kind, dtype, batch, changes):
     error = (mine.double() - true).norm()
     bound = (theirs.double() - true).norm()
     assert error <= 2 * bound + 1e-12 * true.norm()
-
-
-# ---------------------------------------------------------------------- quantised bases
-
-
-def quantised(how: str):
-    """A tiny Llama with a quantised base and its adapters."""
-    base = base_model(hidden_size=64, intermediate_size=64)
-    if how == "torchao":
-        torchao = pytest.importorskip("torchao.quantization")
-        config = torchao.Int8WeightOnlyConfig()
-        torchao.quantize_(base, config)
-        # Where PEFT 0.19 looks for the configuration, to quantise what it merges.
-        where = SimpleNamespace(get_apply_tensor_subclass=lambda: config)
-        base.hf_quantizer = SimpleNamespace(quantization_config=where)
-        stock = adapted(base)
-        del base.hf_quantizer
-        return stock
-    bnb = pytest.importorskip("bitsandbytes")
-    for block in base.model.layers:
-        for parent in (block.self_attn, block.mlp):
-            for name, linear in list(parent.named_children()):
-                if not isinstance(linear, nn.Linear):
-                    continue
-                sizes = (linear.in_features, linear.out_features)
-                if how == "4bit":
-                    new = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4")
-                    new.weight = bnb.nn.Params4bit(
-                        linear.weight.data, requires_grad=False, quant_type="nf4"
-                    )
-                else:
-                    new = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False)
-                    new.weight = bnb.nn.Int8Params(
-                        linear.weight.data, requires_grad=False, has_fp16_weights=False
-                    )
-                setattr(parent, name, new.to("cpu"))
-    if how == "4bit":
-        base.is_loaded_in_4bit = True
-    else:
-        base.is_loaded_in_8bit = True
-    return adapted(base)
-
-
-@pytest.mark.parametrize("how", ["4bit", "8bit", "torchao"])
-def test_quantised_bases_run_their_own_forward(how):
-    stock = quantised(how)
-    model = accelerate(copy.deepcopy(stock), strict=True)
-    kind = {"4bit": "Linear4bit", "8bit": "Linear8bitLt", "torchao": "TorchaoLoraLinear"}[how]
-    assert {type(layer).__name__ for layer in layers(model)} == {kind}
-    ids = put(put(prompt(2, 12), 0, 3, ASK), 1, 6, ASK)
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert layers(model)[0].lora_A["ask"].weight.grad.any()
-    if how != "8bit":  # PEFT writes in place into a view that bitsandbytes made without gradient
-        stock(input_ids=ids, labels=ids).loss.backward()
-    for mine, other in zip(model.parameters(), stock.parameters()):
-        if other.grad is not None:
-            torch.testing.assert_close(mine.grad, other.grad, atol=2e-5, rtol=1e-3)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model(input_ids=ids).logits, stock(input_ids=ids).logits, atol=1e-4, rtol=1e-3
-        )
-        # Two aLoRAs in one batch: each row its own offsets (PEFT's bnb layers mix them up).
-        put(ids, 1, 6, SUM)
-        put(ids, 1, 8, [FIRST])
-        mixed = model(input_ids=ids, adapter_names=["ask", "sum"]).logits
-        for row, name in enumerate(("ask", "sum")):
-            model.set_adapter(name)
-            alone = model(input_ids=ids[row : row + 1]).logits[0]
-            torch.testing.assert_close(mixed[row], alone, atol=1e-4, rtol=1e-3)
-
-
-def test_a_foreign_layer_that_knows_no_offsets():
-    """A layer class as GPTQ's and HQQ's: its forward has no room for aLoRA's keyword."""
-    from peft.tuners.lora.layer import Linear
-
-    class GPTQLoraLinear(Linear):
-        def forward(self, x):  # raises TypeError on alora_offsets, as those do
-            return super().forward(x)
-
-    stock = get_peft_model(base_model(), lora(ASK)).eval()
-    model = copy.deepcopy(stock)
-    for layer in model.modules():
-        if type(layer) is Linear:
-            layer.__class__ = GPTQLoraLinear
-    ids = put(prompt(2, 12), 0, 3, ASK)
-    with pytest.raises(TypeError):
-        copy.deepcopy(model)(input_ids=ids)
-    accelerate(model, strict=True)
-    with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
