@@ -27,7 +27,7 @@ from .ambient import (
 )
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
-from .eligibility import strange_adapters, why_not_served
+from .eligibility import why_not_served
 from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
@@ -37,7 +37,7 @@ from .unserved import Unserved
 
 logger = logging.getLogger("alora_kernels")
 OURS = "_alora_acceleration"
-LAYER_FIELDS = ("owner", "group", "index", "fused", "strange", "ready")
+LAYER_FIELDS = ("owner", "group", "index", "fused")
 
 
 def accelerate(
@@ -241,9 +241,8 @@ def adopt(owner: Acceleration) -> None:
             owner.refused[path] = reason
             continue
         fused = type(layer).__name__ == "Linear"
-        strange = strange_adapters(layer)
         layer.__class__ = accelerated_class(type(layer), AcceleratedLayer)
-        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused, strange, {})):
+        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused)):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
     for module in owner.root.modules():
