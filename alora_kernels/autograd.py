@@ -71,7 +71,7 @@ def in_autocast(x: Tensor) -> bool:
 
 
 def in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work: both follow PyTorch's own operations alone."""
+    """Whether torch.func or forward-mode AD is at work: they follow PyTorch's own operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -89,8 +89,8 @@ class AloraFunction(torch.autograd.Function):
 
     Differentiable any number of times in x, base_outs, lora_a, lora_b and lora_bias; weights and
     biases are frozen. The backend computes first derivatives; further ones are PyTorch's own, of
-    the reference. `base_outs` are None where the base is computed here. Everything has been checked by
-    `functional`, which is the place to call.
+    the reference. `base_outs` are None where the base is computed here. Everything has been
+    checked by `functional`, which is the place to call.
     """
 
     @staticmethod

@@ -174,8 +174,8 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
     ]
     if torch.is_grad_enabled():  # a graph of this backward is wanted
         call, projections = _call(tensors, ctx.options)
-        grads = gradients(call, x, projections, dys, _needs(needs, count), create_graph=True)
-        got = [grads.x, *grads.lora_a, *grads.lora_b, *grads.lora_bias]
+        again = gradients(call, x, projections, dys, _needs(needs, count), create_graph=True)
+        got = [again.x, *again.lora_a, *again.lora_b, *again.lora_bias]
     else:
         found = torch.ops.alora_kernels.linear_backward(dys, xa, *tensors, *ctx.options, needs)
         got = [g if need else None for g, need in zip(found, needs)]

@@ -1,4 +1,4 @@
-"""Scalings: numbers that kernels take by value, or factors of lora_b where the host has no number."""
+"""Scalings: numbers that kernels take by value, or factors of lora_b where the host has none."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def split_scalings(
     Raises:
         ValueError: a number that is not finite, or a tensor of more than one element.
     """
-    if all([s.__class__ is float for s in scalings]) and not traced:
+    if not traced and all(s.__class__ is float for s in scalings):
         return tuple([finite(name, s) for s in scalings]), projections  # type: ignore[arg-type]
     numbers, used = [], []
     for scaling, p in zip(scalings, projections):
@@ -66,6 +66,4 @@ def _scaled(p: Projection, scaling: float | Tensor) -> Projection:
     if isinstance(scaling, Tensor):
         factor = scaling.reshape(()).to(p.lora_b.device, dtype)
     bias = None if p.lora_bias is None else p.lora_bias.to(dtype) * factor
-    return p._replace(
-        lora_a=p.lora_a.to(dtype), lora_b=p.lora_b.to(dtype) * factor, lora_bias=bias
-    )
+    return p._replace(lora_a=p.lora_a.to(dtype), lora_b=p.lora_b.to(dtype) * factor, lora_bias=bias)

@@ -78,11 +78,7 @@ def gradients(
     with torch.enable_grad():
         # Each use of a tensor gets a gradient of its own, also where two projections share one.
         leaves = [
-            t
-            if t is None
-            else t.view_as(t)
-            if create_graph
-            else t.detach().requires_grad_(need)
+            t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
             for t, need in zip(tensors, wanted)
         ]
         x_leaf = leaves[0]

@@ -131,14 +131,13 @@ class AcceleratedLayer:
         self, x: Tensor, state: ForwardState, steps: list[Step], outputs: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
         """The outputs after all steps, one after the other; `outputs`: the base's, if computed."""
-        options = self.alora_owner.options
+        options, kind = self.alora_owner.options, x.device.type
         inplace = False
         for step in steps:
-            dtype = None
-            if outputs is not None and outputs[0].dtype is not x.dtype:
-                if not torch.is_autocast_enabled(x.device.type):  # a foreign base may differ
-                    dtype = outputs[0].dtype
-                    outputs = tuple([y.to(x.dtype) for y in outputs])
+            dtype = None if outputs is None else outputs[0].dtype
+            foreign = not (dtype is None or dtype is x.dtype or torch.is_autocast_enabled(kind))
+            if outputs is not None and foreign:
+                outputs = tuple([y.to(x.dtype) for y in outputs])
             outputs = run(
                 "alora_linear_group",
                 x,
@@ -150,7 +149,7 @@ class AcceleratedLayer:
                 inplace=inplace,
                 **options,
             )
-            if dtype is not None:
+            if foreign:
                 outputs = tuple([y.to(dtype) for y in outputs])
             # Where no gradient needs what a step has made, the next one adds to it in place.
             inplace = not (torch.is_grad_enabled() or torch.compiler.is_compiling())

@@ -28,7 +28,7 @@ class Step(NamedTuple):
 
 
 def runs_plainly(module: nn.Module) -> bool:
-    """Whether calling `module` is its class's forward and nothing else: no hook, no other forward."""
+    """Whether calling `module` runs its class's forward and nothing else: no hook, no other one."""
     return not (
         module._forward_pre_hooks
         or module._forward_hooks
