@@ -75,6 +75,17 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def beyond_backends(dys: Sequence[Tensor]) -> bool:
+    """Whether a backward must consist of PyTorch's own operations.
+
+    Its own graph is wanted (`create_graph`), or it serves many gradients at once
+    (`is_grads_batched`, a transform of torch.func).
+    """
+    if torch.is_grad_enabled() or in_transform():
+        return True
+    return any(torch._C._functorch.is_legacy_batchedtensor(dy) for dy in dys)
+
+
 def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
     """`y` in `shape`, in the same memory, and no view: its owner may change it in place.
 
@@ -151,8 +162,10 @@ class AloraFunction(torch.autograd.Function):
         needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
         if not (needs.x or any(wanted[a:end])):
             grads = Gradients(None, [None] * count, [None] * count, [None] * count)
-        elif torch.is_grad_enabled():  # a graph of this backward is wanted
-            grads = gradients(call, rows, projections, dy_rows, needs, create_graph=True)
+        elif beyond_backends(dy_rows):
+            grads = gradients(
+                call, rows, projections, dy_rows, needs, create_graph=torch.is_grad_enabled()
+            )
         else:
             grads = run_backward(call, rows, projections, xa, ctx.backend, dy_rows, needs)
         dx = grads.x

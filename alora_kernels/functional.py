@@ -228,7 +228,7 @@ def run(
         if base_outs is not None and not inplace:
             base_outs = [b.to(x.dtype) for b in base_outs]
     numbers, projections = split_scalings(name, scalings, projections, traced)
-    transformed = not traced and in_transform()
+    transformed = in_transform()
     known = None
     if not (traced or transformed):
         options = options_of(
@@ -256,11 +256,11 @@ def run(
         backend, strategy, known,
     )  # fmt: skip
     if traced or transformed:
-        if traced:
-            ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
-        else:
+        if transformed:
             with torch.autocast(x.device.type, enabled=False):
                 ys = tuple(outputs(call, x, projections, base_outs))
+        else:
+            ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
         if inplace and base_outs is not None:
             return tuple([base_out.copy_(y) for base_out, y in zip(base_outs, ys)])
         return ys

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .autograd import projections_of, run_backward, run_forward, shaped
+from .autograd import beyond_backends, projections_of, run_backward, run_forward, shaped
 from .backends import Call, Needs, Projection, saved_columns, saved_dtype
 from .backends.fallback import gradients
 from .dispatch import choose, problem_of
@@ -172,9 +172,16 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         x.new_zeros(*x.shape[:-1], b.shape[0]) if dy is None else dy
         for dy, b in zip(grads[:count], lora_b)
     ]
-    if torch.is_grad_enabled():  # a graph of this backward is wanted
+    if beyond_backends(dys):
         call, projections = _call(tensors, ctx.options)
-        again = gradients(call, x, projections, dys, _needs(needs, count), create_graph=True)
+        again = gradients(
+            call,
+            x,
+            projections,
+            dys,
+            _needs(needs, count),
+            create_graph=torch.is_grad_enabled(),
+        )
         got = [again.x, *again.lora_a, *again.lora_b, *again.lora_bias]
     else:
         found = torch.ops.alora_kernels.linear_backward(dys, xa, *tensors, *ctx.options, needs)

@@ -208,3 +208,48 @@ def test_outputs_may_be_changed_in_place(lead, compiled):
         results.append(torch.autograd.grad(run(x, a, b, c), (x, a, b, c)))
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs)
+
+
+# ---------------------------------------------------------------------- other ways of asking
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_vectorised_jacobians(case, strategy):
+    def ask(f):
+        return torch.autograd.functional.jacobian(
+            f, leaves(case), vectorize=True, strategy=strategy
+        )
+
+    torch.testing.assert_close(ask(op(case)), ask(definition(case)))
+
+
+def test_many_gradients_at_once(case):
+    dys = torch.randn(4, *case.dy.shape, dtype=torch.float64)
+    for traced in (False, True):
+        torch._dynamo.reset()
+        mine = torch.compile(op(case), backend="eager") if traced else op(case)
+        results = []
+        for f in (mine, definition(case)):
+            inputs = leaves(case)
+            results.append(torch.autograd.grad(f(*inputs), inputs, dys, is_grads_batched=True))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "hessian"])
+def test_a_transform_in_a_compiled_function(case, transform):
+    inputs = tuple(t.detach() for t in leaves(case))
+
+    def ask(f):
+        def of_a(a):
+            return f(inputs[0], a, *inputs[2:]).pow(3)
+
+        return {
+            "grad": grad(lambda a: of_a(a).sum()),
+            "jvp": lambda a: jvp(of_a, (a,), (torch.ones_like(a),)),
+            "vmap": lambda a: vmap(of_a)(torch.stack([a, a * 2])),
+            "hessian": hessian(lambda a: of_a(a).sum()),
+        }[transform]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(ask(op(case)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs[1]), ask(definition(case))(inputs[1]))
