@@ -8,7 +8,7 @@ import torch
 import alora_kernels.functional as functional
 from alora_kernels import Activation, AloraLinear, activate, alora_add, alora_linear_group
 
-from .oracle import make_case
+from ..oracle import make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("vllm")
 pytest.importorskip("rich")
 
-from .serving import ROOT
-
 pytestmark = pytest.mark.vllm
-EXAMPLE = ROOT / "examples" / "vllm_pipeline.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_pipeline.py"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

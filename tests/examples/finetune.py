@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from .tiny import CHAT_TEMPLATE, base_model, tokenizer
+import alora_finetuning
+
+from ..inference.tiny import CHAT_TEMPLATE, base_model, tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-OWN = ("alora_finetuning", "display", "kv_reuse", "loading", "rows", "scoring", "make_appointments")
-
-
-def importable(monkeypatch: Any) -> Iterator[None]:
-    """The examples import each other by name; nothing of them stays imported."""
-    import sys
-
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.syspath_prepend(str(EXAMPLES / "data"))
-    yield
-    for name in OWN:
-        sys.modules.pop(name, None)
 
 
 def chats(count: int = 12) -> list[list[dict[str, str]]]:
@@ -47,9 +34,8 @@ def make_folder(folder: Path) -> Path:
 
 def run(folder: Path, *flags: str) -> int:
     """The script's exit status. Later flags win over the ones given here."""
-    script = importlib.import_module("alora_finetuning")
     return int(
-        script.main(
+        alora_finetuning.main(
             [
                 *("--base_model", str(folder / "base"), "--data_path", str(folder / "rows.jsonl")),
                 *("--heldout_path", str(folder / "rows.jsonl"), "--val_set_size", "4"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import alora_kernels
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Importing must work where these are missing.
 OPTIONAL = ("triton", "peft", "transformers", "accelerate", "vllm", "matplotlib", "rich")
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import alora_finetuning
+import loading
 import pytest
+import rows
 import torch
 
-from .finetune import chats, importable, make_folder, run
-from .tiny import CHAT_TEMPLATE, base_model, tokenizer
-
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from importable(monkeypatch)
+from ..inference.tiny import CHAT_TEMPLATE, base_model, tokenizer
+from .finetune import chats, make_folder, run
 
 
 @pytest.fixture
@@ -30,16 +26,15 @@ QUICK = ("--no_compare", "--heldout_path", "")
 
 def logs_of(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, Any]]]:
     """What each training logs, filled while the script runs."""
-    script = importlib.import_module("alora_finetuning")
     logs: list[list[dict[str, Any]]] = []
-    fit = script.fit
+    fit = alora_finetuning.fit
 
     def spy(*arguments: Any) -> Any:
         result = fit(*arguments)
         logs.append(result[1])
         return result
 
-    monkeypatch.setattr(script, "fit", spy)
+    monkeypatch.setattr(alora_finetuning, "fit", spy)
     return logs
 
 
@@ -90,15 +85,14 @@ def test_every_prefix_trains_the_same(folder: Path, monkeypatch: pytest.MonkeyPa
 def test_cutoff_takes_the_beginning_of_the_prompt(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = importlib.import_module("alora_finetuning")
     seen: list[dict[str, torch.Tensor]] = []
 
-    class Recording(script.AloraDataCollator):  # type: ignore[name-defined, misc]
+    class Recording(alora_finetuning.AloraDataCollator):  # type: ignore[name-defined, misc]
         def __call__(self, features: Any) -> Any:
             seen.append(super().__call__(features))
             return seen[-1]
 
-    monkeypatch.setattr(script, "AloraDataCollator", Recording)
+    monkeypatch.setattr(alora_finetuning, "AloraDataCollator", Recording)
     assert run(folder, *QUICK, "--cutoff_len", "16", "--batch_size", "1") == 0
     tok = tokenizer()
     wanted = tok("<a>")["input_ids"]
@@ -117,7 +111,6 @@ def test_cutoff_takes_the_beginning_of_the_prompt(
 def test_local_files(form: str, names: tuple[str, str] | None, tmp_path: Path) -> None:
     import datasets
 
-    rows = importlib.import_module("rows")
     table = [
         {"messages": chat}
         if names is None
@@ -135,7 +128,6 @@ def test_local_files(form: str, names: tuple[str, str] | None, tmp_path: Path) -
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    rows = importlib.import_module("rows")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         rows.load_rows(str(tmp_path / "none.jsonl"))
     (tmp_path / "a.csv").write_text("x")
@@ -150,7 +142,6 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_gguf_is_converted_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loading = importlib.import_module("loading")
     calls: list[str] = []
 
     def convert(name: str, target: Path) -> Path:
@@ -247,15 +238,14 @@ def test_quantize_trains_on_four_bits(
     # Its CPU kernel packs whole blocks of 64 inputs.
     wide = base_model("gemma3", 6, hidden_size=64, intermediate_size=128, head_dim=16)
     wide.save_pretrained(folder / "base")
-    script = importlib.import_module("alora_finetuning")
     layers: list[Any] = []
-    fit = script.fit
+    fit = alora_finetuning.fit
 
     def spy(display: Any, name: str, model: Any, *rest: Any) -> Any:
         layers.extend(m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
         return fit(display, name, model, *rest)
 
-    monkeypatch.setattr(script, "fit", spy)
+    monkeypatch.setattr(alora_finetuning, "fit", spy)
     flags = ("--num_epochs", "1", "--eval_step", "1", "--no_compare", "--learning_rate", "0.01")
     assert run(folder, "--quantize", *flags) == 0, capsys.readouterr().out
     assert layers and all(layer.weight.quant_type == "nf4" for layer in layers)

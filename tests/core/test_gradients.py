@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alora_kernels import Activation, AloraLinear, alora_add, alora_linear
 
-from .oracle import assert_within_bound, make_case, run
+from ..oracle import assert_within_bound, make_case, run
 
 PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "matmul", "linear")
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import alora_finetuning
+import make_appointments as make
 import pytest
+import rows
+import scoring
 import torch
 
-from .finetune import EXAMPLES, importable, make_folder, run
-from .tiny import CHAT_TEMPLATE, base_model, tokenizer
+from ..inference.tiny import CHAT_TEMPLATE, base_model, tokenizer
+from .finetune import EXAMPLES, make_folder, run
 
 DATA = EXAMPLES / "data"
-
-
-@pytest.fixture(autouse=True)
-def _path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    yield from importable(monkeypatch)
 
 
 def load(name: str) -> list[Any]:
@@ -28,7 +25,6 @@ def load(name: str) -> list[Any]:
 
 
 def test_no_conversation_place_or_question_is_in_both_files() -> None:
-    make = importlib.import_module("make_appointments")
     train, heldout = load("appointments_train.jsonl"), load("appointments_heldout.jsonl")
     assert (len(train), len(heldout)) == (288, 120)
     for first, second in (
@@ -54,16 +50,15 @@ def test_no_conversation_place_or_question_is_in_both_files() -> None:
 
 
 def test_the_files_are_what_the_generator_writes(tmp_path: Path) -> None:
-    make = importlib.import_module("make_appointments")
     train = make.conversations(DATA / "conversations_train.txt")
-    rows = make.rows(train, make.TRAIN_PLACES, make.TRAIN_NAMES, make.TRAIN_QUESTIONS, 8, 1)
-    assert [row["messages"] for row in rows] == load("appointments_train.jsonl")
+    made = make.rows(train, make.TRAIN_PLACES, make.TRAIN_NAMES, make.TRAIN_QUESTIONS, 8, 1)
+    assert [row["messages"] for row in made] == load("appointments_train.jsonl")
 
 
 def test_the_interval_is_wilsons() -> None:
-    score = importlib.import_module("scoring").Score(8, 10)
+    score = scoring.Score(8, 10)
     assert score.interval == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    assert importlib.import_module("scoring").Score(0, 10).interval[0] == 0.0
+    assert scoring.Score(0, 10).interval[0] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -77,14 +72,13 @@ def test_the_interval_is_wilsons() -> None:
 def test_an_answer_is_wrong_once_it_cannot_become_the_expected_one(
     text: str, possible: bool
 ) -> None:
-    assert importlib.import_module("scoring").may_become(text, "Friday | 9:00") is possible
+    assert scoring.may_become(text, "Friday | 9:00") is possible
 
 
 def test_ending_wrong_answers_early_changes_no_score(
     monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Half of the expected answers are what the model writes when nothing ends it early."""
-    scoring, rows = importlib.import_module("scoring"), importlib.import_module("rows")
     tok, model = tokenizer(CHAT_TEMPLATE), base_model("llama", seed)
     generator = torch.Generator().manual_seed(seed)
 
@@ -106,7 +100,6 @@ def test_ending_wrong_answers_early_changes_no_score(
 
 
 def test_rows_are_checked() -> None:
-    rows = importlib.import_module("rows")
     tok = tokenizer(CHAT_TEMPLATE)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     (example,) = rows.encode(tok, [chat], "<a>", [2])
@@ -152,9 +145,8 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
 ) -> None:
     from peft import PeftModel
 
-    script = importlib.import_module("alora_finetuning")
     seen: dict[str, Any] = {}
-    fit = script.fit
+    fit = alora_finetuning.fit
 
     def spy(display: Any, name: str, model: Any, *rest: Any) -> Any:
         result = fit(display, name, model, *rest)
@@ -167,7 +159,7 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
         seen[f"{name} log"] = result[1]
         return result
 
-    monkeypatch.setattr(script, "fit", spy)
+    monkeypatch.setattr(alora_finetuning, "fit", spy)
     flags = ("--num_epochs", "2", "--eval_step", "2", "--save_step", "3", "--learning_rate", "0.01")
     assert run(folder, *flags) == 0
     stock = PeftModel.from_pretrained(base_model("gemma3", 6), folder / "out").eval()
@@ -189,24 +181,9 @@ def test_the_script_trains_and_stock_peft_loads_its_adapter(
         assert not torch.equal(stock(input_ids=ids).logits, got)
 
 
-def test_kv_reuse_runs_each_step_on_the_cache(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base_model("gemma3", 6, max_position_embeddings=2048).save_pretrained(tmp_path / "base")
-    tokenizer(CHAT_TEMPLATE).save_pretrained(tmp_path / "base")
-    script = importlib.import_module("kv_reuse")
-    flags = ["--base_model", str(tmp_path / "base"), "--repeat", "1", "--max_new_tokens", "2"]
-    assert script.main([*flags, "--device", "cpu"]) == 0
-    printed = capsys.readouterr().out
-    cached = int(re.search(r"The cache holds (\d+) tokens, once", printed).group(1))  # type: ignore[union-attr]
-    assert cached > len(script.DOCUMENT) + len(script.QUESTION)
-    assert printed.count("base answers") == 2 and "3 adapters in one batch" in printed
-
-
 def test_a_plain_lora_takes_the_same_loss_from_fewer_logits() -> None:
     from alora_kernels.training import AloraDataCollator
 
-    script = importlib.import_module("alora_finetuning")
     model = base_model("gemma3", 6)
     collator = AloraDataCollator([9, 9], pad_token_id=0)
     features = [
@@ -215,7 +192,7 @@ def test_a_plain_lora_takes_the_same_loss_from_fewer_logits() -> None:
     ]
     whole = collator(features)
     del whole["invocation_starts"]
-    part = script._for_plain_lora(collator)(features)
+    part = alora_finetuning._for_plain_lora(collator)(features)
     assert part["labels"].shape == (2, 6) and part["logits_to_keep"] == 6
     with torch.no_grad():
         wanted, got = model(**whole), model(**part)

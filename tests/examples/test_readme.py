@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SNIPPETS = re.findall(
     r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
 )
@@ -27,13 +26,9 @@ def run(word: str, **given: Any) -> dict[str, Any]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and its tokenizer; float64 when loaded, so that equal means equal."""
     pytest.importorskip("peft")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        from tiny_model import make_tiny_model
+    from tiny_model import make_tiny_model
 
-        folder = make_tiny_model(tmp_path_factory.mktemp("readme") / "tiny")
-        sys.modules.pop("tiny_model")
-    return folder
+    return make_tiny_model(tmp_path_factory.mktemp("readme") / "tiny")
 
 
 def load(folder: Path) -> tuple[Any, Any]:

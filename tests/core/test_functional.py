@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from alora_kernels import Activation, alora_add, alora_linear, alora_linear_group
 from alora_kernels.reference import keep_mask
 
-from .oracle import assert_within_bound, make_case, run
+from ..oracle import assert_within_bound, make_case, run
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # One row, one feature, one column, one rank; odd sizes; more rows than features; R > N.
