@@ -1,21 +1,18 @@
-"""bench/measure.py: who is timed when, what a GPU's clock does, and the memory of a call."""
+"""bench/common/clocks.py: who is timed when, what a GPU's clock does, and the memory of a call."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+from bench.common import clocks
+from bench.common.statistics import Timing
 
-import measure
 
-
-class CountingClock(measure.CpuClock):
+class CountingClock(clocks.CpuClock):
     """Says that every call takes the time that its result names, and keeps the order."""
 
     def __init__(self) -> None:
@@ -30,7 +27,7 @@ class CountingClock(measure.CpuClock):
 def test_variants_run_in_turn_and_every_second_round_backwards():
     clock = CountingClock()
     calls = {"a": lambda: ("a", 1.0), "b": lambda: ("b", 2.0), "c": lambda: ("c", 3.0)}
-    timings, refused = measure.interleave(calls, clock, seconds=0.0, min_rounds=4)
+    timings, refused = clocks.interleave(calls, clock, seconds=0.0, min_rounds=4)
     assert refused == {}
     assert "".join(clock.order) == "abc" + "abc" + "cba" + "abc" + "cba"
     assert {name: t.median for name, t in timings.items()} == {"a": 1.0, "b": 2.0, "c": 3.0}
@@ -38,8 +35,8 @@ def test_variants_run_in_turn_and_every_second_round_backwards():
 
 
 def test_timing_summarises_samples():
-    timing = measure.Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert timing == measure.Timing(median=3.0, spread=2.0 / 3.0, least=1.0, rounds=5)
+    timing = Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert timing == Timing(median=3.0, spread=2.0 / 3.0, least=1.0, rounds=5)
 
 
 class FakeCuda:
@@ -92,8 +89,8 @@ class _FakeEvent:
         return float(self.cuda.pairs)
 
 
-def cuda_clock(log: list[str], graph: bool, **options) -> measure.CudaClock:
-    clock = measure.CudaClock(torch.device("cpu"), graph, FakeCuda(log, **options))
+def cuda_clock(log: list[str], graph: bool, **options) -> clocks.CudaClock:
+    clock = clocks.CudaClock(torch.device("cpu"), graph, FakeCuda(log, **options))
     assert clock._flush.numel() == 4 * 1024  # four times the L2 cache
     clock._flush = SimpleNamespace(zero_=lambda: log.append("flush"))
     return clock
@@ -119,7 +116,7 @@ def test_cuda_clock_replays_the_captured_graph():
 
 def test_a_call_that_cannot_be_captured_is_named_and_not_timed():
     clock = cuda_clock([], graph=True, capture_error="operation not permitted\ndetails")
-    timings, refused = measure.interleave({"PEFT": lambda: None}, clock, seconds=0.0)
+    timings, refused = clocks.interleave({"PEFT": lambda: None}, clock, seconds=0.0)
     assert timings == {}
     assert refused == {"PEFT": "cannot be captured in a CUDA graph (operation not permitted)"}
 
@@ -130,5 +127,5 @@ def test_peak_memory_counts_what_lives_at_once():
         torch.empty(1 << 18, dtype=torch.int8)  # freed at once
         return first, torch.empty(1 << 19, dtype=torch.int8)
 
-    peak = measure.peak_memory(step, torch.device("cpu"))
+    peak = clocks.peak_memory(step, torch.device("cpu"))
     assert peak == (1 << 20) + (1 << 19)

@@ -1,10 +1,9 @@
-"""bench/host.py: the host's part of a call is measured with launches stubbed."""
+"""bench/layer/host.py: the host's part of a call is measured with launches stubbed."""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ import alora_kernels
 from alora_kernels import dispatch
 from alora_kernels.backends.cuda import replay
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 pytest.importorskip("rich")
 pytest.importorskip("peft")
 
-import host
-import run
+from bench import run
+from bench.layer import host
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +64,7 @@ def test_every_launch_of_a_call_is_counted_and_replayed(cell, monkeypatch) -> No
     ("arguments", "message"),
     [
         (["--backend", "rocm"], "unknown name 'rocm'; the names are cuda, cpu"),
-        (["--rounds", "1"], "--rounds of at least 2"),
+        (["--rounds", "1"], "--rounds: expected a whole number above 1"),
     ],
 )
 def test_wrong_flags_are_refused(arguments, message, capsys) -> None:

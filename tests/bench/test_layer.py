@@ -1,4 +1,4 @@
-"""bench/: what is timed has been checked, and what is printed follows from what was timed."""
+"""bench/layer: what is timed was checked, and what is printed follows from what was timed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-BENCH = Path(__file__).parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-
-import cases  # noqa: E402
-import check  # noqa: E402
-import cpu_targets  # noqa: E402
-import layer  # noqa: E402
-import measure  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-import variants  # noqa: E402
-
+pytest.importorskip("rich")
 pytest.importorskip("peft")
+
+from bench import run
+from bench.common import clocks, report
+from bench.common.statistics import Timing
+from bench.layer import cases, check, command, cpu_targets, measure, variants
+
+DOOR = Path(run.__file__)
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +64,7 @@ def finished(tmp_path_factory):
         "--threads 1 --csv out.csv --plot out.png"
     )
     done = subprocess.run(
-        [sys.executable, str(BENCH / "run.py"), *arguments.split()],
+        [sys.executable, str(DOOR), *arguments.split()],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -104,7 +100,7 @@ def test_ratios_and_rates_follow_from_the_times(finished):
         cell = (r["layer"], r["direction"], r["dtype"])
         mine = median[(*cell, r["variant"])]
         assert mine >= float(r["min_us"]) > 0
-        assert int(r["rounds"]) >= measure.MIN_ROUNDS
+        assert int(r["rounds"]) >= clocks.MIN_ROUNDS
         assert float(r["over_base"]) == pytest.approx(mine / median[(*cell, "base linear")])
         assert float(r["peft_over"]) == pytest.approx(median[(*cell, "PEFT")] / mine)
         assert float(r["tokens_per_s"]) == pytest.approx(64 / (mine * 1e-6))
@@ -120,9 +116,8 @@ def test_output_begins_with_the_machine_and_ends_with_the_geometric_mean(finishe
         for r in finished.rows
         if (r["direction"], r["dtype"], r["variant"]) == ("fwd+bwd", "bf16", "PEFT")
     ]
-    peft_row = [line for line in last_table.splitlines() if " PEFT " in line and "÷" not in line][
-        -1
-    ]
+    rows = [line for line in last_table.splitlines() if line.startswith("│")]
+    peft_row = [line for line in rows if " PEFT " in line][-1]
     assert f"{statistics.geometric_mean(values):.3f}" in peft_row
     assert "graph" not in finished.stdout and "CUDA" not in finished.stdout
 
@@ -163,9 +158,9 @@ def test_wrong_flags_are_refused_with_the_reason(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mode", sorted(run.OTHER_MODES))
+@pytest.mark.parametrize("mode", sorted(run.MODES))
 def test_a_mode_whose_module_is_absent_says_so(mode, capsys, monkeypatch):
-    monkeypatch.setitem(run.OTHER_MODES, mode, "no_such_module")
+    monkeypatch.setitem(run.MODES, mode, "bench.no_such_module")
     with pytest.raises(SystemExit) as stop:
         run.main(["--mode", mode])
     assert stop.value.code == 2
@@ -177,7 +172,7 @@ def test_another_mode_gets_its_own_flags(monkeypatch):
     stub = SimpleNamespace(main=lambda arguments: got.append(arguments) or 3)
     monkeypatch.setitem(sys.modules, "stub_mode", stub)
     monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: stub)
-    monkeypatch.setitem(run.OTHER_MODES, "train", "stub_mode")
+    monkeypatch.setitem(run.MODES, "train", "stub_mode")
     assert run.main(["--mode", "train", "--steps", "7"]) == 3
     assert got == [["--steps", "7"]]
 
@@ -237,24 +232,27 @@ def test_a_wrong_result_is_refused_and_never_timed(which, by, monkeypatch):
 
     def interleave(steps, clock, seconds):
         timed.append(set(steps))
-        return {name: measure.Timing(1.0, 0.0, 1.0, 5) for name in steps}, {}
+        return {name: Timing(1.0, 0.0, 1.0, 5, (1.0,) * 5) for name in steps}, {}
 
-    monkeypatch.setattr(layer, "interleave", interleave)
-    results, wrong, notes = layer.measure_all(
+    monkeypatch.setattr(measure, "interleave", interleave)
+    measured = measure.measure_all(
         [tiny_case()],
         [*ALL, spoiled],
-        [measure.CpuClock()],
+        [clocks.CpuClock()],
         directions=(True,),
         seconds=1.0,
         seed=fresh_seed(),
-        progress=run._progress(),
+        progress=report.make_progress(),
     )
     assert len(spoiled.calls) == 1  # by the check
     assert timed == [{v.name for v in ALL}]
-    assert {r.variant for r in results} == timed[0]
+    assert {r.variant for r in measured.results} == timed[0]
     what = "y is wrong" if which == "y" else f"the gradient of {which} is wrong"
-    assert len(wrong) == 1 and "spoiled" in wrong[0] and what in wrong[0]
-    assert notes == []
+    (wrong,) = measured.left_out
+    assert "spoiled" in wrong and what in wrong
+    assert measured.notes == []
+    # Each variant over the base, and PEFT over this package and the lines by hand.
+    assert list(measured.spreads.values()) == [0.0] * 5
 
 
 def test_a_missing_adapter_is_refused():
@@ -272,7 +270,7 @@ def test_a_missing_adapter_is_refused():
 
 def test_main_returns_1_and_names_the_variant_when_a_result_is_wrong(monkeypatch, capsys):
     spoiled = Spoiled("lora_a", 1.0)
-    monkeypatch.setattr(run, "variants_of", lambda options, cases: [*ALL[:2], spoiled])
+    monkeypatch.setattr(command, "variants_of", lambda options, cases: [*ALL[:2], spoiled])
     arguments = "--shape 16x24 --active 0.5 --seq-len 16 --pass fwd+bwd --dtype fp32 --seconds 0.01"
     assert run.main(arguments.split()) == 1
     assert "left out: spoiled" in capsys.readouterr().out

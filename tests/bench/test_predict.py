@@ -1,18 +1,15 @@
-"""bench/predict.py: the estimates that docs/kernels.md shows are what the cost model says."""
+"""bench/layer/predict.py: the estimates that docs/kernels.md shows are what the cost model says."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
+from alora_kernels import cost
+from bench.layer import predict
 
-import predict  # noqa: E402
-
-from alora_kernels import cost  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_guide_shows_the_commands_output(capsys) -> None:

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import importlib
 import io
 import statistics
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-BENCH = Path(__file__).parents[2] / "bench"
+pytest.importorskip("peft")
+
+from bench.common.statistics import ratio_interval
+from bench.models import serve
+from bench.models import serve_report as report
+
 FLAGS = ["--small", "--rounds", "1", "--adapters", "2", "--tokens", "2", "--device", "cpu"]
 
 
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module("serve")
-    for name in ("serve", "serve_models", "serve_report", "intervals", "machine"):
-        sys.modules.pop(name, None)
-
-
-def test_csv_and_plot(serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_csv_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, plot = tmp_path / "serve.csv", tmp_path / "serve.png"
     flags = ["--context", "20,40", "--csv", str(out), "--plot", str(plot), "--threads", "1"]
     flags += ["--rounds", "2", "--pairs", "5", "--clock", "cpu"]
@@ -57,9 +51,7 @@ def test_csv_and_plot(serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "cpu time" in capsys.readouterr().out
 
 
-def test_pairs_alternate_and_the_first_does_not_count(
-    serve: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_alternate_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = object.__new__(serve.Bench)
     order: list[str] = []
     bench.first_alora, bench.first_base = (lambda: order.append("a")), (lambda: order.append("b"))
@@ -71,7 +63,7 @@ def test_pairs_alternate_and_the_first_does_not_count(
     assert (ours, base) == ([3.0, 6.0, 7.0], [4.0, 5.0, 8.0])
 
 
-def test_long_variants_run_in_the_middle_and_every_adapter_is_checked(serve: Any) -> None:
+def test_long_variants_run_in_the_middle_and_every_adapter_is_checked() -> None:
     assert [serve.spread(n, 3) for n in (1, 2, 3, 9)] == [{1}, {0, 2}, {0, 1, 2}, {0, 1, 2}]
     names = ["a", "b", "c", "d", "e"]
     assert [serve.share(names, i, 3) for i in range(3)] == [["a", "d"], ["b", "e"], ["c"]]
@@ -79,9 +71,7 @@ def test_long_variants_run_in_the_middle_and_every_adapter_is_checked(serve: Any
     assert [serve.share(["a", "b"], i, 3) for i in range(3)] == [["a"], ["b"], ["a"]]
 
 
-def test_the_tables_say_what_missed_its_target(serve: Any) -> None:
-    report = importlib.import_module("serve_report")
-
+def test_the_tables_say_what_missed_its_target() -> None:
     def row(context: int, what: str, variant: str, ratio: float, *over: float) -> Any:
         return report.Row(context, what, variant, 3, ratio, ratio, ratio, *over)
 
@@ -105,16 +95,15 @@ def test_the_tables_say_what_missed_its_target(serve: Any) -> None:
     assert printed(1.1).count("missed") == 3
 
 
-def test_an_interval_holds_what_it_is_of(serve: Any) -> None:
-    intervals = importlib.import_module("intervals")
+def test_an_interval_holds_what_it_is_of() -> None:
     pairs = [(1.1 + 0.01 * (i % 5), 1.0 + 0.01 * (i % 3)) for i in range(30)]
-    low, high = intervals.ratio_interval(pairs, 0)
+    low, high = ratio_interval(pairs, 0)
     ratio = statistics.median(a for a, _ in pairs) / statistics.median(b for _, b in pairs)
     assert low <= ratio <= high and high - low < 0.03
 
 
 def test_a_wrong_answer_is_not_timed(
-    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ask = serve.Session.ask
 
@@ -129,7 +118,7 @@ def test_a_wrong_answer_is_not_timed(
     assert "adapter a0: token 0 is" in printed and "nothing was timed" in printed
 
 
-def test_flags_that_cannot_be_are_refused(serve: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for flags in (
         ["--rounds", "0"],
         ["--long-rounds", "0"],

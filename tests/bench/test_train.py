@@ -1,26 +1,19 @@
-"""bench/train.py: what it writes, and that it times nothing that is wrong."""
+"""bench/models/train.py: what it writes, and that it times nothing that is wrong."""
 
 from __future__ import annotations
 
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCH = Path(__file__).parents[2] / "bench"
+pytest.importorskip("rich")
+pytest.importorskip("peft")
 
-
-@pytest.fixture
-def train_module(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCH))
-    monkeypatch.delitem(sys.modules, "train", raising=False)
-    import train
-
-    yield train
-    sys.modules.pop("train", None)
+from bench import run
+from bench.models import train
 
 
 class Model(torch.nn.Module):
@@ -29,7 +22,7 @@ class Model(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(4))
 
 
-def test_a_wrong_loss_or_gradient_is_not_timed(train_module):
+def test_a_wrong_loss_or_gradient_is_not_timed():
     model = Model()
     models = dict.fromkeys(("peft", "no_grad"), model)
 
@@ -40,20 +33,20 @@ def test_a_wrong_loss_or_gradient_is_not_timed(train_module):
 
         return run
 
-    good = train_module._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.0, 1.0)})
+    good = train._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.0, 1.0)})
     assert good == {"peft": 2.0, "no_grad": 2.0}
     with pytest.raises(SystemExit, match="loss is off"):
-        train_module._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.001, 1.0)})
+        train._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.001, 1.0)})
     with pytest.raises(SystemExit, match="gradient of weight is off"):
-        train_module._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.0, 1.01)})
+        train._check(models, {"peft": step(2.0, 1.0), "no_grad": step(2.0, 1.01)})
     with pytest.raises(SystemExit, match="loss is off"):
-        train_module._check(models, {"peft": step(2.0, 1.0), "no_grad": step(float("nan"), 1.0)})
+        train._check(models, {"peft": step(2.0, 1.0), "no_grad": step(float("nan"), 1.0)})
 
 
 @pytest.mark.slow
 def test_writes_table_csv_and_plot(tmp_path):
     command = [
-        sys.executable, str(BENCH / "run.py"), "--mode", "train", "--layers", "2", "--rounds", "1",
+        sys.executable, run.__file__, "--mode", "train", "--layers", "2", "--rounds", "1",
         *("--prompt", "48,96", "--suffix", "16", "--batch", "1", "--threads", "1"),
         *("--csv", str(tmp_path / "t.csv"), "--plot", str(tmp_path / "t.png")),
     ]  # fmt: skip

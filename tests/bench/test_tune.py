@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,14 +16,12 @@ from alora_kernels import dispatch, tuning
 from alora_kernels.backends import Problem
 from alora_kernels.tuning import Measurement
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 pytest.importorskip("peft")
 
-import cases
-import measure
-import run
-import tune
-import variants
+from bench import run
+from bench.common import clocks
+from bench.common.statistics import Timing
+from bench.layer import cases, tune, variants
 
 ARCH = 90
 GPU = "Imaginary H100"
@@ -89,20 +86,22 @@ def small_grid() -> list[cases.Case]:
     return tune.grid(torch.device("cpu"), ((4096, 4096),), rows, (16,))
 
 
-def run_it(factors: dict[tuple[str, str], float], some=None) -> tuple[str, list[tune.Line]]:
+def run_it(
+    factors: dict[tuple[str, str], float], spread: float = 0.0
+) -> tuple[str, list[tune.Line]]:
     """Tune with a measurer that finds each pair `factor` times as slow as the model expects."""
 
     def fake(case, given):
-        seconds = {}
+        timings = {}
         for v in given:
             pair = (v.backend, v.strategy)
-            factor = factors.get(pair, 1.0)
-            seconds[v.name] = factor * tune.expected(case, pair, "cuda", ARCH)
-        return seconds
+            seconds = factors.get(pair, 1.0) * tune.expected(case, pair, "cuda", ARCH)
+            timings[v.name] = Timing(seconds, spread, seconds, 5)
+        return timings
 
     text = io.StringIO()
     lines = tune.run_tune(
-        Console(file=text, width=160), some or small_grid(), fake, device="cuda", arch=ARCH,
+        Console(file=text, width=160), small_grid(), fake, device="cuda", arch=ARCH,
         device_name=GPU, progress=Progress(disable=True),
     )  # fmt: skip
     return text.getvalue(), lines
@@ -275,12 +274,20 @@ def test_the_table_shows_where_the_model_was_wrong() -> None:
             line.case.pass_name,
         ]  # fmt: skip
         assert cells[6] == "cuda/tail" and cells[8] == "/".join(line.picked)
-        assert float(cells[7]) == pytest.approx(line.measured["cuda", "tail"] * 1e6, abs=0.06)
+        assert float(cells[7]) == pytest.approx(
+            line.measured["cuda", "tail"].median * 1e6, abs=0.06
+        )
         assert float(cells[10].rstrip("%")) == pytest.approx(100 * (line.loss - 1), abs=0.06)
         assert line.loss > 1
     assert "The model's pick was the fastest in 0 of 3 cases." in text
     assert "cuda/tail: 0.50 × the model's time" in text
     assert str(tuning.path()) in text.replace("\n", "")
+
+
+def test_a_noisy_measurement_is_warned_of() -> None:
+    text, _ = run_it({}, spread=0.3)
+    assert "warning: 18 of 18 ratios spread by more than 10%" in text and "(30%)" in text
+    assert "warning" not in run_it({}, spread=0.05)[0]
 
 
 def test_a_model_that_is_right_has_no_table() -> None:
@@ -292,9 +299,9 @@ def test_a_model_that_is_right_has_no_table() -> None:
 # ---------------------------------------------------------------------- the measurer
 
 
-class Refusing(measure.CpuClock):
+class Refusing(clocks.CpuClock):
     def prepare(self, call):
-        raise measure.CannotCapture("a synchronisation")
+        raise clocks.CannotCapture("a synchronisation")
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -306,8 +313,8 @@ def test_the_measurer_checks_and_times_with_the_benchmarks_code(monkeypatch, bac
     )  # fmt: skip
     case = case.but(backward=backward)
     ours = variants.Package("cpu", "delta")
-    times = tune.measurer([Refusing(), measure.CpuClock()], 0.01, 3)(case, [ours])
-    assert list(times) == [ours.name] and 0 < times[ours.name] < 1
+    times = tune.measurer([Refusing(), clocks.CpuClock()], 0.01, 3)(case, [ours])
+    assert list(times) == [ours.name] and 0 < times[ours.name].median < 1
 
     class Wrong(variants.Package):
         def build(self, case, tensors):
@@ -315,7 +322,7 @@ def test_the_measurer_checks_and_times_with_the_benchmarks_code(monkeypatch, bac
             return lambda: {name: t + 1 for name, t in step().items()}
 
     with pytest.raises(tune.TuningError, match="is wrong"):
-        tune.measurer([measure.CpuClock()], 0.01, 3)(case, [Wrong("cpu", "delta")])
+        tune.measurer([clocks.CpuClock()], 0.01, 3)(case, [Wrong("cpu", "delta")])
 
 
 def test_nothing_to_run_is_an_error(monkeypatch) -> None:

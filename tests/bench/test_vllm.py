@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from .serving import ROOT
-
 pytest.importorskip("rich")
-sys.path.insert(0, str(ROOT / "bench"))
-import intervals
-import vllm_serving as bench
+
+from bench import run
+from bench.common.statistics import ratio_interval
+from bench.vllm import serving as bench
 
 
 def row(**changes: object) -> bench.Row:
@@ -37,9 +36,9 @@ def test_ratios_are_plain_over_alora() -> None:
 def test_the_interval_holds_the_ratio_and_shrinks_with_the_spread() -> None:
     quiet = [(1.0 + 0.001 * i, 1.0 - 0.001 * i) for i in range(20)]
     noisy = [(1.0 + 0.05 * (i % 7), 1.0 + 0.05 * (i % 5)) for i in range(20)]
-    low, high = intervals.ratio_interval(quiet, 0)
+    low, high = ratio_interval(quiet, 0)
     assert low <= 1.019 and high >= 1.019 and low > 1.0
-    wide = intervals.ratio_interval(noisy, 0)
+    wide = ratio_interval(noisy, 0)
     assert wide[1] - wide[0] > high - low
 
 
@@ -49,7 +48,7 @@ def test_the_interval_holds_the_ratio_and_shrinks_with_the_spread() -> None:
         (["--requests", "5"], "at least 20"),
         (["--context", "100"], "multiples of every block size"),
         (["--cores", "9999"], "this machine has"),
-        (["--rounds", "0"], "at least 1"),
+        (["--rounds", "0"], "--rounds: expected a whole number above 0"),
         (["--engine-python", "no-python"], "no vLLM in the environment of no-python"),
     ],
 )
@@ -67,7 +66,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     core = str(min(os.sched_getaffinity(0)))
     result = subprocess.run(
         [
-            sys.executable, str(ROOT / "bench" / "vllm_serving.py"), "--small", "--context", "128",
+            sys.executable, run.__file__, "--mode", "vllm", "--small", "--context", "128",
             "--block-size", "32", "--adapters", "2", "--tokens", "4", "--rounds", "1",
             "--requests", "0", "--op-rows", "48", "--cores", core, "--clock", "cpu",
             "--csv", str(tmp_path / "out.csv"),

@@ -20,6 +20,7 @@ from alora_kernels.backends import STRATEGIES, Problem
 from alora_kernels.backends.cuda.schedule import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
 from alora_kernels.cost import GPUS, Rates
+from bench.common.flags import UsageError, make_parser, positive, run
 
 ARCHS = {
     "A100": 80, "L40S": 89, "RTX 4090": 89, "H100": 90, "H200": 90, "B200": 100, "RTX 5090": 120,
@@ -114,27 +115,27 @@ def lines(k: int, n: int, rank: int, efficiency: float) -> Iterator[str]:
     yield "| multiprocessors | " + " | ".join(str(r.sms) for r in rates) + " |"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the estimates."""
-    parser = argparse.ArgumentParser(
-        prog="bench/run.py --mode predict",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    p = make_parser("predict", __doc__)
     for name, default in (("k", 4096), ("n", 4096), ("r", 32)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument(
+        p.add_argument(f"--{name}", type=positive, default=default, help="default: %(default)s")
+    p.add_argument(
         "--efficiency",
         type=float,
         default=cost.OUR_EFFICIENCY,
         help="of our GEMM over the vendor's (default: %(default)s)",
     )
-    options = parser.parse_args(arguments)
-    if min(options.k, options.n, options.r) < 1 or options.efficiency <= 0:
-        parser.error("sizes of at least 1 and an efficiency above 0 are expected")
-    print("\n".join(lines(options.k, options.n, options.r, options.efficiency)))
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the estimates."""
+    return run(parser(), arguments, _print_estimates)
+
+
+def _print_estimates(o: argparse.Namespace) -> int:
+    if not o.efficiency > 0:
+        raise UsageError(f"--efficiency {o.efficiency:g}: expected a number above 0")
+    print("\n".join(lines(o.k, o.n, o.r, o.efficiency)))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

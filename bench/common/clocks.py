@@ -1,4 +1,4 @@
-"""How time and memory are measured.
+"""How the time and the memory of a call are measured.
 
 Variants run in turn, round after round, so that a machine whose speed drifts slows all of them;
 the medians over the rounds are compared.
@@ -10,31 +10,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from bench.common.statistics import Timing
+
 Call = Callable[[], object]
+
+# By the name that --clock gives. The processor's time is that of all threads of this process.
+READERS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 MIN_ROUNDS = 5
 SAMPLE_SECONDS = 4e-3  # a sample repeats a short call until it lasts this long
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per call over the rounds."""
-
-    median: float
-    spread: float  # the distance between the quartiles, over the median
-    least: float
-    rounds: int
-
-    @classmethod
-    def of(cls, samples: list[float]) -> Timing:
-        median = statistics.median(samples)
-        low, _, high = statistics.quantiles(samples, n=4, method="inclusive")
-        return cls(median, (high - low) / median, min(samples), len(samples))
 
 
 class CannotCapture(Exception):
@@ -42,12 +30,12 @@ class CannotCapture(Exception):
 
 
 class Clock(Protocol):
-    """Times repeated calls on one kind of device."""
+    """A way to time repeated calls on one kind of device."""
 
     launch: str  # "eager" or "graph"
 
     def prepare(self, call: Call) -> Call:
-        """What to time in place of `call` (the same, or its captured graph)."""
+        """What to time in place of `call`: the call itself, or its captured graph."""
 
     def sample(self, call: Call, repeats: int) -> float:
         """Seconds per call."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alora_kernels import Activation
 
-CHATS = Path(__file__).parent / "data" / "chats.jsonl"
+CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ADAPTERS = ("summary", "certainty", "rewrite", "safety")
 
 # (in_features, out_features) of each adapted projection, from the models' published configurations.

@@ -36,7 +36,7 @@ def cpu_name() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on; packages that are absent are left out."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("peft", "triton"):
         try:
             found[name] = importlib.metadata.version(name)

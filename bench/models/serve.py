@@ -2,7 +2,7 @@
 
     python bench/run.py --mode serve                 Gemma 3 270M, five adapters, minutes
     python bench/run.py --mode serve --context 2000 --rounds 5 --csv serve.csv --plot serve.png
-    python bench/serve.py --small                    a tiny model, seconds: shows that it runs
+    python bench/run.py --mode serve --small         a tiny model, seconds: shows that it runs
 
 The base model has read the context (a turn that it has just answered). Timed from there:
     first token   one adapter's first token: its invocation on the base cache (aLoRA), or the whole
@@ -20,21 +20,38 @@ every adapter's at one of them, against one forward from scratch.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from intervals import ratio_interval
-from machine import describe_machine
-from rich.console import Console
-from rich.progress import Progress
-from serve_models import load_models
-from serve_report import (
+
+import alora_kernels
+from alora_kernels.inference import Session, view_of
+from bench.common.clocks import READERS
+from bench.common.flags import (
+    UsageError,
+    add_clock,
+    add_device,
+    add_files,
+    add_threads,
+    make_parser,
+    numbers_above,
+    positive,
+    run,
+)
+from bench.common.machine import describe_machine
+from bench.common.report import (
+    make_console,
+    make_progress,
+    print_lines,
+    warn_of_spread,
+    write_csv,
+)
+from bench.common.statistics import ratio_interval, ratio_spread
+from bench.models.serve_models import load_models
+from bench.models.serve_report import (
     ALL,
     ALONE,
     BASE,
@@ -46,69 +63,60 @@ from serve_report import (
     PLAIN_BATCH,
     Row,
     print_rows,
-    write_csv,
     write_plot,
 )
 
-import alora_kernels
-from alora_kernels.inference import Session, view_of
+OWN = {FIRST: (FIRST, OURS), ALL: (ALL, BATCH)}  # over whose time the others stand
+Times = dict[tuple[str, str], list[float]]  # seconds of each round, by what and by which variant
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = argparse.ArgumentParser(
-        prog="bench/serve.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    p = make_parser("serve", __doc__)
     add = p.add_argument
     add("--model", help="a local folder (default: Gemma 3 270M of the extra [model])")
     add("--small", action="store_true", help="a tiny Gemma 3 from config and short contexts")
-    add("--context", type=_numbers, help="tokens, comma-separated (default: 500,1000,2000)")
-    add("--adapters", type=int, default=5)
-    add("--tokens", type=int, default=16, help="of each answer (default: 16)")
-    add("--rank", type=int, default=32)
+    add("--context", type=numbers_above(1), help="tokens, comma-separated (default: 500,1000,2000)")
+    add("--adapters", type=positive, default=5, help="default: 5")
+    add("--tokens", type=positive, default=16, help="of each answer (default: 16)")
+    add("--rank", type=positive, default=32, help="R (default: 32)")
     add("--targets", default="all-linear", help="adapted layers (default: all-linear)")
-    add("--rounds", type=int, default=3)
-    add("--long-rounds", type=int, default=1, help="of the long variants (default: 1)")
-    add("--pairs", type=int, default=24, help="of first token and base forward (default: 24)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--threads", type=int, default=os.cpu_count() or 1)
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the process's CPU time, for a machine that others use too; with --threads 1",
-    )
-    add("--seed", type=int, default=0)
-    add("--csv", type=Path)
-    add("--plot", type=Path)
+    add("--rounds", type=positive, default=3, help="default: 3")
+    add("--long-rounds", type=positive, default=1, help="of the long variants (default: 1)")
+    add("--pairs", type=positive, default=24, help="of first token and base forward (default: 24)")
+    add("--seed", type=int, default=0, help="of the prompts and adapters (default: 0)")
+    add_device(p)
+    add_threads(p)
+    add_clock(p, condition="--threads 1")
+    add_files(p, plot="the times over the context length")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print. Returns 1 when an answer on the cache is not that from scratch."""
-    p = parser()
-    o = p.parse_args(arguments)
-    counts = ("adapters", "tokens", "rank", "rounds", "long_rounds", "pairs", "threads")
-    if min(getattr(o, name) for name in counts) < 1:
-        p.error(", ".join(f"--{name.replace('_', '-')}" for name in counts) + ": at least 1 each")
-    if o.clock == "cpu" and (o.threads > 1 or o.device != "cpu"):
-        p.error("--clock cpu adds up the threads of a CPU: it needs --threads 1 and --device cpu")
+    return run(parser(), arguments, _run)
+
+
+def _run(o: argparse.Namespace) -> int:
+    if o.clock == "cpu" and (o.threads > 1 or o.device.type != "cpu"):
+        raise UsageError(
+            "--clock cpu adds up the threads of a CPU: it needs --threads 1 and --device cpu"
+        )
     torch.set_num_threads(o.threads)
     contexts = o.context or ([64, 128] if o.small else [500, 1000, 2000])
-    # A file or a pipe has no width: give it one that holds the tables.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = make_console()
     activated, plain, tokenizer = load_models(o)
-    machine = describe_machine(torch.device(o.device))
-    console.print(machine, highlight=False, soft_wrap=True)
+    machine = describe_machine(o.device)
     name = o.model or ("tiny" if o.small else "Gemma 3 270M")
     dtype = str(activated.get_base_model().dtype).removeprefix("torch.")
     served = (
         f"{name}, {dtype}, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
         f"{o.tokens} tokens"
     )
-    console.print(f"{served}, {o.clock} time", highlight=False, soft_wrap=True)
+    print_lines(console, machine, f"{served}, {o.clock} time")
     rows: list[Row] = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    spreads: dict[str, float] = {}
+    with make_progress() as progress:
         task = progress.add_task("checking", total=len(contexts) * (o.rounds + 1))
         for number, context in enumerate(contexts):
             progress.update(task, description=f"checking, {context} tokens")
@@ -118,8 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 console.print(f"[red]{wrong}[/]", highlight=False)
                 return 1
             progress.update(task, advance=1, description=f"{context} tokens")
-            rows += bench.measure(lambda: progress.advance(task))
+            times = bench.measure(lambda: progress.advance(task))
+            rows += rows_of(times, context, o.seed)
+            spreads.update(spreads_of(times, context))
     print_rows(console, rows)
+    warn_of_spread(console, spreads)
     if o.csv:
         write_csv(o.csv, rows)
     if o.plot:
@@ -142,7 +153,7 @@ class Bench:
         self.names = [f"a{i}" for i in range(o.adapters)]
         self.session = Session(activated, tokenizer).extend(self.ids)
         self.device = activated.device
-        self.options = {"do_sample": False, "pad_token_id": 0}
+        self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
     def suffix(self, name: str) -> list[int]:
         return [self.ids[-1], *self.activated.peft_config[name].alora_invocation_tokens]
@@ -169,10 +180,10 @@ class Bench:
                     )
         return None
 
-    def measure(self, tick: Callable[[], None]) -> list[Row]:
-        """Interleaved rounds; medians."""
+    def measure(self, tick: Callable[[], None]) -> Times:
+        """The seconds of interleaved rounds."""
         o = self.o
-        times: dict[tuple[str, str], list[float]] = {(FIRST, OURS): [], (FIRST, BASE): []}
+        times: Times = {(FIRST, OURS): [], (FIRST, BASE): []}
         calls = {
             (FIRST, PLAIN): (self.first_plain, o.rounds),
             (ALL, BATCH): (self.all_batch, o.rounds),
@@ -186,31 +197,7 @@ class Bench:
                 if number in spread(rounds, o.rounds):
                     times.setdefault(key, []).append(self._time(call))
             tick()
-        pairs = list(zip(times[FIRST, OURS], times[FIRST, BASE]))
-        middle = {key: statistics.median(samples) for key, samples in times.items()}
-        over_base = {
-            (FIRST, OURS): (
-                middle[FIRST, OURS] / middle[FIRST, BASE],
-                *ratio_interval(pairs, o.seed),
-            )
-        }
-        rows = []
-        for (what, variant), samples in times.items():
-            key = what, variant
-            own = middle[what, OURS if what == FIRST else BATCH]
-            rows.append(
-                Row(
-                    self.context,
-                    what,
-                    variant,
-                    len(samples),
-                    middle[key],
-                    min(samples),
-                    middle[key] / own,
-                    *over_base.get(key, ()),
-                )
-            )
-        return rows
+        return times
 
     def _pairs(self, count: int, ours: list[float], base: list[float]) -> None:
         """The two short calls in turn, the order changing, so that noise weighs on both alike.
@@ -227,14 +214,14 @@ class Bench:
     def _time(self, call: Callable[[], Any]) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        clock = time.process_time if self.o.clock == "cpu" else time.perf_counter
+        clock = READERS[self.o.clock]
         began = clock()
         call()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return clock() - began
 
-    def _length(self) -> dict[str, int]:
+    def _length(self) -> dict[str, Any]:
         return {"max_new_tokens": self.o.tokens, "min_new_tokens": self.o.tokens}
 
     def first_alora(self) -> Any:
@@ -262,7 +249,7 @@ class Bench:
     def all_plain_batch(self) -> Any:
         return self._plain(self.names, self._length(), adapter_names=list(self.names))
 
-    def _plain(self, names: list[str], length: dict[str, int], **extra: Any) -> Any:
+    def _plain(self, names: list[str], length: dict[str, Any], **extra: Any) -> Any:
         ids = torch.tensor(
             [[*self.ids, *self.suffix(name)[1:]] for name in names], device=self.device
         )
@@ -275,6 +262,39 @@ class Bench:
             )
 
 
+def rows_of(times: Times, context: int, seed: int) -> Iterator[Row]:
+    """The medians of one context length, over that of this package's own way."""
+    middle = {key: statistics.median(samples) for key, samples in times.items()}
+    ours, base = (FIRST, OURS), (FIRST, BASE)
+    low, high = ratio_interval(list(zip(times[ours], times[base])), seed)
+    for key, samples in times.items():
+        what, variant = key
+        row = Row(
+            context=context,
+            what=what,
+            variant=variant,
+            rounds=len(samples),
+            median_s=middle[key],
+            min_s=min(samples),
+            ratio=middle[key] / middle[OWN[what]],
+        )
+        if key == ours:
+            over = middle[ours] / middle[base]
+            row = replace(row, over_base=over, over_base_low=low, over_base_high=high)
+        yield row
+
+
+def spreads_of(times: Times, context: int) -> dict[str, float]:
+    """How far the ratios of one context length spread."""
+    return {
+        f"{what} of {variant} ÷ {OWN[what][1]}, {context} tokens": ratio_spread(
+            samples, times[OWN[what]]
+        )
+        for (what, variant), samples in times.items()
+        if (what, variant) != OWN[what]
+    }
+
+
 def share(names: list[str], number: int, count: int) -> list[str]:
     """The part of `names`, one at least, that the context `number` of `count` checks."""
     return names[number::count] or [names[number % len(names)]]
@@ -283,14 +303,3 @@ def share(names: list[str], number: int, count: int) -> list[str]:
 def spread(count: int, rounds: int) -> set[int]:
     """Which of `rounds` rounds measure what is measured `count` times: the middle one, ..."""
     return {int((i + 0.5) * rounds / min(count, rounds)) for i in range(min(count, rounds))}
-
-
-def _numbers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 2:
-        raise argparse.ArgumentTypeError("a context has at least 2 tokens")
-    return values
-
-
-if __name__ == "__main__":
-    sys.exit(main())

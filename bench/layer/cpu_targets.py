@@ -1,4 +1,6 @@
-"""The CPU targets of the package, measured: `run.py --mode cpu-targets`.
+"""The CPU targets of the package, measured.
+
+    python bench/run.py --mode cpu-targets
 
 Against the frozen nn.Linear and PEFT's own layer, in one run: forward + backward at a training
 size, the same without the prefix's gradient and with dropout, and the decoding of one token.
@@ -6,17 +8,28 @@ size, the same without the prefix's gradient and with dropout, and the decoding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import argparse
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from cases import DTYPES, Case, make_tensors, rows_from_offset
-from check import check_all
-from measure import CpuClock, interleave, peak_memory
 from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
-from variants import BaseLinear, Package, PeftLayer
+
+from bench.common.clocks import CpuClock, interleave, peak_memory
+from bench.common.flags import UsageError, add_device, make_parser, run, seconds
+from bench.common.machine import describe_machine
+from bench.common.report import (
+    make_console,
+    make_progress,
+    make_table,
+    print_lines,
+    warn_of_spread,
+)
+from bench.common.statistics import ratio_spread
+from bench.layer.cases import DTYPES, Case, make_tensors, rows_from_offset
+from bench.layer.check import check_all
+from bench.layer.variants import BaseLinear, Package, PeftLayer
 
 FEATURES = 2048  # K = N
 RANK = 32
@@ -94,6 +107,7 @@ class Line:
     ours_us: float
     peft_us: float
     spread: float  # the largest of the three
+    ratio_spreads: tuple[float, float]  # of × base and of PEFT ÷
     extra_bytes: int | None  # peak of a training step beyond the base linear's
     allowed_bytes: int | None
 
@@ -110,7 +124,7 @@ class Line:
         dtype = self.case.dtype_name
         fast = self.over_base <= self.target.over_base[dtype]
         faster = self.peft_over >= self.target.peft_over[dtype]
-        lean = self.extra_bytes is None or self.extra_bytes <= self.allowed_bytes
+        lean = self.extra_bytes is None or self.extra_bytes <= (self.allowed_bytes or 0)
         return fast and faster and lean
 
 
@@ -139,47 +153,62 @@ def measure_line(target: Target, case: Case, threads: int, seconds: float, seed:
         extra = allowed = None
         if case.backward:
             device = torch.device("cpu")
-            base, ours = (peak_memory(steps[v.name], device) for v in variants[:2])
-            extra, allowed = ours - base, allowed_memory(case)
+            least, most = (peak_memory(steps[v.name], device) for v in variants[:2])
+            extra, allowed = most - least, allowed_memory(case)
     base, ours, peft = (timings[v.name] for v in variants)
     return Line(
-        target,
-        case,
-        threads,
-        base.median * 1e6,
-        ours.median * 1e6,
-        peft.median * 1e6,
-        max(base.spread, ours.spread, peft.spread),
-        extra,
-        allowed,
+        target=target,
+        case=case,
+        threads=threads,
+        base_us=base.median * 1e6,
+        ours_us=ours.median * 1e6,
+        peft_us=peft.median * 1e6,
+        spread=max(base.spread, ours.spread, peft.spread),
+        ratio_spreads=(
+            ratio_spread(ours.samples, base.samples),
+            ratio_spread(peft.samples, ours.samples),
+        ),
+        extra_bytes=extra,
+        allowed_bytes=allowed,
     )
 
 
-def run_targets(console: Console, progress: Progress, seconds: float, seed: int) -> list[Line]:
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    p = make_parser("cpu-targets", __doc__)
+    p.add_argument("--seconds", type=seconds, default=150.0, help="for timing, all lines together")
+    p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
+    add_device(p)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every line and print the table."""
+    return run(parser(), arguments, _measure)
+
+
+def _measure(o: argparse.Namespace) -> int:
+    if o.device.type != "cpu":
+        raise UsageError("--mode cpu-targets measures the CPU: add --device cpu")
+    seed = o.seed if o.seed is not None else int.from_bytes(os.urandom(3), "little")
+    console = make_console()
+    print_lines(console, f"{describe_machine(o.device)} | seed {seed}")
     work = [(t, case, threads) for t in TARGETS for threads, case in t.cases()]
-    share = seconds / len(work)
     lines = []
-    task = progress.add_task("CPU targets", total=len(work))
-    with progress:
-        for target, case, threads in work:
-            lines.append(measure_line(target, case, threads, share, seed))
-            progress.advance(task)
-    print_lines(console, lines)
-    return lines
+    with make_progress() as progress:
+        for target, case, threads in progress.track(work, description="CPU targets"):
+            lines.append(measure_line(target, case, threads, o.seconds / len(work), seed))
+    print_table(console, lines)
+    return 0
 
 
-def print_lines(console: Console, lines: list[Line]) -> None:
-    """The table, with each target beside what was measured."""
+def print_table(console: Console, lines: Sequence[Line]) -> None:
+    """Every line, with each target beside what was measured."""
+    words = ("B×T, active", "dtype", "met")
+    figures = ("base ms", "ours ms", "PEFT ms", "±", "× base (≤)", "PEFT ÷ (≥)", "extra KiB (≤)")
     title = f"CPU targets: K=N={FEATURES}, R={RANK}, fp32 adapters, medians of interleaved runs"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("B×T, active", no_wrap=True)
-    table.add_column("dtype")
-    table.add_column("thr", justify="right")
-    for name in ("base ms", "ours ms", "PEFT ms", "±", "× base (≤)", "PEFT ÷ (≥)"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("extra KiB (≤)", justify="right", no_wrap=True)
-    table.add_column("met")
+    table = make_table(title, (*words[:2], "thr", *figures, words[2]), left=words)
+    spreads = {}
     for line in lines:
         case, dtype = line.case, line.case.dtype_name
         label = f"{case.rows.batch}×{case.rows.seq_len}, {line.target.active}"
@@ -202,4 +231,8 @@ def print_lines(console: Console, lines: list[Line]) -> None:
             memory,
             "yes" if line.met else "no",
         )
+        over, faster = line.ratio_spreads
+        where = f"{label}, {dtype}, {line.threads} threads"
+        spreads.update({f"× base, {where}": over, f"PEFT ÷, {where}": faster})
     console.print(table)
+    warn_of_spread(console, spreads)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+
+from bench.common.report import COLOURS, GREY, make_table, over_lengths, plot, print_lines
 
 # Where an invocation starts, and how the plot says it.
 STARTS = {"aligned": "on a block's edge", "worst": "at the worst offset"}
@@ -49,7 +48,7 @@ class Row:
 
     @property
     def pipeline_ratio(self) -> float | None:
-        """The same with the base turn, which both sides need."""
+        """`together_ratio` with the base turn, which both sides need, on either side."""
         if self.together_alora is None or self.together_plain is None:
             return None
         return (self.base_turn + self.together_plain) / (self.base_turn + self.together_alora)
@@ -88,10 +87,10 @@ def _times(ratio: float | None) -> str:
 def print_tables(
     console: Console, rows: Sequence[Row], ops: Sequence[Op], base: Base | None
 ) -> None:
-    table = Table(title="one request after a base turn, ms")
-    for column in ("block", "start", "context", "cached", "hit rate", "first: aLoRA",
-                   "plain", "sooner", "end: aLoRA", "plain", "sooner"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "start" else "right")
+    """Requests, all adapters at once, LoRA ops, base requests."""
+    columns = ("block", "start", "context", "cached", "hit rate", "first: aLoRA",
+               "plain", "sooner", "end: aLoRA", "plain", "sooner")  # fmt: skip
+    table = make_table("one request after a base turn, ms", columns, left=("start",))
     for r in rows:
         table.add_row(
             str(r.block_size), r.start, str(r.context), str(r.cached), f"{r.hit_rate:.1%}",
@@ -99,10 +98,9 @@ def print_tables(
             _ms(r.total_alora), _ms(r.total_plain), _times(r.total_ratio),
         )  # fmt: skip
     console.print(table)
-    table = Table(title="all adapters at once, ms")
-    for column in ("block", "start", "context", "base turn", "aLoRA", "plain", "sooner",
-                   "with the base turn"):  # fmt: skip
-        table.add_column(column, justify="left" if column == "start" else "right")
+    together = ("block", "start", "context", "base turn", "aLoRA", "plain", "sooner",
+               "with the base turn")  # fmt: skip
+    table = make_table("all adapters at once, ms", together, left=("start",))
     for r in rows:
         if r.together_alora is not None:
             table.add_row(
@@ -112,62 +110,33 @@ def print_tables(
             )  # fmt: skip
     console.print(table)
     if ops:
-        table = Table(title=f"LoRA op, {ops[0].rows} tokens of one adapter, ms")
-        for column in ("layer", "ours", "vLLM's", "faster"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
+        title = f"LoRA op, {ops[0].rows} tokens of one adapter, ms"
+        table = make_table(title, ("layer", "ours", "vLLM's", "faster"), left=("layer",))
         whole = Op("all four", ops[0].rows, sum(p.ours for p in ops), sum(p.stock for p in ops))
         for op in (*ops, whole):
             table.add_row(op.layer, _ms(op.ours), _ms(op.stock), _times(op.stock / op.ours))
         console.print(table)
     if base is not None:
-        console.print(
+        print_lines(
+            console,
             f"base requests, {base.requests} to each engine in turn: {_ms(base.with_plugin)} ms "
             f"with the plugin, {_ms(base.without)} ms without: {base.ratio:.3f} × "
             f"(95 %: {base.low:.3f} to {base.high:.3f})",
-            highlight=False,
-            soft_wrap=True,
         )
-
-
-def write_csv(path: Path, rows: Sequence[Row], ops: Sequence[Op], base: Base | None) -> None:
-    """Three tables with a head each: requests, LoRA ops, base requests."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        for kind, items in ((Row, rows), (Op, ops), (Base, [base] if base else [])):
-            if items:
-                writer.writerow([f.name for f in dataclasses.fields(kind)])
-                writer.writerows(dataclasses.astuple(item) for item in items)
 
 
 def write_plot(path: Path, rows: Sequence[Row], served: str, machine: str) -> None:
     """Time to first token over the context length; plain LoRA's at the first block size."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7.4, 4.8))
-    mine = [r for r in rows if r.block_size == rows[0].block_size]
-    aligned = [r for r in mine if r.start == "aligned"]
-    axis.plot(
-        [r.context for r in aligned], [r.first_plain for r in aligned], "o-", label="plain LoRA"
-    )
-    for block in dict.fromkeys(r.block_size for r in rows):
-        for start in STARTS:
-            points = [r for r in rows if (r.block_size, r.start) == (block, start)]
-            axis.plot(
-                [r.context for r in points], [r.first_alora for r in points], "o-",
-                label=f"aLoRA, start {STARTS[start]}, blocks of {block}",
-            )  # fmt: skip
-    axis.set(xlabel="context, tokens", ylabel="seconds to the first token", yscale="log")
-    axis.set_xscale("log", base=2)
-    axis.set_xticks([r.context for r in aligned], [str(r.context) for r in aligned])
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, fontsize=8)
-    figure.suptitle("vLLM, after a base turn over the same context")
-    note = {"ha": "center", "color": "#555555"}
-    figure.text(0.5, 0.915, served, fontsize=8, **note)
-    figure.text(0.5, 0.01, machine, fontsize=6, **note)
-    figure.tight_layout(rect=(0, 0.03, 1, 0.96))
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    first = [r for r in rows if (r.block_size, r.start) == (rows[0].block_size, "aligned")]
+    lines = {"plain LoRA": [(r.context, r.first_plain) for r in first]}
+    for r in rows:
+        name = f"aLoRA, start {STARTS[r.start]}, blocks of {r.block_size}"
+        lines.setdefault(name, []).append((r.context, r.first_alora))
+    title = "vLLM, after a base turn over the same context"
+    with plot(path, title, notes=[served, machine], height=4.4) as (axis,):
+        for colour, (name, points) in zip((GREY, *COLOURS), lines.items()):
+            axis.plot(*zip(*points), "o-", color=colour, label=name)
+        values = [value for points in lines.values() for _, value in points]
+        over_lengths(axis, sorted({r.context for r in rows}), values)
+        axis.set(xlabel="context, tokens", ylabel="seconds to the first token")
+        axis.legend()

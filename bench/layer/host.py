@@ -27,16 +27,16 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from machine import describe_machine
-from measure import Timing
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import alora_kernels
 from alora_kernels import Activation, AloraLinear, alora_linear, dispatch
 from alora_kernels.backends import Problem
 from alora_kernels.backends.cuda import CudaBackend
+from bench.common.flags import above, make_parser, names_of, positive, run
+from bench.common.machine import describe_machine
+from bench.common.report import make_console, make_table, print_lines
+from bench.common.statistics import Timing
 
 MACHINE = (132, 90)  # multiprocessors and arch that the cuda backend plans for: an H100
 BACKENDS = ("cuda", "cpu")
@@ -212,38 +212,33 @@ def _measure(
     return Cost(Timing.of(samples[0]), Timing.of(samples[1]), launches)
 
 
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    p = make_parser("host", __doc__)
+    p.add_argument(
+        "--backend", type=names_of(BACKENDS), default=list(BACKENDS), help="comma-separated, or all"
+    )
+    p.add_argument("--rounds", type=above(1), default=200, help="medians are over these")
+    p.add_argument("--calls", type=positive, default=20, help="timed together in a round")
+    return p
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="bench/run.py --mode host",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--backend", default=",".join(BACKENDS), help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=200, help="medians are over these")
-    parser.add_argument("--calls", type=int, default=20, help="timed together in a round")
-    options = parser.parse_args(arguments)
-    backends = options.backend.split(",")
-    for name in backends:
-        if name not in BACKENDS:
-            parser.error(f"--backend: unknown name {name!r}; the names are {', '.join(BACKENDS)}")
-    if options.rounds < 2 or options.calls < 1:
-        parser.error("--rounds of at least 2 and --calls of at least 1 are expected")
+    return run(parser(), arguments, _print_costs)
+
+
+def _print_costs(o: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(describe_machine(torch.device("cpu")), highlight=False, soft_wrap=True)
-    table = Table(
-        title=f"Host time of one call, launches stubbed (bf16, K={K}, N={N}, R={R})",
-        title_justify="left",
-        title_style="bold",
-    )
-    for column in ("backend", "strategy", "M", "call"):
-        table.add_column(column, no_wrap=True)
-    for column in ("launches", "µs", "least", "±", "outputs µs", "beyond outputs µs"):
-        table.add_column(column, justify="right", no_wrap=True)
+    console = make_console()
+    print_lines(console, describe_machine(torch.device("cpu")))
+    words = ("backend", "strategy", "M", "call")
+    figures = ("launches", "µs", "least", "±", "outputs µs", "beyond outputs µs")
+    title = f"Host time of one call, launches stubbed (bf16, K={K}, N={N}, R={R})"
+    table = make_table(title, (*words, *figures), left=words)
     with stubbed() as stub:
-        for cell in cells(backends):
-            cost = measure(cell, options.rounds, options.calls, stub)
+        for cell in cells(o.backend):
+            cost = measure(cell, o.rounds, o.calls, stub)
             table.add_row(
                 cell.backend,
                 cell.strategy,
@@ -258,7 +253,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
     console.print(table)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,140 +1,21 @@
-"""A vLLM engine in a process of its own, driven by lines of JSON.
+"""The process in which a vLLM engine runs; engine.py starts it and speaks with it.
 
-    Engine(python, model, ...).run([Request(ids, adapter, tokens)])      the parent's side
-    python bench/vllm_engine.py OPTIONS                                  the engine's side
+    PYTHON_OF_VLLM bench/vllm/engine_process.py OPTIONS
 
-vLLM lives in an environment of its own; with and without the plugin it must be two processes. The
-engine's side adds a group of requests at once, steps until all are done, and notes when each one's
-first token and end came. Its clock starts when the first request is handed over.
+A group of requests is added at once; then the engine steps until all are done, and notes when each
+one's first token and end came. The clock starts when the first request is handed over. vLLM's
+environment has no `bench`, so nothing of it is imported here.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
-
-
-@dataclass(frozen=True)
-class Request:
-    """Token ids, the adapter's name (None: the base model), and how many tokens to generate."""
-
-    ids: list[int]
-    adapter: str | None = None
-    tokens: int = 1
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What came: seconds to the first token and to the end, prompt tokens from the cache, ids."""
-
-    first: float
-    total: float
-    cached: int
-    ids: list[int]
-
-
-class Engine:
-    """A running engine."""
-
-    def __init__(
-        self,
-        python: str,
-        model: Path,
-        *,
-        adapters: dict[str, str],
-        rank: int,
-        targets: Sequence[str],
-        block_size: int,
-        max_len: int,
-        cores: Sequence[int],
-        log: Path,
-        plugin: bool = True,
-        clock: str = "wall",
-    ) -> None:
-        options = {
-            "model": str(model),
-            "adapters": adapters,
-            "rank": rank,
-            "targets": list(targets),
-            "block_size": block_size,
-            "max_len": max_len,
-            "cores": list(cores),
-            "clock": clock,
-        }
-        env = {
-            **os.environ,
-            # One process and one OpenMP thread for each core. vLLM's own binding wants a worker
-            # process, which its engine then watches in a loop, on one of the same few cores.
-            "OMP_NUM_THREADS": str(len(cores)),
-            "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores),
-            "OMP_PROC_BIND": "true",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_LOGGING_LEVEL": "WARNING",
-        }
-        if not plugin:
-            env["VLLM_PLUGINS"] = ""
-        self.log = log
-        with log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [python, __file__, json.dumps(options)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=env,
-            )
-        self.started: dict[str, Any] = self._receive()
-
-    def ask(self, **message: Any) -> Any:
-        assert self.process.stdin is not None
-        print(json.dumps(message), file=self.process.stdin, flush=True)
-        return self._receive()["result"]
-
-    def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """All requests at once."""
-        answers = self.ask(do="run", requests=[asdict(r) for r in requests])
-        return [Answer(**a) for a in answers]
-
-    def reset(self) -> None:
-        """Forget every cached block."""
-        if not self.ask(do="reset"):
-            raise RuntimeError("the engine could not reset its prefix cache")
-
-    def _receive(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            tail = "\n".join(self.log.read_text().splitlines()[-25:])
-            raise RuntimeError(f"the engine ended (code {self.process.wait()}):\n{tail}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-# ---------------------------------------------------------------------- the engine's side
 
 
 def _serve(options: dict[str, Any]) -> None:
@@ -211,9 +92,8 @@ def _run(
 
     began = clock()
     found: dict[str, dict[str, Any]] = {}
-    for number, r in enumerate(requests):
-        _run.count += 1
-        key = f"{_run.count}-{number}"
+    for r in requests:
+        key = str(next(_keys))
         found[key] = {}
         parameters = SamplingParams(
             temperature=0.0, max_tokens=r["tokens"], min_tokens=r["tokens"], detokenize=False
@@ -231,7 +111,7 @@ def _run(
     return list(found.values())
 
 
-_run.count = 0  # type: ignore[attr-defined]
+_keys = itertools.count()
 
 
 def _ops(

@@ -20,79 +20,85 @@ import contextlib
 import json
 import os
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from intervals import ratio_interval
-from machine import describe_machine
 from rich.console import Console
-from rich.progress import Progress
-from vllm_engine import Engine, Request
-from vllm_models import INVOCATION_LENGTH, layers_of, model_folder, write_adapters
-from vllm_report import STARTS, Base, Op, Row, print_tables, write_csv, write_plot
+
+from bench.common.flags import (
+    UsageError,
+    add_clock,
+    add_files,
+    make_parser,
+    numbers_above,
+    positive,
+    run,
+)
+from bench.common.machine import describe_machine
+from bench.common.report import (
+    make_console,
+    make_progress,
+    print_lines,
+    warn_of_spread,
+    write_csv,
+)
+from bench.common.statistics import ratio_interval, ratio_spread
+from bench.vllm.engine import Engine, Request
+from bench.vllm.models import INVOCATION_LENGTH, layers_of, model_folder, write_adapters
+from bench.vllm.report import STARTS, Base, Op, Row, print_tables, write_plot
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = argparse.ArgumentParser(
-        prog="bench/run.py --mode vllm",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    p = make_parser("vllm", __doc__)
     add = p.add_argument
     add("--engine-python", default=sys.executable, help="the Python of vLLM's environment")
     add("--model", type=Path, help="a local folder (default: Gemma 3 270M of the extra [model])")
     add("--small", action="store_true", help="a tiny model from config")
-    add("--context", type=_numbers, help="tokens, comma-separated (default: 1024,2048,4096)")
-    add("--block-size", type=_numbers, default=[128, 32], help="default: 128,32")
-    add("--adapters", type=int, default=5)
-    add("--tokens", type=int, default=16, help="of each answer (default: 16)")
-    add("--rank", type=int, default=32)
+    add("--context", type=numbers_above(0), default=[1024, 2048, 4096],
+        help="tokens, comma-separated (default: 1024,2048,4096)")  # fmt: skip
+    add("--block-size", type=numbers_above(0), default=[128, 32], help="default: 128,32")
+    add("--adapters", type=positive, default=5, help="default: 5")
+    add("--tokens", type=positive, default=16, help="of each answer (default: 16)")
+    add("--rank", type=positive, default=32, help="R (default: 32)")
     add("--targets", default="q_proj,k_proj,v_proj", help="adapted layers (default: q, k and v)")
-    add("--rounds", type=int, default=2)
+    add("--rounds", type=positive, default=2, help="default: 2")
     add("--requests", type=int, default=24, help="base requests to each engine (0: none)")
     add("--op-rows", type=int, default=1024, help="tokens of the LoRA ops' batch (0: none)")
     add("--cores", type=_cores, help="that an engine's threads are bound to (default: all)")
-    add(
-        "--clock",
-        choices=("wall", "cpu"),
-        default="wall",
-        help="cpu: the engine's CPU time, for a machine that others use too; with one core",
-    )
-    add("--seed", type=int, default=0)
-    add("--csv", type=Path, help="all figures; three tables one after another")
-    add("--plot", type=Path, help="time to first token over the context length")
+    add("--seed", type=int, default=0, help="of the prompts and adapters (default: 0)")
+    add_clock(p, condition="--cores with one core")
+    add_files(p, plot="the time to first token over the context length")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print. Returns 1 when an answer on the cache is not that from scratch."""
-    p = parser()
-    o = p.parse_args(arguments)
-    if min(o.adapters, o.tokens, o.rank, o.rounds) < 1:
-        p.error("--adapters, --tokens, --rank and --rounds must be at least 1")
+    return run(parser(), arguments, _run)
+
+
+def _run(o: argparse.Namespace) -> int:
     if o.clock == "cpu" and len(o.cores or os.sched_getaffinity(0)) > 1:
-        p.error("--clock cpu adds up the threads of a CPU: it needs --cores with one core")
+        raise UsageError("--clock cpu adds up the threads of a CPU: it needs --cores with one core")
     if 0 < o.requests < 20:
-        p.error("--requests: at least 20, or 0 for none; fewer say nothing about 2 %")
-    contexts = o.context or [1024, 2048, 4096]
-    if min(contexts) < 2 * max(o.block_size) or any(c % b for c in contexts for b in o.block_size):
-        p.error("--context: multiples of every block size, two blocks at least")
-    o.context = contexts
+        raise UsageError("--requests: at least 20, or 0 for none; fewer say nothing about 2 %")
+    if min(o.context) < 2 * max(o.block_size) or any(
+        c % b for c in o.context for b in o.block_size
+    ):
+        raise UsageError("--context: multiples of every block size, two blocks at least")
     if not _has_vllm(o.engine_python):
-        p.error(
+        raise UsageError(
             f"--engine-python: no vLLM in the environment of {o.engine_python}; name the Python of "
             "one that has vLLM and this package"
         )
-    console = Console(width=None if sys.stdout.isatty() else 150)
     with tempfile.TemporaryDirectory() as scratch:
-        return _run(o, console, Path(scratch))
+        return _measure_all(o, make_console(), Path(scratch))
 
 
 def _has_vllm(python: str) -> bool:
@@ -104,15 +110,16 @@ def _has_vllm(python: str) -> bool:
         return False
 
 
-def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
+def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
     model = model_folder(o, scratch)
     sizes = json.loads((model / "config.json").read_text())
     adapters = write_adapters(scratch, sizes, o)
     rows: list[Row] = []
     ops: list[Op] = []
     base: Base | None = None
+    spreads: dict[str, float] = {}
     steps = len(o.block_size) * len(STARTS) * len(o.context) + bool(o.op_rows) + bool(o.requests)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with make_progress() as progress:
         task = progress.add_task("starting vLLM", total=steps)
         for number, block in enumerate(o.block_size):
             with _engine(o, model, scratch, adapters, block) as engine:
@@ -124,8 +131,11 @@ def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
                     return 1
                 for context in o.context:
                     for start in STARTS:
-                        progress.update(task, description=f"{context} tokens, {start}, {block}")
-                        rows.append(measure(engine, o, sizes, context, start, number == 0))
+                        where = f"{context} tokens, {start}, blocks of {block}"
+                        progress.update(task, description=where)
+                        row, samples = measure(engine, o, sizes, context, start, number == 0)
+                        rows.append(row)
+                        spreads.update(spreads_of(samples, where))
                         progress.advance(task)
                 if number == 0 and o.op_rows:
                     progress.update(task, description="LoRA ops")
@@ -133,11 +143,13 @@ def _run(o: argparse.Namespace, console: Console, scratch: Path) -> int:
                     progress.advance(task)
         if o.requests:
             progress.update(task, description="base requests")
-            base = measure_base(o, model, scratch, sizes)
+            base, spread = measure_base(o, model, scratch, sizes)
+            spreads["base requests, with the plugin ÷ without"] = spread
             progress.advance(task)
     print_tables(console, rows, ops, base)
+    warn_of_spread(console, spreads)
     if o.csv:
-        write_csv(o.csv, rows, ops, base)
+        write_csv(o.csv, rows, ops, [base] if base else [])
     if o.plot:
         write_plot(o.plot, rows, _served(o), describe_machine(torch.device("cpu")))
     return 0
@@ -155,12 +167,12 @@ def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> Non
     bound = "; ".join(
         f"{t['threads']} threads bound to cores {t['cores']}" for t in about["threads"]
     )
-    for line in (
+    print_lines(
+        console,
         describe_machine(torch.device("cpu")),
         f"vLLM {about['vllm']}, {bound}, at most {about['batched_tokens']} tokens a step",
         f"{_served(o)}, invocations of {INVOCATION_LENGTH}, {o.clock} time, seed {o.seed}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+    )
 
 
 @contextlib.contextmanager
@@ -189,6 +201,8 @@ def _engine(
 
 
 # ---------------------------------------------------------------------- what is measured
+
+Times = dict[str, list[float]]  # seconds by what was timed: "first a" is aLoRA's, "first p" plain
 
 
 def _prompt(o: argparse.Namespace, sizes: dict[str, Any], length: int, salt: object) -> list[int]:
@@ -243,9 +257,9 @@ def measure(
     context: int,
     start: str,
     together: bool,
-) -> Row:
-    """One row: interleaved rounds, medians."""
-    times: dict[str, list[float]] = {}
+) -> tuple[Row, Times]:
+    """One row of medians over interleaved rounds, and the seconds of the rounds."""
+    times: Times = {}
     cached: list[int] = []
     asked = 0
 
@@ -274,22 +288,33 @@ def measure(
             note("all a", max(a.total for a in engine.run(_requests(o, again, "a"))))
             engine.reset()
             note("all p", max(a.total for a in engine.run(_requests(o, again, "p"))))
-    of = {what: statistics.median(samples) for what, samples in times.items()}
-    return Row(
-        engine.started["block_size"],
-        start,
-        context,
-        o.rounds,
-        min(cached),
-        sum(cached) / asked,
-        of["first a"],
-        of["first p"],
-        of["total a"],
-        of["total p"],
-        of["base"],
-        of.get("all a"),
-        of.get("all p"),
+    of = {what: median(samples) for what, samples in times.items()}
+    row = Row(
+        block_size=engine.started["block_size"],
+        start=start,
+        context=context,
+        rounds=o.rounds,
+        cached=min(cached),
+        hit_rate=sum(cached) / asked,
+        first_alora=of["first a"],
+        first_plain=of["first p"],
+        total_alora=of["total a"],
+        total_plain=of["total p"],
+        base_turn=of["base"],
+        together_alora=of.get("all a"),
+        together_plain=of.get("all p"),
     )
+    return row, times
+
+
+def spreads_of(times: Times, where: str) -> dict[str, float]:
+    """How far the ratios of plain LoRA over aLoRA spread."""
+    names = {"first": "first token", "total": "one request", "all": "all adapters"}
+    return {
+        f"{name}, plain ÷ aLoRA, {where}": ratio_spread(times[f"{key} p"], times[f"{key} a"])
+        for key, name in names.items()
+        if f"{key} p" in times
+    }
 
 
 def measure_ops(engine: Engine, o: argparse.Namespace, sizes: dict[str, Any]) -> list[Op]:
@@ -306,8 +331,13 @@ def measure_ops(engine: Engine, o: argparse.Namespace, sizes: dict[str, Any]) ->
     return [Op(n, o.op_rows, f["ours"], f["stock"]) for n, f in zip(layers, found)]
 
 
-def measure_base(o: argparse.Namespace, model: Path, scratch: Path, sizes: dict[str, Any]) -> Base:
-    """The same base requests to two live engines in turn, one idle while the other works."""
+def measure_base(
+    o: argparse.Namespace, model: Path, scratch: Path, sizes: dict[str, Any]
+) -> tuple[Base, float]:
+    """Base requests to two live engines in turn, one idle while the other works.
+
+    Returns the medians, and how far their ratio spreads.
+    """
     block = o.block_size[0]
     pairs: list[tuple[float, float]] = []
     with (
@@ -323,23 +353,20 @@ def measure_base(o: argparse.Namespace, model: Path, scratch: Path, sizes: dict[
             if number >= 0:  # the first two warm up
                 pairs.append((seconds[True].total, seconds[False].total))
     low, high = ratio_interval(pairs, o.seed)
-    mine, theirs = (statistics.median(side) for side in zip(*pairs))
-    return Base(len(pairs), mine, theirs, mine / theirs, low, high)
+    ours_s, stock_s = zip(*pairs)
+    base = Base(
+        requests=len(pairs),
+        with_plugin=median(ours_s),
+        without=median(stock_s),
+        ratio=median(ours_s) / median(stock_s),
+        low=low,
+        high=high,
+    )
+    return base, ratio_spread(ours_s, stock_s)
 
 
 def _cores(text: str) -> list[int]:
-    cores = [int(part) for part in text.split(",")]
+    cores = numbers_above(-1)(text)
     if not set(cores) <= os.sched_getaffinity(0):
         raise argparse.ArgumentTypeError(f"this machine has {sorted(os.sched_getaffinity(0))}")
     return cores
-
-
-def _numbers(text: str) -> list[int]:
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError("expected positive numbers")
-    return values
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,174 @@
+"""How figures are shown: tables, a csv file, plots of one look, and a warning of noise."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from bench.common.statistics import NOISY
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+# ---------------------------------------------------------------------- the terminal
+
+
+def make_console() -> Console:
+    """Standard output. A file or a pipe has no width: it gets one that holds the tables."""
+    return Console(width=None if sys.stdout.isatty() else 150)
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """Plain lines, such as those above a table: the machine, and what runs on it."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def make_progress() -> Progress:
+    """A bar on standard error that is gone when the work is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def make_table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> Table:
+    """A table without rows; the columns in `left` hold words, the others numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
+    return table
+
+
+def warn_of_spread(console: Console, spreads: Mapping[str, float]) -> None:
+    """Warn when ratios spread too far to be believed; `spreads` by the ratios' names."""
+    noisy = {name: value for name, value in spreads.items() if value > NOISY}
+    if not noisy:
+        return
+    worst = max(noisy, key=noisy.__getitem__)
+    console.print("warning:", style="bold yellow", end=" ")
+    print_lines(
+        console,
+        f"{len(noisy)} of {len(spreads)} ratios spread by more than {NOISY:.0%}, most of all "
+        f"{worst} ({noisy[worst]:.0%}). Something else was using the machine: measure again, or "
+        "longer.",
+    )
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write_csv(path: Path, *tables: Sequence[Any]) -> None:
+    """All figures at full precision. Each table is a list of one dataclass, with a head."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        for table in tables:
+            if table:
+                writer.writerow([field.name for field in dataclasses.fields(table[0])])
+                writer.writerows(dataclasses.astuple(line) for line in table)
+
+
+# ---------------------------------------------------------------------- plots
+
+WIDTH = 9.0  # inches of every plot: shown 900 pixels wide, a letter of 8 points is 11 pixels high
+SMALLEST = 8  # points
+LETTER = 0.58  # width of a letter over its size, on average
+GREY = "#6b6b6b"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#111111")
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "legend.fontsize": SMALLEST,
+    "xtick.labelsize": SMALLEST,
+    "ytick.labelsize": SMALLEST,
+    "lines.markersize": 4.5,
+}
+
+
+@contextmanager
+def plot(
+    path: Path, title: str, *, notes: Sequence[str], rows: int = 1, columns: int = 1,
+    height: float = 3.6, shared_legend: bool = False,
+) -> Iterator[list[Axes]]:  # fmt: skip
+    """A figure of `rows` × `columns` panels, to be drawn on; saved at the end.
+
+    `notes` stand below: what ran, and the machine with its commit.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, height * rows + 0.9), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        figure.suptitle(_wrapped(title, 11), fontsize=11, fontweight="bold")
+        below = "\n".join(_wrapped(note, SMALLEST) for note in notes)
+        figure.supxlabel(below, fontsize=SMALLEST, color=GREY)
+        yield axes
+        if shared_legend:
+            handles, labels = axes[0].get_legend_handles_labels()
+            letters = max(map(len, labels)) + 6  # with the line or box before it
+            fit = max(1, int(_letters(SMALLEST) / letters))
+            figure.legend(handles, labels, loc="outside upper center", ncols=fit)
+        figure.savefig(path, dpi=200)
+
+
+def over_lengths(axis: Axes, lengths: Sequence[int], values: Sequence[float]) -> None:
+    """Logarithmic axes: the lengths that were measured on x, powers of two around `values` on y."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
+    # At least two powers of two are inside, so that the scale can be read, with room for marks.
+    low, high = math.log2(min(values) / 1.25), math.log2(max(values) * 1.25)
+    axis.set_yscale("log", base=2)
+    axis.set_ylim(2 ** math.floor(low), 2 ** math.ceil(high))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.{3 if value < 1 else 6}g}")
+    axis.minorticks_off()
+
+
+def mark(axis: Axes, x: float, y: float, text: str, above: bool = True) -> None:
+    """A word at a point of a line."""
+    axis.annotate(
+        text,
+        (x, y),
+        fontsize=SMALLEST,
+        textcoords="offset points",
+        xytext=(0, 6 if above else -13),
+        ha="center",
+    )
+
+
+def times(ratio: float) -> str:
+    """A ratio as plots mark it."""
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
+
+
+def _letters(points: float, inches: float = WIDTH) -> float:
+    """How many letters of a size stand side by side."""
+    return 72 * 0.95 * inches / (LETTER * points)
+
+
+def _wrapped(text: str, points: float) -> str:
+    return textwrap.fill(text, int(_letters(points)))
