@@ -17,13 +17,19 @@ class UsageError(Exception):
     """The flags ask for what cannot be done here."""
 
 
+class _Help(argparse.RawTextHelpFormatter):
+    """Help as it was written, with the default of each flag behind it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def make_parser(mode: str, about: str | None) -> argparse.ArgumentParser:
     """A parser without flags; `about` is the mode's module docstring."""
-    return argparse.ArgumentParser(
-        prog=f"bench/run.py --mode {mode}",
-        description=about,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    prog = f"bench/run.py --mode {mode}"
+    return argparse.ArgumentParser(prog=prog, description=about, formatter_class=_Help)
 
 
 def add_files(p: argparse.ArgumentParser, plot: str) -> None:
@@ -40,13 +46,21 @@ def add_clock(p: argparse.ArgumentParser, condition: str) -> None:
 
 def add_device(p: argparse.ArgumentParser) -> None:
     """--device: a GPU where there is one."""
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    p.add_argument("--device", type=device, default=default, help=f"default here: {default}")
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    p.add_argument("--device", type=device, default=here, help="cpu, cuda or cuda:N")
 
 
-def add_threads(p: argparse.ArgumentParser, default: int = os.cpu_count() or 1) -> None:
-    """--threads of torch."""
-    p.add_argument("--threads", type=positive, default=default, help=f"default: {default}")
+def add_threads(p: argparse.ArgumentParser, count: int | None = None) -> None:
+    """--threads: all cores, or `count`."""
+    count = count or os.cpu_count() or 1
+    p.add_argument("--threads", type=positive, default=count, help="of torch on the CPU")
+
+
+def add_timing(p: argparse.ArgumentParser, seconds_together: float) -> None:
+    """--seconds and --seed; `run` draws a seed where none is given."""
+    about = "for timing, all cases together"
+    p.add_argument("--seconds", type=seconds, default=seconds_together, help=about)
+    p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
 
 
 def run(
@@ -56,6 +70,8 @@ def run(
 ) -> int:
     """Parse and measure. A UsageError is reported as the parser reports its own."""
     options = p.parse_args(arguments)
+    if getattr(options, "seed", 0) is None:
+        options.seed = int.from_bytes(os.urandom(3), "little")
     try:
         return measure(options)
     except UsageError as error:

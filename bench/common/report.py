@@ -88,7 +88,7 @@ def write_csv(path: Path, *tables: Sequence[Any]) -> None:
 
 WIDTH = 9.0  # inches of every plot: shown 900 pixels wide, a letter of 8 points is 11 pixels high
 SMALLEST = 8  # points
-LETTER = 0.58  # width of a letter over its size, on average
+LETTER = 0.53  # width of a letter over its size, on average
 GREY = "#6b6b6b"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#111111")
 STYLE: Any = {
@@ -122,7 +122,10 @@ def plot(
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height * rows + 0.9), layout="constrained")
-        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        panels: Any = (
+            figure.subfigures()
+        )  # of their own, so that their legend stays below the title
+        axes = list(panels.subplots(rows, columns, squeeze=False).flat)
         figure.suptitle(_wrapped(title, 11), fontsize=11, fontweight="bold")
         below = "\n".join(_wrapped(note, SMALLEST) for note in notes)
         figure.supxlabel(below, fontsize=SMALLEST, color=GREY)
@@ -131,20 +134,24 @@ def plot(
             handles, labels = axes[0].get_legend_handles_labels()
             letters = max(map(len, labels)) + 6  # with the line or box before it
             fit = max(1, int(_letters(SMALLEST) / letters))
-            figure.legend(handles, labels, loc="outside upper center", ncols=fit)
+            panels.legend(handles, labels, loc="outside upper center", ncols=fit)
         figure.savefig(path, dpi=200)
 
 
 def over_lengths(axis: Axes, lengths: Sequence[int], values: Sequence[float]) -> None:
-    """Logarithmic axes: the lengths that were measured on x, powers of two around `values` on y."""
+    """Logarithmic axes: the lengths that were measured on x; 1, 2, 5, 10, ... on y."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
-    # At least two powers of two are inside, so that the scale can be read, with room for marks.
-    low, high = math.log2(min(values) / 1.25), math.log2(max(values) * 1.25)
-    axis.set_yscale("log", base=2)
-    axis.set_ylim(2 ** math.floor(low), 2 ** math.ceil(high))
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.{3 if value < 1 else 6}g}")
+    # The outermost ticks enclose the values, with room for what is marked at them.
+    decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
+    ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
+    lowest = max(tick for tick in ticks if tick <= min(values) / 1.25)
+    highest = min(tick for tick in ticks if tick >= max(values) * 1.25)
+    ticks = [tick for tick in ticks if lowest <= tick <= highest]
+    axis.set_yscale("log")
+    axis.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
+    axis.set_ylim(lowest, highest)
     axis.minorticks_off()
 
 

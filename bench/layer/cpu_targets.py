@@ -9,24 +9,16 @@ size, the same without the prefix's gradient and with dropout, and the decoding 
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 
+from bench.common import flags, report
 from bench.common.clocks import CpuClock, interleave, peak_memory
-from bench.common.flags import UsageError, add_device, make_parser, run, seconds
 from bench.common.machine import describe_machine
-from bench.common.report import (
-    make_console,
-    make_progress,
-    make_table,
-    print_lines,
-    warn_of_spread,
-)
-from bench.common.statistics import ratio_spread
+from bench.common.statistics import Timing, ratio_spread
 from bench.layer.cases import DTYPES, Case, make_tensors, rows_from_offset
 from bench.layer.check import check_all
 from bench.layer.variants import BaseLinear, Package, PeftLayer
@@ -103,21 +95,36 @@ class Line:
     target: Target
     case: Case
     threads: int
-    base_us: float
-    ours_us: float
-    peft_us: float
-    spread: float  # the largest of the three
-    ratio_spreads: tuple[float, float]  # of × base and of PEFT ÷
+    base: Timing
+    ours: Timing
+    peft: Timing
     extra_bytes: int | None  # peak of a training step beyond the base linear's
     allowed_bytes: int | None
 
     @property
+    def label(self) -> str:
+        case = self.case
+        label = f"{case.rows.batch}×{case.rows.seq_len}, {self.target.active}"
+        label += ", forward" if not case.backward else ""
+        label += ", no prefix grad" if not case.prefix_grad else ""
+        return label + (f", dropout {case.dropout_p:g}" if case.dropout_p else "")
+
+    @property
     def over_base(self) -> float:
-        return self.ours_us / self.base_us
+        return self.ours.median / self.base.median
 
     @property
     def peft_over(self) -> float:
-        return self.peft_us / self.ours_us
+        return self.peft.median / self.ours.median
+
+    @property
+    def spreads(self) -> dict[str, float]:
+        """How far the two ratios spread."""
+        where = f"{self.label}, {self.case.dtype_name}, {self.threads} threads"
+        return {
+            f"× base, {where}": ratio_spread(self.ours.samples, self.base.samples),
+            f"PEFT ÷, {where}": ratio_spread(self.peft.samples, self.ours.samples),
+        }
 
     @property
     def met(self) -> bool:
@@ -156,48 +163,32 @@ def measure_line(target: Target, case: Case, threads: int, seconds: float, seed:
             least, most = (peak_memory(steps[v.name], device) for v in variants[:2])
             extra, allowed = most - least, allowed_memory(case)
     base, ours, peft = (timings[v.name] for v in variants)
-    return Line(
-        target=target,
-        case=case,
-        threads=threads,
-        base_us=base.median * 1e6,
-        ours_us=ours.median * 1e6,
-        peft_us=peft.median * 1e6,
-        spread=max(base.spread, ours.spread, peft.spread),
-        ratio_spreads=(
-            ratio_spread(ours.samples, base.samples),
-            ratio_spread(peft.samples, ours.samples),
-        ),
-        extra_bytes=extra,
-        allowed_bytes=allowed,
-    )
+    return Line(target, case, threads, base, ours, peft, extra, allowed)
 
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("cpu-targets", __doc__)
-    p.add_argument("--seconds", type=seconds, default=150.0, help="for timing, all lines together")
-    p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
-    add_device(p)
+    p = flags.make_parser("cpu-targets", __doc__)
+    flags.add_device(p)
+    flags.add_timing(p, seconds_together=150.0)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every line and print the table."""
-    return run(parser(), arguments, _measure)
+    return flags.run(parser(), arguments, _measure)
 
 
 def _measure(o: argparse.Namespace) -> int:
     if o.device.type != "cpu":
-        raise UsageError("--mode cpu-targets measures the CPU: add --device cpu")
-    seed = o.seed if o.seed is not None else int.from_bytes(os.urandom(3), "little")
-    console = make_console()
-    print_lines(console, f"{describe_machine(o.device)} | seed {seed}")
+        raise flags.UsageError("--mode cpu-targets measures the CPU: add --device cpu")
+    console = report.make_console()
+    report.print_lines(console, f"{describe_machine(o.device)} | seed {o.seed}")
     work = [(t, case, threads) for t in TARGETS for threads, case in t.cases()]
     lines = []
-    with make_progress() as progress:
+    with report.make_progress() as progress:
         for target, case, threads in progress.track(work, description="CPU targets"):
-            lines.append(measure_line(target, case, threads, o.seconds / len(work), seed))
+            lines.append(measure_line(target, case, threads, o.seconds / len(work), o.seed))
     print_table(console, lines)
     return 0
 
@@ -207,32 +198,24 @@ def print_table(console: Console, lines: Sequence[Line]) -> None:
     words = ("B×T, active", "dtype", "met")
     figures = ("base ms", "ours ms", "PEFT ms", "±", "× base (≤)", "PEFT ÷ (≥)", "extra KiB (≤)")
     title = f"CPU targets: K=N={FEATURES}, R={RANK}, fp32 adapters, medians of interleaved runs"
-    table = make_table(title, (*words[:2], "thr", *figures, words[2]), left=words)
+    table = report.make_table(title, (*words[:2], "thr", *figures, words[2]), left=words)
     spreads = {}
     for line in lines:
-        case, dtype = line.case, line.case.dtype_name
-        label = f"{case.rows.batch}×{case.rows.seq_len}, {line.target.active}"
-        label += ", forward" if not case.backward else ""
-        label += ", no prefix grad" if not case.prefix_grad else ""
-        label += f", dropout {case.dropout_p:g}" if case.dropout_p else ""
+        dtype, timings = line.case.dtype_name, (line.base, line.ours, line.peft)
         memory = "–"
         if line.extra_bytes is not None and line.allowed_bytes is not None:
             memory = f"{line.extra_bytes / 1024:,.0f} ({line.allowed_bytes / 1024:,.0f})"
         table.add_row(
-            label,
+            line.label,
             dtype,
             str(line.threads),
-            f"{line.base_us / 1e3:.3f}",
-            f"{line.ours_us / 1e3:.3f}",
-            f"{line.peft_us / 1e3:.3f}",
-            f"{line.spread:.0%}",
+            *(f"{timing.median * 1e3:.3f}" for timing in timings),
+            f"{max(timing.spread for timing in timings):.0%}",
             f"{line.over_base:.3f} ({line.target.over_base[dtype]:.2f})",
             f"{line.peft_over:.3f} ({line.target.peft_over[dtype]:.2f})",
             memory,
             "yes" if line.met else "no",
         )
-        over, faster = line.ratio_spreads
-        where = f"{label}, {dtype}, {line.threads} threads"
-        spreads.update({f"× base, {where}": over, f"PEFT ÷, {where}": faster})
+        spreads.update(line.spreads)
     console.print(table)
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)

@@ -33,9 +33,8 @@ import alora_kernels
 from alora_kernels import Activation, AloraLinear, alora_linear, dispatch
 from alora_kernels.backends import Problem
 from alora_kernels.backends.cuda import CudaBackend
-from bench.common.flags import above, make_parser, names_of, positive, run
+from bench.common import flags, report
 from bench.common.machine import describe_machine
-from bench.common.report import make_console, make_table, print_lines
 from bench.common.statistics import Timing
 
 MACHINE = (132, 90)  # multiprocessors and arch that the cuda backend plans for: an H100
@@ -214,28 +213,28 @@ def _measure(
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("host", __doc__)
-    p.add_argument(
-        "--backend", type=names_of(BACKENDS), default=list(BACKENDS), help="comma-separated, or all"
-    )
-    p.add_argument("--rounds", type=above(1), default=200, help="medians are over these")
-    p.add_argument("--calls", type=positive, default=20, help="timed together in a round")
+    p = flags.make_parser("host", __doc__)
+    add = p.add_argument
+    known, every = flags.names_of(BACKENDS), ",".join(BACKENDS)
+    add("--backend", type=known, default=every, help="comma-separated, or all")
+    add("--rounds", type=flags.above(1), default=200, help="medians are over these")
+    add("--calls", type=flags.positive, default=20, help="timed together in a round")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    return run(parser(), arguments, _print_costs)
+    return flags.run(parser(), arguments, _print_costs)
 
 
 def _print_costs(o: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    console = make_console()
-    print_lines(console, describe_machine(torch.device("cpu")))
+    console = report.make_console()
+    report.print_lines(console, describe_machine(torch.device("cpu")))
     words = ("backend", "strategy", "M", "call")
     figures = ("launches", "µs", "least", "±", "outputs µs", "beyond outputs µs")
     title = f"Host time of one call, launches stubbed (bf16, K={K}, N={N}, R={R})"
-    table = make_table(title, (*words, *figures), left=words)
+    table = report.make_table(title, (*words, *figures), left=words)
     with stubbed() as stub:
         for cell in cells(o.backend):
             cost = measure(cell, o.rounds, o.calls, stub)

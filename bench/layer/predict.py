@@ -20,7 +20,7 @@ from alora_kernels.backends import STRATEGIES, Problem
 from alora_kernels.backends.cuda.schedule import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
 from alora_kernels.cost import GPUS, Rates
-from bench.common.flags import UsageError, make_parser, positive, run
+from bench.common import flags
 
 ARCHS = {
     "A100": 80, "L40S": 89, "RTX 4090": 89, "H100": 90, "H200": 90, "B200": 100, "RTX 5090": 120,
@@ -117,25 +117,21 @@ def lines(k: int, n: int, rank: int, efficiency: float) -> Iterator[str]:
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("predict", __doc__)
+    p = flags.make_parser("predict", __doc__)
     for name, default in (("k", 4096), ("n", 4096), ("r", 32)):
-        p.add_argument(f"--{name}", type=positive, default=default, help="default: %(default)s")
-    p.add_argument(
-        "--efficiency",
-        type=float,
-        default=cost.OUR_EFFICIENCY,
-        help="of our GEMM over the vendor's (default: %(default)s)",
-    )
+        p.add_argument(f"--{name}", type=flags.positive, default=default, help=name.upper())
+    about = "of our GEMM over the vendor's"
+    p.add_argument("--efficiency", type=float, default=cost.OUR_EFFICIENCY, help=about)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the estimates."""
-    return run(parser(), arguments, _print_estimates)
+    return flags.run(parser(), arguments, _print_estimates)
 
 
 def _print_estimates(o: argparse.Namespace) -> int:
     if not o.efficiency > 0:
-        raise UsageError(f"--efficiency {o.efficiency:g}: expected a number above 0")
+        raise flags.UsageError(f"--efficiency {o.efficiency:g}: expected a number above 0")
     print("\n".join(lines(o.k, o.n, o.r, o.efficiency)))
     return 0

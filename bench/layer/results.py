@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bench.common.report import COLOURS, LETTER, SMALLEST, WIDTH, make_table, plot
+from bench.common import report
 from bench.common.statistics import Timing, geometric_mean
 from bench.layer.cases import Case
 from bench.layer.variants import Variant
@@ -130,7 +130,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 def _print_model(console: Console, title: str, results: list[Result]) -> None:
     words = ("layer", "rows (active)", "pass", "variant")
     figures = ("median ms", "±", "tokens/s", "GFLOP/s", "GB/s", "× base", "PEFT ÷")
-    table = make_table(title, (*words, *figures), left=words)
+    table = report.make_table(title, (*words, *figures), left=words)
     graphs = any(r.launch != "eager" for r in results)
     for _, cell in itertools.groupby(results, lambda r: r.cell):
         for number, r in enumerate(cell):
@@ -156,7 +156,7 @@ def _print_model(console: Console, title: str, results: list[Result]) -> None:
 
 def _print_means(console: Console, results: Sequence[Result]) -> None:
     words = ("pass", "variant")
-    table = make_table("Geometric mean", (*words, "cases", "× base", "PEFT ÷"), left=words)
+    table = report.make_table("Geometric mean", (*words, "cases", "× base", "PEFT ÷"), left=words)
     for panel in dict.fromkeys(r.panel for r in results):
         mine = [r for r in results if r.panel == panel]
         for number, variant in enumerate(dict.fromkeys(r.variant for r in mine)):
@@ -192,16 +192,16 @@ def write_plot(path: Path, results: Sequence[Result], machine: str) -> None:
     label = _labels(shown)
     groups = list(dict.fromkeys(map(label, shown)))
     # Side by side where the bars are wide enough for their figures.
-    columns = 2 if len(panels) > 1 and _bar_points(2, groups, variants) >= SMALLEST else 1
+    columns = 2 if len(panels) > 1 and _bar_points(2, groups, variants) >= report.SMALLEST else 1
     first = shown[0]
     size = f"{first.batch} × {first.seq_len} rows, R={first.rank}"
-    with plot(
+    with report.plot(
         path,
         "Time over the base linear (1.0 is the frozen nn.Linear; lower is better)",
         notes=[f"{', '.join(dict.fromkeys(r.model for r in shown))}; {size}", machine],
         rows=math.ceil(len(panels) / columns),
         columns=columns,
-        height=3.0,
+        height=3.8 if _upright(groups, columns) else 3.0,
         shared_legend=True,
     ) as axes:
         for axis, panel in itertools.zip_longest(axes, panels):
@@ -209,7 +209,7 @@ def write_plot(path: Path, results: Sequence[Result], machine: str) -> None:
                 axis.set_axis_off()
                 continue
             mine = {(label(r), r.variant): r.over_base or 0.0 for r in shown if r.panel == panel}
-            figures = _bar_points(columns, groups, variants) >= SMALLEST
+            figures = _bar_points(columns, groups, variants) >= report.SMALLEST
             _draw_bars(axis, mine, groups, variants, figures)
             _name_groups(axis, groups, columns)
             direction, *rest = panel
@@ -231,7 +231,7 @@ def _labels(shown: Sequence[Result]) -> Callable[[Result], str]:
 
 def _group_points(columns: int, groups: Sequence[str]) -> float:
     """The width of a group of bars in points. One or two groups do not fill a panel."""
-    return 72 * 0.88 * WIDTH / columns / max(3, len(groups))
+    return 72 * 0.88 * report.WIDTH / columns / max(3, len(groups))
 
 
 def _bar_points(columns: int, groups: Sequence[str], variants: Sequence[str]) -> float:
@@ -247,17 +247,23 @@ def _draw_bars(
     for i, variant in enumerate(variants):
         places = [g + (i - (len(variants) - 1) / 2) * bar for g in range(len(groups))]
         heights = [values.get((group, variant), math.nan) for group in groups]
-        bars = axis.bar(places, heights, bar, label=variant, color=COLOURS[i % len(COLOURS)])
+        bars = axis.bar(
+            places, heights, bar, label=variant, color=report.COLOURS[i % len(report.COLOURS)]
+        )
         if figures:
             texts = ["" if math.isnan(h) else f"{h:.2f}" for h in heights]
-            axis.bar_label(bars, texts, fontsize=SMALLEST, rotation=90, padding=2)
+            axis.bar_label(bars, texts, fontsize=report.SMALLEST, rotation=90, padding=2)
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.set_ylim(0, max(1.0, *values.values()) * 1.25)
     beside = max(0, 3 - len(groups)) / 2
     axis.set_xlim(-0.5 - beside, len(groups) - 0.5 + beside)
 
 
-def _name_groups(axis: Axes, groups: Sequence[str], columns: int) -> None:
+def _upright(groups: Sequence[str], columns: int) -> bool:
+    """Whether the names are too long to stand side by side."""
     longest = max(len(line) for group in groups for line in group.split("\n"))
-    upright = longest * LETTER * SMALLEST > _group_points(columns, groups)
-    axis.set_xticks(range(len(groups)), groups, rotation=90 if upright else 0)
+    return longest * report.LETTER * report.SMALLEST > _group_points(columns, groups)
+
+
+def _name_groups(axis: Axes, groups: Sequence[str], columns: int) -> None:
+    axis.set_xticks(range(len(groups)), groups, rotation=90 if _upright(groups, columns) else 0)

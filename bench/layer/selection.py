@@ -10,8 +10,8 @@ import torch
 
 from alora_kernels.backends import STRATEGIES, Call, Projection
 from alora_kernels.dispatch import BACKENDS, choose, problem_of
+from bench.common import flags
 from bench.common.clocks import Clock, CpuClock, CudaClock
-from bench.common.flags import UsageError
 from bench.layer.cases import (
     DTYPES,
     MODELS,
@@ -32,7 +32,7 @@ def cases_of(options: argparse.Namespace) -> Iterator[Case]:
     gpu = options.device.type == "cuda"
     if options.shape is not None:
         if options.model is not None:
-            raise UsageError("--shape and --model exclude each other")
+            raise flags.UsageError("--shape and --model exclude each other")
         shapes = [("shapes", f"{i}x{o}", i, o) for i, o in options.shape]
     else:
         models = options.model or (list(MODELS) if gpu else list(SMALL))
@@ -55,7 +55,7 @@ def _rows(active: str | float, batch: int, seq_len: int, device: torch.device) -
     try:
         return rows_from_text(batch, seq_len, device)
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise flags.UsageError(str(error)) from None
 
 
 def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Variant]:
@@ -73,14 +73,14 @@ def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Vari
             else:
                 refusals.append(reason)
     if not ours:
-        raise UsageError(
+        raise flags.UsageError(
             f"--backend {options.backend} --strategy {options.strategy}: nothing can run here:\n"
             + "\n".join(refusals)
         )
     others: list[Variant] = [ByHand()]
     if not options.no_peft:
         if importlib.util.find_spec("peft") is None:
-            raise UsageError("PEFT is not installed: pip install peft, or add --no-peft")
+            raise flags.UsageError("PEFT is not installed: pip install peft, or add --no-peft")
         others.insert(0, PeftLayer())
     return [BaseLinear(), *ours, *others]
 

@@ -10,7 +10,6 @@ prefers to its cost model; a table shows where the model alone would have picked
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,16 +20,9 @@ from rich.progress import Progress
 from alora_kernels import dispatch, tuning
 from alora_kernels.backends import STRATEGIES, Problem
 from alora_kernels.tuning import Measurement
+from bench.common import flags, report
 from bench.common.clocks import Clock, CudaClock, interleave
-from bench.common.flags import UsageError, add_device, make_parser, run, seconds, shapes
 from bench.common.machine import describe_machine
-from bench.common.report import (
-    make_console,
-    make_progress,
-    make_table,
-    print_lines,
-    warn_of_spread,
-)
 from bench.common.statistics import Timing, geometric_mean
 from bench.layer.cases import Case, layer_cases, make_tensors, rows_from_fraction
 from bench.layer.check import check_all, describe
@@ -207,7 +199,7 @@ def print_result(console: Console, lines: Sequence[Line]) -> None:
         sizes = ("M", "K", "N", "R", "active")
         columns = (*sizes, "pass", "fastest", "µs", "model's pick", "µs", "slower by")
         title = "Where the cost model alone picks a slower strategy"
-        table = make_table(title, columns, left=words)
+        table = report.make_table(title, columns, left=words)
         for line in wrong:
             case = line.case
             table.add_row(
@@ -222,16 +214,18 @@ def print_result(console: Console, lines: Sequence[Line]) -> None:
             )
         console.print(table)
     right = len(lines) - len(wrong)
-    print_lines(console, f"The model's pick was the fastest in {right} of {len(lines)} cases.")
+    report.print_lines(
+        console, f"The model's pick was the fastest in {right} of {len(lines)} cases."
+    )
     spreads = {}
     for pair in dict.fromkeys(pair for line in lines for pair in line.measured):
         mine = [line for line in lines if pair in line.measured]
         ratio = geometric_mean(line.measured[pair].median / line.expected[pair] for line in mine)
         name = "/".join(pair)
-        print_lines(console, f"{name}: {ratio:.2f} × the model's time (geometric mean)")
+        report.print_lines(console, f"{name}: {ratio:.2f} × the model's time (geometric mean)")
         for line in mine:
             spreads[f"{name} ÷ the model, {describe(line.case)}"] = line.measured[pair].spread
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)
 
 
 def run_tune(
@@ -246,7 +240,7 @@ def run_tune(
     tuning.write(file, tuning.key_of(device_name), measurements(lines))
     dispatch.forget()
     print_result(console, lines)
-    print_lines(console, f"written for {device_name}: {file}")
+    report.print_lines(console, f"written for {device_name}: {file}")
     return lines
 
 
@@ -255,40 +249,39 @@ def run_tune(
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("tune", __doc__)
-    p.add_argument("--shape", type=shapes, help="KxN[,KxN...] (default: 4096x4096,4096x14336)")
-    p.add_argument("--seconds", type=seconds, default=180.0, help="for timing (default: 180)")
-    p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
-    add_device(p)
+    p = flags.make_parser("tune", __doc__)
+    every = ",".join(f"{k}x{n}" for k, n in SHAPES)
+    p.add_argument("--shape", type=flags.shapes, default=every, help="KxN[,KxN...]")
+    flags.add_device(p)
+    flags.add_timing(p, seconds_together=180.0)
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure this GPU. Returns 1 when a result was wrong, and writes nothing then."""
-    return run(parser(), arguments, _tune_gpu)
+    return flags.run(parser(), arguments, _tune_gpu)
 
 
 def _tune_gpu(o: argparse.Namespace) -> int:
     if o.device.type != "cuda":
-        raise UsageError(NO_GPU)
-    seed = o.seed if o.seed is not None else int.from_bytes(os.urandom(3), "little")
-    console = make_console()
-    print_lines(console, f"{describe_machine(o.device)} | seed {seed}")
-    cases = grid(o.device, shapes=o.shape or SHAPES)
+        raise flags.UsageError(NO_GPU)
+    console = report.make_console()
+    report.print_lines(console, f"{describe_machine(o.device)} | seed {o.seed}")
+    cases = grid(o.device, shapes=o.shape)
     clocks = [CudaClock(o.device, graph) for graph in (True, False)]
     major, minor = torch.cuda.get_device_capability(o.device)
     try:
         run_tune(
             console,
             cases,
-            measurer(clocks, o.seconds / len(cases), seed),
+            measurer(clocks, o.seconds / len(cases), o.seed),
             device="cuda",
             arch=10 * major + minor,
             device_name=torch.cuda.get_device_name(o.device),
-            progress=make_progress(),
+            progress=report.make_progress(),
         )
     except TuningError as error:
         console.print("nothing is written:", style="bold red", end=" ")
-        print_lines(console, str(error))
+        report.print_lines(console, str(error))
         return 1
     return 0

@@ -78,7 +78,7 @@ class Package:
     def build(self, case: Case, tensors: Tensors) -> Step:
         activation = case.rows.activation
         adapter = _adapter(case, tensors)
-        options = {
+        options: dict[str, Any] = {
             "backend": self.backend,
             "strategy": self.strategy,
             "adapter_precision": self.precision,

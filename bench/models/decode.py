@@ -27,9 +27,8 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 
 from alora_kernels import accelerate
-from bench.common.flags import make_parser, output_file, positive, run, seconds
+from bench.common import flags, report
 from bench.common.machine import describe_machine
-from bench.common.report import make_console, make_table, print_lines, warn_of_spread, write_csv
 from bench.common.statistics import ratio_spread
 
 INVOCATION = [5, 6, 7]
@@ -112,18 +111,19 @@ def sampler(name: str, model: Any, prompt: torch.Tensor) -> Callable[[], tuple[f
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("decode", __doc__)
-    p.add_argument("--layers", type=positive, default=32, help="default: 32")
-    p.add_argument("--hidden", type=positive, default=64, help="default: 64")
-    p.add_argument("--rank", type=positive, default=16, help="default: 16")
-    p.add_argument("--seconds", type=seconds, default=20.0, help="for all models together")
-    p.add_argument("--csv", type=output_file, help="write all figures to this file")
+    p = flags.make_parser("decode", __doc__)
+    add, positive = p.add_argument, flags.positive
+    add("--layers", type=positive, default=32, help="of the model")
+    add("--hidden", type=positive, default=64, help="size of a layer")
+    add("--rank", type=positive, default=16, help="R")
+    add("--seconds", type=flags.seconds, default=20.0, help="for timing, all models together")
+    add("--csv", type=flags.output_file, help="write all figures to this file")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print."""
-    return run(parser(), arguments, _measure)
+    return flags.run(parser(), arguments, _measure)
 
 
 def _measure(o: argparse.Namespace) -> int:
@@ -145,15 +145,15 @@ def _measure(o: argparse.Namespace) -> int:
             order.reverse()
             for name in order:
                 samples[name].append(runs[name]()[0])
-    console = make_console()
-    print_lines(console, describe_machine(torch.device("cpu")))
+    console = report.make_console()
+    report.print_lines(console, describe_machine(torch.device("cpu")))
     figures = [
         Figure(name, o.layers, o.hidden, o.rank, statistics.median(s), len(s))
         for name, s in samples.items()
     ]
     print_figures(console, figures, samples)
     if o.csv:
-        write_csv(o.csv, figures)
+        report.write_csv(o.csv, figures)
     return 0
 
 
@@ -162,7 +162,7 @@ def print_figures(
 ) -> None:
     """The table, then what was meant to be reached."""
     first = figures[0]
-    table = make_table(
+    table = report.make_table(
         f"one token, {first.layers} layers × 7 modules, hidden {first.hidden}, rank {first.rank}, "
         "one thread, adapter_precision fp32",
         ("model", "ms per token", "quartiles", "× base", "× PEFT LoRA", "samples"),
@@ -185,7 +185,7 @@ def print_figures(
     for other, most in TARGETS.items():
         ratio = medians["alora_kernels"] / medians[other]
         verdict = "within" if ratio <= most else "above"
-        print_lines(
+        report.print_lines(
             console, f"alora_kernels / {other}: {ratio:.2f}, {verdict} the target of {most:.1f}"
         )
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)

@@ -29,26 +29,9 @@ import torch
 
 import alora_kernels
 from alora_kernels.inference import Session, view_of
+from bench.common import flags, report
 from bench.common.clocks import READERS
-from bench.common.flags import (
-    UsageError,
-    add_clock,
-    add_device,
-    add_files,
-    add_threads,
-    make_parser,
-    numbers_above,
-    positive,
-    run,
-)
 from bench.common.machine import describe_machine
-from bench.common.report import (
-    make_console,
-    make_progress,
-    print_lines,
-    warn_of_spread,
-    write_csv,
-)
 from bench.common.statistics import ratio_interval, ratio_spread
 from bench.models.serve_models import load_models
 from bench.models.serve_report import (
@@ -72,39 +55,40 @@ Times = dict[tuple[str, str], list[float]]  # seconds of each round, by what and
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("serve", __doc__)
-    add = p.add_argument
+    p = flags.make_parser("serve", __doc__)
+    add, positive = p.add_argument, flags.positive
     add("--model", help="a local folder (default: Gemma 3 270M of the extra [model])")
     add("--small", action="store_true", help="a tiny Gemma 3 from config and short contexts")
-    add("--context", type=numbers_above(1), help="tokens, comma-separated (default: 500,1000,2000)")
-    add("--adapters", type=positive, default=5, help="default: 5")
-    add("--tokens", type=positive, default=16, help="of each answer (default: 16)")
-    add("--rank", type=positive, default=32, help="R (default: 32)")
-    add("--targets", default="all-linear", help="adapted layers (default: all-linear)")
-    add("--rounds", type=positive, default=3, help="default: 3")
-    add("--long-rounds", type=positive, default=1, help="of the long variants (default: 1)")
-    add("--pairs", type=positive, default=24, help="of first token and base forward (default: 24)")
-    add("--seed", type=int, default=0, help="of the prompts and adapters (default: 0)")
-    add_device(p)
-    add_threads(p)
-    add_clock(p, condition="--threads 1")
-    add_files(p, plot="the times over the context length")
+    about = "tokens, comma-separated (default: 500,1000,2000)"
+    add("--context", type=flags.numbers_above(1), help=about)
+    add("--adapters", type=positive, default=5, help="how many")
+    add("--tokens", type=positive, default=16, help="of each answer")
+    add("--rank", type=positive, default=32, help="R")
+    add("--targets", default="all-linear", help="adapted layers")
+    add("--rounds", type=positive, default=3, help="of each variant")
+    add("--long-rounds", type=positive, default=1, help="of the long variants")
+    add("--pairs", type=positive, default=24, help="of first token and base forward")
+    add("--seed", type=int, default=0, help="of the prompts and adapters")
+    flags.add_device(p)
+    flags.add_threads(p)
+    flags.add_clock(p, condition="--threads 1")
+    flags.add_files(p, plot="the times over the context length")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, measure, print. Returns 1 when an answer on the cache is not that from scratch."""
-    return run(parser(), arguments, _run)
+    return flags.run(parser(), arguments, _run)
 
 
 def _run(o: argparse.Namespace) -> int:
     if o.clock == "cpu" and (o.threads > 1 or o.device.type != "cpu"):
-        raise UsageError(
+        raise flags.UsageError(
             "--clock cpu adds up the threads of a CPU: it needs --threads 1 and --device cpu"
         )
     torch.set_num_threads(o.threads)
     contexts = o.context or ([64, 128] if o.small else [500, 1000, 2000])
-    console = make_console()
+    console = report.make_console()
     activated, plain, tokenizer = load_models(o)
     machine = describe_machine(o.device)
     name = o.model or ("tiny" if o.small else "Gemma 3 270M")
@@ -113,10 +97,10 @@ def _run(o: argparse.Namespace) -> int:
         f"{name}, {dtype}, {o.adapters} adapters of rank {o.rank} on {o.targets}, answers of "
         f"{o.tokens} tokens"
     )
-    print_lines(console, machine, f"{served}, {o.clock} time")
+    report.print_lines(console, machine, f"{served}, {o.clock} time")
     rows: list[Row] = []
     spreads: dict[str, float] = {}
-    with make_progress() as progress:
+    with report.make_progress() as progress:
         task = progress.add_task("checking", total=len(contexts) * (o.rounds + 1))
         for number, context in enumerate(contexts):
             progress.update(task, description=f"checking, {context} tokens")
@@ -130,9 +114,9 @@ def _run(o: argparse.Namespace) -> int:
             rows += rows_of(times, context, o.seed)
             spreads.update(spreads_of(times, context))
     print_rows(console, rows)
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)
     if o.csv:
-        write_csv(o.csv, rows)
+        report.write_csv(o.csv, rows)
     if o.plot:
         write_plot(o.plot, rows, served, machine)
     return 0

@@ -9,15 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from bench.common.report import (
-    COLOURS,
-    GREY,
-    make_table,
-    mark,
-    over_lengths,
-    plot,
-    times,
-)
+from bench.common import report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,7 +45,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
     """A table for each group, then the first token against the base's forward."""
     for what in (FIRST, ALL):
         columns = ("context", "variant", "rounds", "median", "min", "× the first", "target")
-        table = make_table(f"{what}, medians", columns, left=("variant",))
+        table = report.make_table(f"{what}, medians", columns, left=("variant",))
         mine = [r for r in rows if r.what == what]
         for i, row in enumerate(mine):
             if i and mine[i - 1].context != row.context:
@@ -70,7 +62,7 @@ def print_rows(console: Console, rows: Sequence[Row]) -> None:
             )
         console.print(table)
     title = "first token ÷ base forward of the same tokens on that cache"
-    table = make_table(title, ("context", "pairs", "ratio", "95 % interval", "target"))
+    table = report.make_table(title, ("context", "pairs", "ratio", "95 % interval", "target"))
     for row in rows:
         if row.over_base is not None:
             table.add_row(
@@ -90,13 +82,13 @@ def _missed(missed: bool) -> str:
 
 
 PANELS = {FIRST: "Time to the first token", ALL: "Time to all answers"}
-BLUE, RED = COLOURS[:2]
+BLUE, RED = report.COLOURS[:2]
 LINES: dict[str, tuple[str, str]] = {
-    PLAIN: (GREY, "o-"),
+    PLAIN: (report.GREY, "o-"),
     BASE: ("#222222", ":"),
     OURS: (RED, "o-"),
-    PLAIN_ALONE: (GREY, "o-"),
-    PLAIN_BATCH: (GREY, "o--"),
+    PLAIN_ALONE: (report.GREY, "o-"),
+    PLAIN_BATCH: (report.GREY, "o--"),
     ALONE: (BLUE, "o-"),
     BATCH: (RED, "o-"),
 }
@@ -106,7 +98,7 @@ MARKED = {OURS: (PLAIN, True), ALONE: (PLAIN_ALONE, True), BATCH: (PLAIN_ALONE, 
 
 def write_plot(path: Path, rows: Sequence[Row], served: str, machine: str) -> None:
     """Seconds to the first token and to all answers over the context length."""
-    with plot(
+    with report.plot(
         path,
         "After a base turn over the same context (×: times sooner than plain LoRA)",
         notes=[served, machine],
@@ -127,7 +119,9 @@ def _draw(axis: Axes, rows: Sequence[Row]) -> None:
         if points and variant in MARKED:
             other, above = MARKED[variant]
             for context, value in points:
-                mark(axis, context, value, times(seconds[other, context] / value), above)
-    over_lengths(axis, contexts, list(seconds.values()))
+                report.mark(
+                    axis, context, value, report.times(seconds[other, context] / value), above
+                )
+    report.over_lengths(axis, contexts, list(seconds.values()))
     axis.set(xlabel="context, tokens", ylabel="seconds")
     axis.legend()

@@ -26,9 +26,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.common.flags import add_files, add_threads, make_parser, numbers_above, positive, run
+from bench.common import flags, report
 from bench.common.machine import describe_machine
-from bench.common.report import make_console, make_progress, print_lines, warn_of_spread, write_csv
 from bench.common.statistics import ratio_spread
 from bench.models.train_memory import peak_in_process, peak_of
 from bench.models.train_report import VARIANTS, Figure, print_figures, write_plot
@@ -41,27 +40,27 @@ Samples = Mapping[str, Sequence[float]]  # seconds of each round, by variant
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("train", __doc__)
-    add = p.add_argument
-    add("--prompt", type=numbers_above(0), help="prompt tokens, comma-separated (default:\n"
-        "512,2048; with --plot 256,512,1024,2048)")  # fmt: skip
-    add("--suffix", type=positive, default=64, help="tokens from the invocation on (default: 64)")
-    add("--batch", type=positive, default=2, help="rows (default: 2)")
-    add("--rank", type=positive, default=32, help="R (default: 32)")
-    add("--layers", type=positive, default=10, help="layers of the model (default: 10)")
-    add("--rounds", type=positive, default=5, help="timed steps of each variant (default: 5)")
-    add("--chunk-size", type=positive, default=1024, help="prefix tokens at once (default: 1024)")
+    p = flags.make_parser("train", __doc__)
+    add, positive = p.add_argument, flags.positive
+    about = "tokens, comma-separated (default: 512,2048; with --plot 256,512,1024,2048)"
+    add("--prompt", type=flags.numbers_above(0), help=about)
+    add("--suffix", type=positive, default=64, help="tokens from the invocation on")
+    add("--batch", type=positive, default=2, help="rows")
+    add("--rank", type=positive, default=32, help="R")
+    add("--layers", type=positive, default=10, help="of the model")
+    add("--rounds", type=positive, default=5, help="timed steps of each variant")
+    add("--chunk-size", type=positive, default=1024, help="prefix tokens at once")
     add("--accelerated", action="store_true", help="no_grad and cached on accelerate(model)")
     add("--no-memory", action="store_true", help="leave peak memory out")
     add("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    add_threads(p, default=2)
-    add_files(p, plot="seconds and memory over the prompt length")
+    flags.add_threads(p, 2)
+    flags.add_files(p, plot="seconds and memory over the prompt length")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write. Returns the exit status."""
-    return run(parser(), arguments, _run)
+    return flags.run(parser(), arguments, _run)
 
 
 def _run(o: argparse.Namespace) -> int:
@@ -71,18 +70,18 @@ def _run(o: argparse.Namespace) -> int:
     if o.memory_of:
         print(json.dumps({"peak": peak_of(o)}))
         return 0
-    console = make_console()
+    console = report.make_console()
     machine = describe_machine(torch.device("cpu"))
-    print_lines(console, machine)
+    report.print_lines(console, machine)
     figures, spreads = _measure(o, console)
     print_figures(figures, console)
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)
     if o.csv:
-        write_csv(o.csv, figures)
-        print_lines(console, f"csv: {o.csv}")
+        report.write_csv(o.csv, figures)
+        report.print_lines(console, f"csv: {o.csv}")
     if o.plot:
         write_plot(o.plot, figures, machine)
-        print_lines(console, f"plot: {o.plot}")
+        report.print_lines(console, f"plot: {o.plot}")
     return 0
 
 
@@ -96,14 +95,14 @@ def _measure(o: argparse.Namespace, console: Console) -> tuple[list[Figure], dic
         served = accelerate(make_model(o))
     models = {v: plain if v == "peft" else served for v in VARIANTS}
     count = sum(p.numel() for n, p in plain.named_parameters() if "lora_" not in n)
-    print_lines(
+    report.print_lines(
         console,
         f"Llama from config, {count / 1e6:.1f}M parameters, float32, batch {o.batch}, rank "
         f"{o.rank} on all seven projections{', accelerated' if o.accelerated else ''}",
     )
     figures: list[Figure] = []
     spreads: dict[str, float] = {}
-    with make_progress() as progress:
+    with report.make_progress() as progress:
         bar = progress.add_task("", total=len(o.prompt) * len(VARIANTS) * (o.rounds + 1))
 
         def show(prompt: int, what: str) -> None:

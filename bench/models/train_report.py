@@ -9,16 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.common.report import (
-    COLOURS,
-    GREY,
-    make_table,
-    mark,
-    over_lengths,
-    plot,
-    print_lines,
-    times,
-)
+from bench.common import report
 
 VARIANTS = ("peft", "no_grad", "cached")
 # What this package means to reach, by (prompt, suffix): speed and peak memory against PEFT.
@@ -55,7 +46,7 @@ def print_figures(figures: Sequence[Figure], console: Console) -> None:
     words = ("variant", "target")
     columns = ("tokens", "variant", "s/step", "fastest", "× PEFT", "by CPU time", "peak MiB",
                "of PEFT's", "loss", "target")  # fmt: skip
-    table = make_table("training step (forward and backward), medians", columns, left=words)
+    table = report.make_table("training step (forward and backward), medians", columns, left=words)
     last = None
     for f in figures:
         if last is not None and last != f.prompt:
@@ -75,7 +66,7 @@ def print_figures(figures: Sequence[Figure], console: Console) -> None:
         )
     console.print(table)
     load = os.getloadavg()[0]
-    print_lines(console, f"load average {load:.1f} on {os.cpu_count()} cores")
+    report.print_lines(console, f"load average {load:.1f} on {os.cpu_count()} cores")
 
 
 def _against_target(f: Figure) -> str:
@@ -89,8 +80,8 @@ def _against_target(f: Figure) -> str:
     return ", ".join(parts)
 
 
-LINES = {"peft": (GREY, "PEFT"), "no_grad": (COLOURS[0], "prefix=no_grad"),
-         "cached": (COLOURS[1], "prefix=cached")}  # fmt: skip
+LINES = {"peft": (report.GREY, "PEFT"), "no_grad": (report.COLOURS[0], "prefix=no_grad"),
+         "cached": (report.COLOURS[1], "prefix=cached")}  # fmt: skip
 
 
 def write_plot(path: Path, figures: Sequence[Figure], machine: str) -> None:
@@ -101,7 +92,7 @@ def write_plot(path: Path, figures: Sequence[Figure], machine: str) -> None:
     if all(f.peak_mib for f in figures):
         name = "peak memory over the model, MiB"
         panels[name] = {(f.variant, f.prompt): f.peak_mib or 0.0 for f in figures}
-    with plot(
+    with report.plot(
         path,
         "aLoRA training step: work before the invocation left out (×: times faster than PEFT)",
         notes=[f"{what}, {first.rounds} rounds", machine],
@@ -112,9 +103,9 @@ def write_plot(path: Path, figures: Sequence[Figure], machine: str) -> None:
             for variant, (colour, label) in LINES.items():
                 heights = [values[variant, prompt] for prompt in prompts]
                 axis.plot(prompts, heights, "o-", color=colour, label=label)
-            over_lengths(axis, prompts, list(values.values()))
+            report.over_lengths(axis, prompts, list(values.values()))
             axis.set(xlabel=f"prompt tokens (+ {first.suffix} of the adapter)", ylabel=name)
             axis.legend()
         for f in figures:
             if f.variant != "peft":
-                mark(axes[0], f.prompt, f.seconds, times(f.speedup))
+                report.mark(axes[0], f.prompt, f.seconds, report.times(f.speedup))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.common.report import COLOURS, GREY, make_table, over_lengths, plot, print_lines
+from bench.common import report
 
 # Where an invocation starts, and how the plot says it.
 STARTS = {"aligned": "on a block's edge", "worst": "at the worst offset"}
@@ -90,7 +90,7 @@ def print_tables(
     """Requests, all adapters at once, LoRA ops, base requests."""
     columns = ("block", "start", "context", "cached", "hit rate", "first: aLoRA",
                "plain", "sooner", "end: aLoRA", "plain", "sooner")  # fmt: skip
-    table = make_table("one request after a base turn, ms", columns, left=("start",))
+    table = report.make_table("one request after a base turn, ms", columns, left=("start",))
     for r in rows:
         table.add_row(
             str(r.block_size), r.start, str(r.context), str(r.cached), f"{r.hit_rate:.1%}",
@@ -100,7 +100,7 @@ def print_tables(
     console.print(table)
     together = ("block", "start", "context", "base turn", "aLoRA", "plain", "sooner",
                "with the base turn")  # fmt: skip
-    table = make_table("all adapters at once, ms", together, left=("start",))
+    table = report.make_table("all adapters at once, ms", together, left=("start",))
     for r in rows:
         if r.together_alora is not None:
             table.add_row(
@@ -111,13 +111,13 @@ def print_tables(
     console.print(table)
     if ops:
         title = f"LoRA op, {ops[0].rows} tokens of one adapter, ms"
-        table = make_table(title, ("layer", "ours", "vLLM's", "faster"), left=("layer",))
+        table = report.make_table(title, ("layer", "ours", "vLLM's", "faster"), left=("layer",))
         whole = Op("all four", ops[0].rows, sum(p.ours for p in ops), sum(p.stock for p in ops))
         for op in (*ops, whole):
             table.add_row(op.layer, _ms(op.ours), _ms(op.stock), _times(op.stock / op.ours))
         console.print(table)
     if base is not None:
-        print_lines(
+        report.print_lines(
             console,
             f"base requests, {base.requests} to each engine in turn: {_ms(base.with_plugin)} ms "
             f"with the plugin, {_ms(base.without)} ms without: {base.ratio:.3f} × "
@@ -133,10 +133,10 @@ def write_plot(path: Path, rows: Sequence[Row], served: str, machine: str) -> No
         name = f"aLoRA, start {STARTS[r.start]}, blocks of {r.block_size}"
         lines.setdefault(name, []).append((r.context, r.first_alora))
     title = "vLLM, after a base turn over the same context"
-    with plot(path, title, notes=[served, machine], height=4.4) as (axis,):
-        for colour, (name, points) in zip((GREY, *COLOURS), lines.items()):
+    with report.plot(path, title, notes=[served, machine], height=4.4) as (axis,):
+        for colour, (name, points) in zip((report.GREY, *report.COLOURS), lines.items()):
             axis.plot(*zip(*points), "o-", color=colour, label=name)
         values = [value for points in lines.values() for _, value in points]
-        over_lengths(axis, sorted({r.context for r in rows}), values)
+        report.over_lengths(axis, sorted({r.context for r in rows}), values)
         axis.set(xlabel="context, tokens", ylabel="seconds to the first token")
         axis.legend()

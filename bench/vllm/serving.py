@@ -31,23 +31,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench.common.flags import (
-    UsageError,
-    add_clock,
-    add_files,
-    make_parser,
-    numbers_above,
-    positive,
-    run,
-)
+from bench.common import flags, report
 from bench.common.machine import describe_machine
-from bench.common.report import (
-    make_console,
-    make_progress,
-    print_lines,
-    warn_of_spread,
-    write_csv,
-)
 from bench.common.statistics import ratio_interval, ratio_spread
 from bench.vllm.engine import Engine, Request
 from bench.vllm.models import INVOCATION_LENGTH, layers_of, model_folder, write_adapters
@@ -56,49 +41,49 @@ from bench.vllm.report import STARTS, Base, Op, Row, print_tables, write_plot
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    p = make_parser("vllm", __doc__)
-    add = p.add_argument
+    p = flags.make_parser("vllm", __doc__)
+    add, positive, numbers = p.add_argument, flags.positive, flags.numbers_above(0)
     add("--engine-python", default=sys.executable, help="the Python of vLLM's environment")
     add("--model", type=Path, help="a local folder (default: Gemma 3 270M of the extra [model])")
     add("--small", action="store_true", help="a tiny model from config")
-    add("--context", type=numbers_above(0), default=[1024, 2048, 4096],
-        help="tokens, comma-separated (default: 1024,2048,4096)")  # fmt: skip
-    add("--block-size", type=numbers_above(0), default=[128, 32], help="default: 128,32")
-    add("--adapters", type=positive, default=5, help="default: 5")
-    add("--tokens", type=positive, default=16, help="of each answer (default: 16)")
-    add("--rank", type=positive, default=32, help="R (default: 32)")
-    add("--targets", default="q_proj,k_proj,v_proj", help="adapted layers (default: q, k and v)")
-    add("--rounds", type=positive, default=2, help="default: 2")
-    add("--requests", type=int, default=24, help="base requests to each engine (0: none)")
-    add("--op-rows", type=int, default=1024, help="tokens of the LoRA ops' batch (0: none)")
+    add("--context", type=numbers, default="1024,2048,4096", help="tokens, comma-separated")
+    add("--block-size", type=numbers, default="128,32", help="tokens, comma-separated")
+    add("--adapters", type=positive, default=5, help="how many")
+    add("--tokens", type=positive, default=16, help="of each answer")
+    add("--rank", type=positive, default=32, help="R")
+    add("--targets", default="q_proj,k_proj,v_proj", help="adapted layers")
+    add("--rounds", type=positive, default=2, help="of each variant")
+    add("--requests", type=int, default=24, help="base requests to each engine; 0: none")
+    add("--op-rows", type=int, default=1024, help="tokens of the LoRA ops' batch; 0: none")
     add("--cores", type=_cores, help="that an engine's threads are bound to (default: all)")
-    add("--seed", type=int, default=0, help="of the prompts and adapters (default: 0)")
-    add_clock(p, condition="--cores with one core")
-    add_files(p, plot="the time to first token over the context length")
+    add("--seed", type=int, default=0, help="of the prompts and adapters")
+    flags.add_clock(p, condition="--cores with one core")
+    flags.add_files(p, plot="the time to first token over the context length")
     return p
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print. Returns 1 when an answer on the cache is not that from scratch."""
-    return run(parser(), arguments, _run)
+    return flags.run(parser(), arguments, _run)
 
 
 def _run(o: argparse.Namespace) -> int:
     if o.clock == "cpu" and len(o.cores or os.sched_getaffinity(0)) > 1:
-        raise UsageError("--clock cpu adds up the threads of a CPU: it needs --cores with one core")
+        raise flags.UsageError(
+            "--clock cpu adds up a CPU's threads: it needs --cores with one core"
+        )
     if 0 < o.requests < 20:
-        raise UsageError("--requests: at least 20, or 0 for none; fewer say nothing about 2 %")
-    if min(o.context) < 2 * max(o.block_size) or any(
-        c % b for c in o.context for b in o.block_size
-    ):
-        raise UsageError("--context: multiples of every block size, two blocks at least")
+        raise flags.UsageError("--requests: at least 20, or 0; fewer say nothing about 2 %")
+    uneven = any(context % block for context in o.context for block in o.block_size)
+    if uneven or min(o.context) < 2 * max(o.block_size):
+        raise flags.UsageError("--context: multiples of every block size, two blocks at least")
     if not _has_vllm(o.engine_python):
-        raise UsageError(
+        raise flags.UsageError(
             f"--engine-python: no vLLM in the environment of {o.engine_python}; name the Python of "
             "one that has vLLM and this package"
         )
     with tempfile.TemporaryDirectory() as scratch:
-        return _measure_all(o, make_console(), Path(scratch))
+        return _measure_all(o, report.make_console(), Path(scratch))
 
 
 def _has_vllm(python: str) -> bool:
@@ -119,7 +104,7 @@ def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
     base: Base | None = None
     spreads: dict[str, float] = {}
     steps = len(o.block_size) * len(STARTS) * len(o.context) + bool(o.op_rows) + bool(o.requests)
-    with make_progress() as progress:
+    with report.make_progress() as progress:
         task = progress.add_task("starting vLLM", total=steps)
         for number, block in enumerate(o.block_size):
             with _engine(o, model, scratch, adapters, block) as engine:
@@ -147,9 +132,9 @@ def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
             spreads["base requests, with the plugin ÷ without"] = spread
             progress.advance(task)
     print_tables(console, rows, ops, base)
-    warn_of_spread(console, spreads)
+    report.warn_of_spread(console, spreads)
     if o.csv:
-        write_csv(o.csv, rows, ops, [base] if base else [])
+        report.write_csv(o.csv, rows, ops, [base] if base else [])
     if o.plot:
         write_plot(o.plot, rows, _served(o), describe_machine(torch.device("cpu")))
     return 0
@@ -167,7 +152,7 @@ def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> Non
     bound = "; ".join(
         f"{t['threads']} threads bound to cores {t['cores']}" for t in about["threads"]
     )
-    print_lines(
+    report.print_lines(
         console,
         describe_machine(torch.device("cpu")),
         f"vLLM {about['vllm']}, {bound}, at most {about['batched_tokens']} tokens a step",
@@ -366,7 +351,7 @@ def measure_base(
 
 
 def _cores(text: str) -> list[int]:
-    cores = numbers_above(-1)(text)
+    cores = flags.numbers_above(-1)(text)
     if not set(cores) <= os.sched_getaffinity(0):
         raise argparse.ArgumentTypeError(f"this machine has {sorted(os.sched_getaffinity(0))}")
     return cores
