@@ -16,6 +16,8 @@ from bench import run
 from bench.common.statistics import ratio_interval
 from bench.vllm import serving as bench
 
+STAND_IN = Path(__file__).with_name("engine_stand_in")
+
 
 def row(**changes: object) -> bench.Row:
     values = {
@@ -58,6 +60,35 @@ def test_wrong_flags_are_named(
     with pytest.raises(SystemExit) as caught:
         bench.main(flags)
     assert caught.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_a_stand_in(tmp_path: Path) -> None:
+    """The whole mode where there is no vLLM: two processes, tables, csv and plot."""
+    pytest.importorskip("transformers")
+    path = [str(STAND_IN), os.environ.get("PYTHONPATH", "")]
+    result = subprocess.run(
+        [
+            sys.executable, run.__file__, "--mode", "vllm", "--small", "--context", "128,256",
+            "--block-size", "64,32", "--adapters", "2", "--tokens", "4", "--rounds", "2",
+            "--requests", "20", "--op-rows", "0", "--csv", str(tmp_path / "out.csv"),
+            "--plot", str(tmp_path / "out.png"),
+        ],
+        text=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "vLLM 0.0" in result.stdout and "base requests, 20 to each engine" in result.stdout
+    lines = list(csv.reader((tmp_path / "out.csv").open()))
+    runs = [dict(zip(lines[0], line)) for line in lines[1:9]]
+    assert [(r["block_size"], r["start"], r["context"], r["cached"]) for r in runs] == [
+        (str(block), start, str(context), str(context - (block if start == "worst" else 0)))
+        for block in (64, 32)
+        for context in (128, 256)
+        for start in ("aligned", "worst")
+    ]
+    assert [bool(r["together_alora"]) for r in runs] == [True] * 4 + [False] * 4
+    assert lines[9][:2] == ["requests", "with_plugin"] and lines[10][0] == "20"
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.vllm
