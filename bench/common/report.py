@@ -88,7 +88,6 @@ def write_csv(path: Path, *tables: Sequence[Any]) -> None:
 
 WIDTH = 9.0  # inches of every plot: shown 900 pixels wide, a letter of 8 points is 11 pixels high
 SMALLEST = 8  # points
-LETTER = 0.53  # width of a letter over its size, on average
 GREY = "#6b6b6b"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#111111")
 STYLE: Any = {
@@ -121,21 +120,19 @@ def plot(
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height * rows + 0.9), layout="constrained")
-        panels: Any = (
-            figure.subfigures()
-        )  # of their own, so that their legend stays below the title
+        figure = Figure((WIDTH, height * rows + 0.9), dpi=200, layout="constrained")
+        panels: Any = figure.subfigures()  # a part of its own, so that the title stays above it
         axes = list(panels.subplots(rows, columns, squeeze=False).flat)
-        figure.suptitle(_wrapped(title, 11), fontsize=11, fontweight="bold")
-        below = "\n".join(_wrapped(note, SMALLEST) for note in notes)
+        figure.suptitle(title, fontsize=11, fontweight="bold", wrap=True)
+        below = "\n".join(textwrap.fill(note, letters(SMALLEST)) for note in notes)
         figure.supxlabel(below, fontsize=SMALLEST, color=GREY)
         yield axes
         if shared_legend:
             handles, labels = axes[0].get_legend_handles_labels()
-            letters = max(map(len, labels)) + 6  # with the line or box before it
-            fit = max(1, int(_letters(SMALLEST) / letters))
+            longest = max(map(len, labels)) + 6  # with the line or box before it
+            fit = max(1, letters(SMALLEST) // longest)
             panels.legend(handles, labels, loc="outside upper center", ncols=fit)
-        figure.savefig(path, dpi=200)
+        figure.savefig(path)
 
 
 def over_lengths(axis: Axes, lengths: Sequence[int], values: Sequence[float]) -> None:
@@ -172,10 +169,6 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
 
 
-def _letters(points: float, inches: float = WIDTH) -> float:
-    """How many letters of a size stand side by side."""
-    return 72 * 0.95 * inches / (LETTER * points)
-
-
-def _wrapped(text: str, points: float) -> str:
-    return textwrap.fill(text, int(_letters(points)))
+def letters(points: float, width: float = 72 * WIDTH) -> int:
+    """How many letters of a size surely stand side by side in a width, both in points."""
+    return int(width / (0.6 * points))

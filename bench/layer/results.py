@@ -262,7 +262,7 @@ def _draw_bars(
 def _upright(groups: Sequence[str], columns: int) -> bool:
     """Whether the names are too long to stand side by side."""
     longest = max(len(line) for group in groups for line in group.split("\n"))
-    return longest * report.LETTER * report.SMALLEST > _group_points(columns, groups)
+    return longest > report.letters(report.SMALLEST, _group_points(columns, groups))
 
 
 def _name_groups(axis: Axes, groups: Sequence[str], columns: int) -> None:

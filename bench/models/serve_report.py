@@ -85,7 +85,7 @@ PANELS = {FIRST: "Time to the first token", ALL: "Time to all answers"}
 BLUE, RED = report.COLOURS[:2]
 LINES: dict[str, tuple[str, str]] = {
     PLAIN: (report.GREY, "o-"),
-    BASE: ("#222222", ":"),
+    BASE: ("#222222", "o:"),
     OURS: (RED, "o-"),
     PLAIN_ALONE: (report.GREY, "o-"),
     PLAIN_BATCH: (report.GREY, "o--"),

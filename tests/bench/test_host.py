@@ -6,7 +6,6 @@ import importlib.util
 import sys
 
 import pytest
-import torch
 
 import alora_kernels
 from alora_kernels import dispatch
@@ -17,13 +16,6 @@ pytest.importorskip("peft")
 
 from bench import run
 from bench.layer import host
-
-
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_command_prints_a_line_for_each_call(capsys) -> None:

@@ -24,13 +24,6 @@ from bench.layer import cases, check, command, cpu_targets, measure, variants
 DOOR = Path(run.__file__)
 
 
-@pytest.fixture(autouse=True)
-def keep_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny_case(dtype: torch.dtype = torch.float32, **changes) -> cases.Case:
     case = cases.Case(
         model="tiny",
@@ -156,25 +149,6 @@ def test_wrong_flags_are_refused_with_the_reason(arguments, message, capsys):
         run.main(arguments.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("mode", sorted(run.MODES))
-def test_a_mode_whose_module_is_absent_says_so(mode, capsys, monkeypatch):
-    monkeypatch.setitem(run.MODES, mode, "bench.no_such_module")
-    with pytest.raises(SystemExit) as stop:
-        run.main(["--mode", mode])
-    assert stop.value.code == 2
-    assert f"--mode {mode}: bench/no_such_module.py is not part" in capsys.readouterr().err
-
-
-def test_another_mode_gets_its_own_flags(monkeypatch):
-    got = []
-    stub = SimpleNamespace(main=lambda arguments: got.append(arguments) or 3)
-    monkeypatch.setitem(sys.modules, "stub_mode", stub)
-    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: stub)
-    monkeypatch.setitem(run.MODES, "train", "stub_mode")
-    assert run.main(["--mode", "train", "--steps", "7"]) == 3
-    assert got == [["--steps", "7"]]
 
 
 # ---------------------------------------------------------------------- the check
