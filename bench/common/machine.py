@@ -24,6 +24,14 @@ def describe_machine(device: torch.device) -> str:
     return " | ".join(parts)
 
 
+def arch_of(device: torch.device) -> int:
+    """Compute capability as 80, 90, ...; 0 off NVIDIA GPUs."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def cpu_name() -> str:
     """The processor's model name."""
     try:

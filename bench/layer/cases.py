@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import Activation
+from alora_kernels.backends import Problem
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ADAPTERS = ("summary", "certainty", "rewrite", "safety")
@@ -97,6 +98,26 @@ class Case:
     @property
     def pass_name(self) -> str:
         return "fwd+bwd" if self.backward else "fwd"
+
+    @property
+    def passes(self) -> tuple[bool, ...]:
+        """Whether each of its passes is a backward."""
+        return (False, True) if self.backward else (False,)
+
+    def problem(self, device: str, arch: int, backward: bool) -> Problem:
+        """The dispatcher's view of one pass."""
+        return Problem(
+            rows=self.rows.num_rows,
+            in_features=self.in_features,
+            out_features=(self.out_features,),
+            ranks=(self.rank,),
+            active=self.rows.num_active,
+            dtype=self.dtype,
+            adapter_dtype=self.adapter_dtype,
+            device=device,
+            arch=arch,
+            backward=backward,
+        )
 
     def but(self, **changes: Any) -> Case:
         return dataclasses.replace(self, **changes)

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from alora_kernels.backends import STRATEGIES, Call, Projection
-from alora_kernels.dispatch import BACKENDS, choose, problem_of
+from alora_kernels.backends import STRATEGIES
+from alora_kernels.dispatch import BACKENDS, choose
 from bench.common import flags
 from bench.common.clocks import Clock, CpuClock, CudaClock
+from bench.common.machine import arch_of
 from bench.layer.cases import (
     DTYPES,
     MODELS,
@@ -67,7 +68,7 @@ def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Vari
     strategies = STRATEGIES if options.strategy == "all" else (options.strategy,)
     for backend in backends:
         for strategy in strategies:
-            reason = _refusal(cases, backend, strategy)
+            reason = _refusal(cases, backend, strategy, options.device)
             if reason is None:
                 ours.append(Package(backend, strategy, options.adapter_precision))
             else:
@@ -85,17 +86,13 @@ def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Vari
     return [BaseLinear(), *ours, *others]
 
 
-def _refusal(cases: Sequence[Case], backend: str, strategy: str) -> str | None:
+def _refusal(
+    cases: Sequence[Case], backend: str, strategy: str, device: torch.device
+) -> str | None:
     """Why this package cannot run the cases this way, in its dispatcher's own words."""
     for case in cases:
-        shape = case.in_features, case.out_features
-        x = torch.empty(case.rows.num_rows, shape[0], dtype=case.dtype, device="meta")
-        lora_a = torch.empty(case.rank, shape[0], dtype=case.adapter_dtype, device="meta")
-        lora_b = torch.empty(shape[1], case.rank, dtype=case.adapter_dtype, device="meta")
-        call = Call(case.rows.activation, (case.scaling,))
-        problem = problem_of(call, x, [Projection(None, None, lora_a, lora_b, None)], False, True)
         try:
-            choose(problem._replace(device=case.rows.activation.device.type), backend, strategy)
+            choose(case.problem(device.type, arch_of(device), True), backend, strategy)
         except RuntimeError as error:
             return str(error)
     return None

@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alora_kernels import dispatch, tuning
-from alora_kernels.backends import STRATEGIES, Problem
+from alora_kernels.backends import STRATEGIES
 from alora_kernels.tuning import Measurement
 from bench.common import flags, report
 from bench.common.clocks import Clock, CudaClock, interleave
-from bench.common.machine import describe_machine
+from bench.common.machine import arch_of, describe_machine
 from bench.common.statistics import Timing, geometric_mean
 from bench.layer.cases import Case, layer_cases, make_tensors, rows_from_fraction
 from bench.layer.check import check_all, describe
@@ -112,48 +112,30 @@ def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
     return measure
 
 
-def problem_of(case: Case, device: str, arch: int, backward: bool) -> Problem:
-    """The dispatcher's view of one pass of a case."""
-    return Problem(
-        rows=case.rows.num_rows,
-        in_features=case.in_features,
-        out_features=(case.out_features,),
-        ranks=(case.rank,),
-        active=case.rows.num_active,
-        dtype=case.dtype,
-        adapter_dtype=case.adapter_dtype,
-        device=device,
-        arch=arch,
-        backward=backward,
-    )
-
-
-def able(case: Case, device: str, arch: int) -> list[Pair]:
+def able(case: Case, arch: int) -> list[Pair]:
     """The pairs that can run a case."""
-    found = []
-    passes = (False, True) if case.backward else (False,)
-    for name, backend in dispatch.BACKENDS.items():
-        if name == "reference" or backend.why_not_here() is not None:
-            continue
-        for strategy in STRATEGIES:
-            problems = [problem_of(case, device, arch, backward) for backward in passes]
-            if all(backend.why_not(p, strategy) is None for p in problems):
-                found.append((name, strategy))
-    return found
+    problems = [case.problem("cuda", arch, backward) for backward in case.passes]
+    return [
+        (name, strategy)
+        for name, backend in dispatch.BACKENDS.items()
+        if name != "reference" and backend.why_not_here() is None
+        for strategy in STRATEGIES
+        if all(backend.why_not(problem, strategy) is None for problem in problems)
+    ]
 
 
-def expected(case: Case, pair: Pair, device: str, arch: int) -> float:
+def expected(case: Case, pair: Pair, arch: int) -> float:
     """The cost model's time of a case: forward, or forward + backward."""
-    backend = dispatch.BACKENDS[pair[0]]
+    name, strategy = pair
     return sum(
-        dispatch.model_seconds(backend, problem_of(case, device, arch, backward), pair[1])
-        for backward in ((False, True) if case.backward else (False,))
+        dispatch.model_seconds(
+            dispatch.BACKENDS[name], case.problem("cuda", arch, backward), strategy
+        )
+        for backward in case.passes
     )
 
 
-def tune(
-    cases: Sequence[Case], measure: Measure, device: str, arch: int, progress: Progress
-) -> list[Line]:
+def tune(cases: Sequence[Case], measure: Measure, arch: int, progress: Progress) -> list[Line]:
     """Measure all pairs in all cases."""
     lines = []
     task = progress.add_task("tuning", total=len(cases))
@@ -161,11 +143,11 @@ def tune(
         for case in cases:
             rows = case.rows.num_rows
             progress.update(task, description=f"{case.layer} M={rows} {case.pass_name}")
-            pairs = {Package(*pair).name: pair for pair in able(case, device, arch)}
+            pairs = {Package(*pair).name: pair for pair in able(case, arch)}
             times = measure(case, [Package(*pair) for pair in pairs.values()]) if pairs else {}
             measured = {pairs[name]: timing for name, timing in times.items()}
             if measured:
-                model = {pair: expected(case, pair, device, arch) for pair in measured}
+                model = {pair: expected(case, pair, arch) for pair in measured}
                 lines.append(Line(case, measured, model))
             progress.advance(task)
     return lines
@@ -229,11 +211,11 @@ def print_result(console: Console, lines: Sequence[Line]) -> None:
 
 
 def run_tune(
-    console: Console, cases: Sequence[Case], measure: Measure, *, device: str, arch: int,
-    device_name: str, progress: Progress,
+    console: Console, cases: Sequence[Case], measure: Measure, *, arch: int, device_name: str,
+    progress: Progress,
 ) -> list[Line]:  # fmt: skip
     """Measure, write the file, print the table."""
-    lines = tune(cases, measure, device, arch, progress)
+    lines = tune(cases, measure, arch, progress)
     if not lines:
         raise TuningError("no backend can run here; python -m alora_kernels says why")
     file = tuning.path()
@@ -269,14 +251,12 @@ def _tune_gpu(o: argparse.Namespace) -> int:
     report.print_lines(console, f"{describe_machine(o.device)} | seed {o.seed}")
     cases = grid(o.device, shapes=o.shape)
     clocks = [CudaClock(o.device, graph) for graph in (True, False)]
-    major, minor = torch.cuda.get_device_capability(o.device)
     try:
         run_tune(
             console,
             cases,
             measurer(clocks, o.seconds / len(cases), o.seed),
-            device="cuda",
-            arch=10 * major + minor,
+            arch=arch_of(o.device),
             device_name=torch.cuda.get_device_name(o.device),
             progress=report.make_progress(),
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,54 +22,42 @@ Outputs = dict[str, Tensor]  # "y" and, with backward, "x", "lora_a", "lora_b" (
 Step = Callable[[], Outputs]
 
 
-class Variant(Protocol):
+class Variant:
     """One way to compute the layer."""
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def adapted(self) -> bool:
-        """Whether the adapter is part of it; the base linear is the same layer without one."""
-
-    @property
-    def own_dropout(self) -> bool:
-        """Whether it draws dropout by torch's generator, so that the mask cannot be foretold."""
+    name: str
+    adapted = True  # the base linear is the same layer without an adapter
+    own_dropout = False  # drawn by torch's generator, so that the mask cannot be foretold
 
     def adapter_precision(self, case: Case) -> str:
         """In which arithmetic the adapter runs, as the package's argument of that name."""
+        return "compute"
 
     def build(self, case: Case, tensors: Tensors) -> Step:
         """The step of `case`. Raises what the variant raises where it cannot run."""
+        raise NotImplementedError
 
 
-class BaseLinear:
+class BaseLinear(Variant):
     """The frozen nn.Linear: the least that any of them can cost."""
 
     name = "base linear"
     adapted = False
-    own_dropout = False
-
-    def adapter_precision(self, case: Case) -> str:
-        return "compute"
 
     def build(self, case: Case, tensors: Tensors) -> Step:
-        linear = _frozen_linear(tensors.weight)
-        return _step(case, tensors, linear, {})
+        return _step(case, tensors, _frozen_linear(tensors.weight), {})
 
 
 @dataclass(frozen=True)
-class Package:
+class Package(Variant):
     """alora_kernels.AloraLinear with one backend and one strategy."""
 
     backend: str = "auto"
     strategy: str = "auto"
     precision: str = "compute"
-    adapted = True
-    own_dropout = False
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         return f"alora {self.backend}/{self.strategy}"
 
     def adapter_precision(self, case: Case) -> str:
@@ -106,11 +94,10 @@ class Package:
         return _step(case, tensors, forward, adapter)
 
 
-class PeftLayer:
+class PeftLayer(Variant):
     """PEFT's own aLoRA layer, built by PEFT and called as PEFT's model calls it."""
 
     name = "PEFT"
-    adapted = True
     own_dropout = True
 
     def adapter_precision(self, case: Case) -> str:
@@ -126,15 +113,11 @@ class PeftLayer:
         return _step(case, tensors, lambda x: layer(x, alora_offsets=offsets), adapter)
 
 
-class ByHand:
+class ByHand(Variant):
     """The delta strategy as one writes it in five lines of PyTorch."""
 
     name = "by hand"
-    adapted = True
     own_dropout = True
-
-    def adapter_precision(self, case: Case) -> str:
-        return "compute"
 
     def build(self, case: Case, tensors: Tensors) -> Step:
         weight, scaling, dropout_p = tensors.weight, case.scaling, case.dropout_p

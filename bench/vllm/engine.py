@@ -36,40 +36,30 @@ class Answer:
     ids: list[int]
 
 
-class Engine:
-    """A running engine."""
+@dataclass(frozen=True)
+class Served:
+    """What an engine serves and how; engine_process.py reads these fields."""
 
-    def __init__(
-        self,
-        python: str,
-        model: Path,
-        *,
-        adapters: dict[str, str],
-        rank: int,
-        targets: Sequence[str],
-        block_size: int,
-        max_len: int,
-        cores: Sequence[int],
-        log: Path,
-        plugin: bool = True,
-        clock: str = "wall",
-    ) -> None:
-        options = {
-            "model": str(model),
-            "adapters": adapters,
-            "rank": rank,
-            "targets": list(targets),
-            "block_size": block_size,
-            "max_len": max_len,
-            "cores": list(cores),
-            "clock": clock,
-        }
+    model: str
+    adapters: dict[str, str]  # folders by name
+    rank: int
+    targets: list[str]
+    block_size: int
+    max_len: int
+    cores: list[int]
+    clock: str
+
+
+class Engine:
+    """A running engine of the Python `python`; its output goes to the file `log`."""
+
+    def __init__(self, python: str, served: Served, log: Path, plugin: bool = True) -> None:
         env = {
             **os.environ,
             # One process and one OpenMP thread for each core. vLLM's own binding wants a worker
             # process, which its engine then watches in a loop, on one of the same few cores.
-            "OMP_NUM_THREADS": str(len(cores)),
-            "OMP_PLACES": ",".join(f"{{{core}}}" for core in cores),
+            "OMP_NUM_THREADS": str(len(served.cores)),
+            "OMP_PLACES": ",".join(f"{{{core}}}" for core in served.cores),
             "OMP_PROC_BIND": "true",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -82,7 +72,7 @@ class Engine:
         self.log = log
         with log.open("w") as errors:
             self.process = subprocess.Popen(
-                [python, str(PROCESS), json.dumps(options)],
+                [python, str(PROCESS), json.dumps(asdict(served))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -16,16 +16,12 @@ engines, with the plugin and without.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,9 +29,8 @@ from rich.console import Console
 
 from bench.common import flags, report
 from bench.common.machine import describe_machine
-from bench.common.statistics import ratio_interval, ratio_spread
-from bench.vllm.engine import Engine, Request
-from bench.vllm.models import INVOCATION_LENGTH, layers_of, model_folder, write_adapters
+from bench.vllm.measure import Bench, spreads_of
+from bench.vllm.models import INVOCATION_LENGTH, model_folder, write_adapters
 from bench.vllm.report import STARTS, Base, Op, Row, print_tables, write_plot
 
 
@@ -97,8 +92,8 @@ def _has_vllm(python: str) -> bool:
 
 def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
     model = model_folder(o, scratch)
-    sizes = json.loads((model / "config.json").read_text())
-    adapters = write_adapters(scratch, sizes, o)
+    bench = Bench(o, model, scratch)
+    adapters = write_adapters(scratch, bench.sizes, o)
     rows: list[Row] = []
     ops: list[Op] = []
     base: Base | None = None
@@ -107,10 +102,10 @@ def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
     with report.make_progress() as progress:
         task = progress.add_task("starting vLLM", total=steps)
         for number, block in enumerate(o.block_size):
-            with _engine(o, model, scratch, adapters, block) as engine:
+            with bench.engine(adapters, block) as engine:
                 if number == 0:
                     _head(o, console, engine.started)
-                wrong = check(engine, o, sizes)
+                wrong = bench.check(engine)
                 if wrong:
                     console.print(f"[red]{wrong}[/]", highlight=False)
                     return 1
@@ -118,17 +113,17 @@ def _measure_all(o: argparse.Namespace, console: Console, scratch: Path) -> int:
                     for start in STARTS:
                         where = f"{context} tokens, {start}, blocks of {block}"
                         progress.update(task, description=where)
-                        row, samples = measure(engine, o, sizes, context, start, number == 0)
+                        row, samples = bench.measure(engine, context, start, number == 0)
                         rows.append(row)
                         spreads.update(spreads_of(samples, where))
                         progress.advance(task)
                 if number == 0 and o.op_rows:
                     progress.update(task, description="LoRA ops")
-                    ops = measure_ops(engine, o, sizes)
+                    ops = bench.measure_ops(engine)
                     progress.advance(task)
         if o.requests:
             progress.update(task, description="base requests")
-            base, spread = measure_base(o, model, scratch, sizes)
+            base, spread = bench.measure_base()
             spreads["base requests, with the plugin ÷ without"] = spread
             progress.advance(task)
     print_tables(console, rows, ops, base)
@@ -158,196 +153,6 @@ def _head(o: argparse.Namespace, console: Console, about: dict[str, Any]) -> Non
         f"vLLM {about['vllm']}, {bound}, at most {about['batched_tokens']} tokens a step",
         f"{_served(o)}, invocations of {INVOCATION_LENGTH}, {o.clock} time, seed {o.seed}",
     )
-
-
-@contextlib.contextmanager
-def _engine(
-    o: argparse.Namespace,
-    model: Path,
-    scratch: Path,
-    adapters: dict[str, str],
-    block: int,
-    plugin: bool = True,
-) -> Iterator[Engine]:
-    with Engine(
-        o.engine_python,
-        model,
-        adapters=adapters,
-        rank=o.rank,
-        targets=o.targets.split(","),
-        block_size=block,
-        max_len=max(o.context) + 64,
-        cores=o.cores or sorted(os.sched_getaffinity(0)),
-        log=scratch / f"engine-{block}-{plugin}.log",
-        plugin=plugin,
-        clock=o.clock,
-    ) as engine:
-        yield engine
-
-
-# ---------------------------------------------------------------------- what is measured
-
-Times = dict[str, list[float]]  # seconds by what was timed: "first a" is aLoRA's, "first p" plain
-
-
-def _prompt(o: argparse.Namespace, sizes: dict[str, Any], length: int, salt: object) -> list[int]:
-    draw = random.Random(f"{o.seed} {length} {salt}")
-    return [draw.randrange(20 + o.adapters, sizes["vocab_size"] - 1) for _ in range(length)]
-
-
-def _turn(engine: Engine, o: argparse.Namespace, ids: list[int]) -> tuple[list[int], float]:
-    """The base model's answer after `ids`, and its time.
-
-    One token more is generated than is used, as a chat ends in an end-of-turn token: the keys and
-    values of a token exist once it was fed.
-    """
-    (answer,) = engine.run([Request(ids, None, o.tokens + 1)])
-    return [*ids, *answer.ids[: o.tokens]], answer.total
-
-
-def _requests(o: argparse.Namespace, ids: list[int], kind: str) -> list[Request]:
-    """The adapters' requests; `kind` is "a" (aLoRA) or "p" (plain LoRA)."""
-    return [
-        Request([*ids, *[10 + i] * INVOCATION_LENGTH], f"{kind}{i}", o.tokens)
-        for i in range(o.adapters)
-    ]
-
-
-def check(engine: Engine, o: argparse.Namespace, sizes: dict[str, Any]) -> str | None:
-    """What is wrong with the answers, if anything; warms the engine up as well."""
-    block = engine.started["block_size"]
-    engine.reset()
-    ids, _ = _turn(engine, o, _prompt(o, sizes, 2 * block, "check"))
-    requests = _requests(o, ids, "a")
-    warm = engine.run(requests)
-    plain = engine.run(_requests(o, ids, "p"))
-    for request, answer, other in zip(requests, warm, plain):
-        engine.reset()
-        (cold,) = engine.run([request])
-        if answer.cached != len(ids) // block * block or cold.cached or other.cached:
-            return (
-                f"{request.adapter}: {answer.cached} tokens from the cache after a base turn of "
-                f"{len(ids)} in blocks of {block}, {cold.cached} from an empty cache, and "
-                f"{other.cached} for the plain LoRA"
-            )
-        if answer.ids[0] != cold.ids[0]:
-            return f"{request.adapter}: {answer.ids} on the cache, {cold.ids} from scratch"
-    return None
-
-
-def measure(
-    engine: Engine,
-    o: argparse.Namespace,
-    sizes: dict[str, Any],
-    context: int,
-    start: str,
-    together: bool,
-) -> tuple[Row, Times]:
-    """One row of medians over interleaved rounds, and the seconds of the rounds."""
-    times: Times = {}
-    cached: list[int] = []
-    asked = 0
-
-    def note(what: str, *seconds: float) -> None:
-        times.setdefault(what, []).extend(seconds)
-
-    length = context - (start == "worst")
-    for number in range(o.rounds):
-        ids = _prompt(o, sizes, length - o.tokens, number)
-        engine.reset()
-        ids, seconds = _turn(engine, o, ids)
-        note("base", seconds)
-        for request in _requests(o, ids, "a"):
-            (answer,) = engine.run([request])
-            note("first a", answer.first)
-            note("total a", answer.total)
-            cached.append(answer.cached)
-            asked += len(request.ids)
-        (answer,) = engine.run(_requests(o, ids, "p")[:1])
-        note("first p", answer.first)
-        note("total p", answer.total)
-        if together:
-            engine.reset()
-            again, seconds = _turn(engine, o, ids[: length - o.tokens])
-            note("base", seconds)
-            note("all a", max(a.total for a in engine.run(_requests(o, again, "a"))))
-            engine.reset()
-            note("all p", max(a.total for a in engine.run(_requests(o, again, "p"))))
-    of = {what: median(samples) for what, samples in times.items()}
-    row = Row(
-        block_size=engine.started["block_size"],
-        start=start,
-        context=context,
-        rounds=o.rounds,
-        cached=min(cached),
-        hit_rate=sum(cached) / asked,
-        first_alora=of["first a"],
-        first_plain=of["first p"],
-        total_alora=of["total a"],
-        total_plain=of["total p"],
-        base_turn=of["base"],
-        together_alora=of.get("all a"),
-        together_plain=of.get("all p"),
-    )
-    return row, times
-
-
-def spreads_of(times: Times, where: str) -> dict[str, float]:
-    """How far the ratios of plain LoRA over aLoRA spread."""
-    names = {"first": "first token", "total": "one request", "all": "all adapters"}
-    return {
-        f"{name}, plain ÷ aLoRA, {where}": ratio_spread(times[f"{key} p"], times[f"{key} a"])
-        for key, name in names.items()
-        if f"{key} p" in times
-    }
-
-
-def measure_ops(engine: Engine, o: argparse.Namespace, sizes: dict[str, Any]) -> list[Op]:
-    """vLLM's CPU op against ours, each layer, on a prefill of one adapter."""
-    layers = layers_of(sizes)
-    threads = engine.started["threads"][0]["threads"]
-    found = engine.ask(
-        do="ops", rows=o.op_rows, shapes=list(layers.values()), rank=o.rank, repeats=5,
-        threads=threads,
-    )  # fmt: skip
-    for layer, figures in zip(layers, found):
-        if figures["difference"] > 1e-5:
-            raise RuntimeError(f"{layer}: the two ops differ by {figures['difference']:.1e}")
-    return [Op(n, o.op_rows, f["ours"], f["stock"]) for n, f in zip(layers, found)]
-
-
-def measure_base(
-    o: argparse.Namespace, model: Path, scratch: Path, sizes: dict[str, Any]
-) -> tuple[Base, float]:
-    """Base requests to two live engines in turn, one idle while the other works.
-
-    Returns the medians, and how far their ratio spreads.
-    """
-    block = o.block_size[0]
-    pairs: list[tuple[float, float]] = []
-    with (
-        _engine(o, model, scratch, {}, block) as ours,
-        _engine(o, model, scratch, {}, block, plugin=False) as stock,
-    ):
-        for number in range(-2, o.requests):
-            ids = _prompt(o, sizes, 2 * block, f"base {number}")
-            order = (ours, stock) if number % 2 else (stock, ours)
-            seconds = {e is ours: e.run([Request(ids, None, o.tokens)])[0] for e in order}
-            if seconds[True].ids != seconds[False].ids:
-                raise RuntimeError(f"base request {number}: other tokens with the plugin")
-            if number >= 0:  # the first two warm up
-                pairs.append((seconds[True].total, seconds[False].total))
-    low, high = ratio_interval(pairs, o.seed)
-    ours_s, stock_s = zip(*pairs)
-    base = Base(
-        requests=len(pairs),
-        with_plugin=median(ours_s),
-        without=median(stock_s),
-        ratio=median(ours_s) / median(stock_s),
-        low=low,
-        high=high,
-    )
-    return base, ratio_spread(ours_s, stock_s)
 
 
 def _cores(text: str) -> list[int]:

@@ -18,8 +18,9 @@ pytest.importorskip("peft")
 
 from bench import run
 from bench.common import clocks, report
+from bench.common.flags import UsageError
 from bench.common.statistics import Timing
-from bench.layer import cases, check, command, cpu_targets, measure, variants
+from bench.layer import cases, check, command, cpu_targets, measure, selection, variants
 
 DOOR = Path(run.__file__)
 
@@ -149,6 +150,22 @@ def test_wrong_flags_are_refused_with_the_reason(arguments, message, capsys):
         run.main(arguments.split())
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_can_run_is_asked_for_the_device_and_its_architecture(monkeypatch):
+    asked = []
+
+    def choose(problem, backend, strategy):
+        asked.append((problem.device, problem.arch, problem.backward))
+        raise RuntimeError(f"{backend}/{strategy} is not for this machine")
+
+    monkeypatch.setattr(selection, "choose", choose)
+    monkeypatch.setattr(selection, "arch_of", lambda device: {"cuda": 90}[device.type])
+    options = command.parser().parse_args(["--backend", "triton", "--strategy", "tail"])
+    options.device = torch.device("cuda", 0)
+    with pytest.raises(UsageError, match="triton/tail is not for this machine"):
+        selection.variants_of(options, [tiny_case()])
+    assert asked == [("cuda", 90, True)]
 
 
 # ---------------------------------------------------------------------- the check

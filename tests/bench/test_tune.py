@@ -95,13 +95,13 @@ def run_it(
         timings = {}
         for v in given:
             pair = (v.backend, v.strategy)
-            seconds = factors.get(pair, 1.0) * tune.expected(case, pair, "cuda", ARCH)
+            seconds = factors.get(pair, 1.0) * tune.expected(case, pair, ARCH)
             timings[v.name] = Timing(seconds, spread, seconds, 5)
         return timings
 
     text = io.StringIO()
     lines = tune.run_tune(
-        Console(file=text, width=160), small_grid(), fake, device="cuda", arch=ARCH,
+        Console(file=text, width=160), small_grid(), fake, arch=ARCH,
         device_name=GPU, progress=Progress(disable=True),
     )  # fmt: skip
     return text.getvalue(), lines
