@@ -55,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Python puts a script's folder first on the path, where bench/vllm would be taken for vLLM.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    # Python puts a script's folder on the path, where bench/vllm would be taken for vLLM. The
+    # repository stands there instead, so that `bench` is found.
+    here = Path(__file__).resolve().parent
+    sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
     sys.exit(main())

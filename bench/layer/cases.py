@@ -19,7 +19,7 @@ CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ADAPTERS = ("summary", "certainty", "rewrite", "safety")
 
 # (in_features, out_features) of each adapted projection, from the models' published configurations.
-# Projections of one shape stand together: they cost the same.
+# Projections of one shape stand together, for their costs are equal.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "Gemma-3-270M": {
         "q": (640, 1024),
@@ -56,7 +56,7 @@ class Rows:
     """The tokens of one batch and which of them are active.
 
     Every sequence is active from its invocation to its end, so that PEFT's layer, which knows no
-    other case, can run the same rows.
+    other case, can run these rows, too.
     """
 
     batch: int

@@ -38,8 +38,8 @@ class Checker:
     def check(self, variant: Variant, case: Case) -> None:
         """Raise WrongResult unless every output and gradient of `variant` is right.
 
-        `case` is the checker's case, or the same with `backward=False`. A variant that draws
-        dropout by torch's generator is checked without dropout, since its mask cannot be foretold.
+        `case` is the checker's case, or its forward alone. A variant that draws dropout by torch's
+        generator is checked without dropout, since its mask cannot be foretold.
         """
         if variant.own_dropout:
             case = case.but(dropout_p=0.0)
@@ -51,7 +51,7 @@ class Checker:
     def _references(self, variant: Variant, case: Case) -> tuple[Outputs, Outputs]:
         """The truth in float64 and PyTorch's own result in the case's dtype."""
         precision = variant.adapter_precision(case)
-        case = case.but(backward=case.backward or self._case.backward)  # y is the same in both
+        case = case.but(backward=case.backward or self._case.backward)
         key = (variant.adapted, precision, case.dropout_p)
         if key not in self._known:
             exact = double(case, self._tensors, precision)

@@ -3,7 +3,7 @@
     python bench/run.py --mode cpu-targets
 
 Against the frozen nn.Linear and PEFT's own layer, in one run: forward + backward at a training
-size, the same without the prefix's gradient and with dropout, and the decoding of one token.
+size, once without the prefix's gradient and once with dropout, and the decoding of one token.
 """
 
 from __future__ import annotations

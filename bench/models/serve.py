@@ -143,7 +143,7 @@ class Bench:
         return [self.ids[-1], *self.activated.peft_config[name].alora_invocation_tokens]
 
     def check(self, names: Sequence[str]) -> str | None:
-        """These answers of the batch against one forward from scratch, or what is wrong."""
+        """Compare answers of the batch with one forward from scratch; says what is wrong."""
         answers = dict(zip(self.names, self.all_batch()))
         for name in names:
             answer = answers[name]
@@ -280,10 +280,10 @@ def spreads_of(times: Times, context: int) -> dict[str, float]:
 
 
 def share(names: list[str], number: int, count: int) -> list[str]:
-    """The part of `names`, one at least, that the context `number` of `count` checks."""
+    """Names that are checked at context `number` of `count`: a share of all, at least one."""
     return names[number::count] or [names[number % len(names)]]
 
 
 def spread(count: int, rounds: int) -> set[int]:
-    """Which of `rounds` rounds measure what is measured `count` times: the middle one, ..."""
+    """Numbers of the rounds in which a variant of `count` rounds is measured, evenly spread."""
     return {int((i + 0.5) * rounds / min(count, rounds)) for i in range(min(count, rounds))}
