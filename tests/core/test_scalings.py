@@ -7,7 +7,7 @@ import torch
 
 from alora_kernels import alora_add, alora_linear, alora_linear_group
 
-from .oracle import assert_within_bound, make_case, run
+from ..oracle import assert_within_bound, make_case, run
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -16,7 +16,7 @@ from alora_kernels import (
     alora_linear_reference,
 )
 
-from .oracle import make_case
+from ..oracle import make_case
 
 OPTIONS = [
     {},
