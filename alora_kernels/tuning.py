@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .backends import STRATEGIES, Problem
+from .contract import STRATEGIES, Problem
 
 FORMAT = 1
 VARIABLE = "ALORA_TUNING_FILE"

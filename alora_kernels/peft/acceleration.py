@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
 from ..activation import Activation, current_activation, find_invocation_starts
+from ..contract import Options
 from . import checkpointing, records
 from .ambient import ForwardState, Request, current_request, current_state, set_state
 from .generation import CHUNKING, Called, generation
@@ -42,7 +43,7 @@ class Acceleration:
         auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
     """
 
-    def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, root: nn.Module, options: Options) -> None:
         self.root, self.options = root, options
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()

@@ -146,10 +146,9 @@ class AcceleratedLayer:
                 step.projections,
                 step.scalings,
                 state.activation_for(step.name, x),
-                step.dropout_p,
+                options if step.dropout_p == 0.0 else options._replace(dropout_p=step.dropout_p),
                 base_outs=outputs,
                 inplace=inplace,
-                **options,
             )
             if foreign:
                 outputs = tuple([y.to(dtype) for y in outputs])

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..activation import Activation
+from ..contract import Options
 from .acceleration import Acceleration
 from .ambient import (
     ForwardState,
@@ -71,12 +72,14 @@ def accelerate(
     root = _root(model)
     if OURS in root.__dict__:
         restore(model)
-    options = {
-        "adapter_precision": adapter_precision,
-        "backend": backend,
-        "strategy": strategy,
-        "prefix_grad": prefix_grad,
-    }
+    options = Options(
+        dropout_p=0.0,  # each layer has its own
+        prefix_grad=prefix_grad,
+        adapter_precision=adapter_precision,
+        strict_inactive=False,
+        backend=backend,
+        strategy=strategy,
+    )
     owner = Acceleration(root, options)
     if not any(isinstance(m, LoraLayer) for m in root.modules()):
         raise TypeError(

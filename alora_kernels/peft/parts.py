@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from ..backends import Projection
+from ..contract import Projection
 
 
 class Step(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..activation import Activation
-from ..backends import Call, Projection
+from ..contract import Call, Projection
 from ..dispatch import choose, problem_of
 
 _library = torch.library.Library("alora_kernels_vllm", "DEF")

@@ -22,8 +22,8 @@ import numpy as np
 from torch import Tensor
 
 from ..activation import Activation
-from ..backends import Call, Projection
 from ..backends.cpu import CpuBackend
+from ..contract import Call, Projection
 
 BACKEND = CpuBackend()
 

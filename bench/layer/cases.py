@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels import Activation
-from alora_kernels.backends import Problem
+from alora_kernels.contract import Problem
 
 CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ADAPTERS = ("summary", "certainty", "rewrite", "safety")

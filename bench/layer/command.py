@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from alora_kernels.backends import STRATEGIES
+from alora_kernels.contract import STRATEGIES
 from alora_kernels.dispatch import BACKENDS
 from bench.common import flags, report
 from bench.common.machine import describe_machine

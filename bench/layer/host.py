@@ -31,8 +31,9 @@ from torch import Tensor
 
 import alora_kernels
 from alora_kernels import Activation, AloraLinear, alora_linear, dispatch
-from alora_kernels.backends import Problem
 from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.contract import Problem
+from alora_kernels.run import forget
 from bench.common import flags, report
 from bench.common.machine import describe_machine
 from bench.common.statistics import Timing
@@ -82,7 +83,7 @@ def stubbed() -> Iterator[Stub]:
         setattr(owner, name, value)
     sys.modules["alora_kernels._cuda"] = stub  # type: ignore[assignment]
     dispatch.BACKENDS["cuda"] = StubbedCuda()
-    dispatch.forget()
+    forget()
     try:
         yield stub
     finally:
@@ -95,7 +96,7 @@ def stubbed() -> Iterator[Stub]:
         if module is not None:
             sys.modules["alora_kernels._cuda"] = module
         dispatch.BACKENDS["cuda"] = backend
-        dispatch.forget()
+        forget()
 
 
 class Cell(NamedTuple):
@@ -187,7 +188,7 @@ def measure(cell: Cell, rounds: int, calls: int, stub: Stub) -> Cost:
     # The backend is "auto", as users leave it, where the choice is between one.
     one = {cell.backend: dispatch.BACKENDS[cell.backend]}
     grad = torch.set_grad_enabled(cell.direction.startswith("forward"))
-    dispatch.forget()
+    forget()
     with mock.patch.dict(dispatch.BACKENDS, one, clear=True), grad:
         return _measure(*build(cell), rounds, calls, stub)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from alora_kernels.backends import STRATEGIES
+from alora_kernels.contract import STRATEGIES
 from alora_kernels.dispatch import BACKENDS, choose
 from bench.common import flags
 from bench.common.clocks import Clock, CpuClock, CudaClock

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alora_kernels import dispatch, tuning
-from alora_kernels.backends import STRATEGIES
+from alora_kernels.contract import STRATEGIES
+from alora_kernels.run import forget
 from alora_kernels.tuning import Measurement
 from bench.common import flags, report
 from bench.common.clocks import Clock, CudaClock, interleave
@@ -220,7 +221,7 @@ def run_tune(
         raise TuningError("no backend can run here; python -m alora_kernels says why")
     file = tuning.path()
     tuning.write(file, tuning.key_of(device_name), measurements(lines))
-    dispatch.forget()
+    forget()
     print_result(console, lines)
     report.print_lines(console, f"written for {device_name}: {file}")
     return lines

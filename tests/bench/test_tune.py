@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alora_kernels import dispatch, tuning
-from alora_kernels.backends import Problem
+from alora_kernels.contract import Problem
+from alora_kernels.run import forget
 from alora_kernels.tuning import Measurement
 
 pytest.importorskip("peft")
@@ -46,11 +47,11 @@ def machine(monkeypatch, tmp_path):
     table = {name: Willing(name) for name in ("cuda", "triton")}
     monkeypatch.setattr(dispatch, "BACKENDS", {**table, "reference": dispatch.ReferenceBackend()})
     monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "folder" / "tuning.json"))
-    dispatch.forget()
+    forget()
     monkeypatch.setattr(tuning, "key_here", Key(tuning.key_of(GPU)))
     yield
     monkeypatch.undo()
-    dispatch.forget()
+    forget()
 
 
 class Key:
@@ -154,7 +155,7 @@ def test_other_gpus_and_versions_are_kept_and_not_used(monkeypatch) -> None:
     assert set(tuning.read(tuning.path())) == {tuning.key_of(GPU), "Other GPU"}
     for key in ("Imaginary H100 | alora_kernels 0.0.9 | torch 1.0", None):
         monkeypatch.setattr(tuning, "key_here", Key(key))
-        dispatch.forget()
+        forget()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert picked() == ("cuda", "delta")

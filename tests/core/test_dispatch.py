@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from alora_kernels import dispatch
-from alora_kernels.backends import STRATEGIES, Problem
 from alora_kernels.backends.cuda.schedule import plans as cuda_plans
 from alora_kernels.backends.cuda.schedule import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
+from alora_kernels.contract import STRATEGIES, Problem
 from alora_kernels.cost import Schedule, base_seconds, launches, rates_of, seconds
+from alora_kernels.run import forget
 
 
 def problem(**changes) -> Problem:
@@ -47,11 +48,11 @@ def only(monkeypatch):
     def switch(*backends):
         table = {b.name: b for b in (*backends, dispatch.ReferenceBackend())}
         monkeypatch.setattr(dispatch, "BACKENDS", table)
-        dispatch.forget()
+        forget()
         dispatch._warn_once.cache_clear()
 
     yield switch
-    dispatch.forget()
+    forget()
     dispatch._warn_once.cache_clear()
 
 

@@ -57,7 +57,7 @@ def test_each_projection_has_its_own():
 def test_a_number_that_is_not_finite_is_refused(value):
     case = make_case()
     args = (case.x, case.weight, case.bias, case.lora_a, case.lora_b, case.activation, value)
-    with pytest.raises(ValueError, match="scaling must be finite, got (nan|inf)"):
+    with pytest.raises(ValueError, match=r"scaling must be finite, got (nan|inf)"):
         alora_linear(*args)
 
 

@@ -1,4 +1,4 @@
-"""What is known of a call is asked for by its signature, bounded, and forgotten when told."""
+"""What is remembered of a call is asked for by its signature, bounded, and forgotten when told."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from alora_kernels import (
     alora_linear,
     alora_linear_reference,
     dispatch,
-    known,
+    run,
 )
 
 
 @pytest.fixture(autouse=True)
 def nothing_known() -> None:
-    known.forget()
+    run.forget()
 
 
 def arguments(rows: int = 6, **change: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def agrees(given: dict[str, Any]) -> None:
 def test_calls_that_differ_in_values_alone_share_what_is_known() -> None:
     for _ in range(3):
         agrees(arguments())
-    (found,) = known._known.values()
+    (found,) = run._memory.values()
     assert found.checked and found.forward is not None
 
 
@@ -61,14 +61,14 @@ def test_what_the_host_expects_of_an_activation_tells_calls_apart() -> None:
         ]
     ):
         agrees(arguments(activation=activation))
-        assert len(known._known) == count + 1
+        assert len(run._memory) == count + 1
 
 
 def test_nothing_is_kept_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "KEPT", 3)
+    monkeypatch.setattr(run, "KEPT", 3)
     for rows in range(2, 12):
         agrees(arguments(rows))
-        assert 0 < len(known._known) <= 3
+        assert 0 < len(run._memory) <= 3
 
 
 def test_a_refused_call_is_not_known_as_good() -> None:
@@ -105,7 +105,7 @@ def test_subclasses_are_checked_in_every_call() -> None:
 
     for _ in range(2):
         agrees(arguments(lora_a=torch.randn(3, 8, dtype=torch.float64).as_subclass(Sub)))
-    assert not known._known
+    assert not run._memory
 
 
 def test_the_choice_is_made_anew_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,12 +114,12 @@ def test_the_choice_is_made_anew_when_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         dispatch, "BACKENDS", {n: b for n, b in dispatch.BACKENDS.items() if n == "reference"}
     )
-    dispatch.forget()
+    run.forget()
     alora_linear(**given)
-    (found,) = known._known.values()
+    (found,) = run._memory.values()
     assert found.forward is not None and found.forward[0].name == "reference"
     monkeypatch.undo()
-    dispatch.forget()
+    run.forget()
 
 
 def test_the_environment_is_asked_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_grad_mode_and_requires_grad_come_and_go() -> None:
 
 
 def test_threads_find_what_is_theirs(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "KEPT", 4)
+    monkeypatch.setattr(run, "KEPT", 4)
     failures: list[BaseException] = []
 
     def work(offset: int) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..contract import Call, Gradients, Needs, Problem, Projection
 from ..reference import alora_linear_reference
-from . import Call, Gradients, Needs, Problem, Projection
 
 
 class ReferenceBackend:
@@ -115,9 +115,9 @@ def _output(call: Call, x: Tensor, p: Projection, i: int, base_out: Tensor | Non
         call.activation.mask,
         call.scalings[i],
         lora_bias=p.lora_bias,
-        dropout_p=call.dropout_p,
+        dropout_p=call.options.dropout_p,
         seed=call.seed,
-        prefix_grad=call.prefix_grad,
-        adapter_precision=call.adapter_precision,
+        prefix_grad=call.options.prefix_grad,
+        adapter_precision=call.options.adapter_precision,
         base_out=base_out,
     )
