@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..activation import Activation
 from ..backends.cpu import CpuBackend
+from ..backends.cpu.rows import parts_of
 from ..contract import Call, Projection
 
 BACKEND = CpuBackend()
@@ -106,7 +107,7 @@ def shrink(
         out.zero_()
         for slot, activation in groups:
             a = slots[slot].to(out.dtype)  # [R, K]
-            for rows in _rows_of(activation):
+            for rows, _, _ in parts_of(activation):
                 out[rows, : a.shape[0]] = (x[rows].to(out.dtype) @ a.t()).mul_(scale)
 
 
@@ -128,17 +129,9 @@ def expand(
             out.zero_()
         for slot, activation in groups:
             b = slots[slot][: out.shape[1]].to(y.dtype)  # [N, R]
-            for rows in _rows_of(activation):
+            for rows, _, _ in parts_of(activation):
                 part = low[rows, : b.shape[1]].to(y.dtype) @ b.t()
                 if isinstance(rows, slice):
                     out[rows, : b.shape[0]].add_(part)
                 else:
                     out[:, : b.shape[0]].index_add_(0, rows, part)
-
-
-def _rows_of(activation: Activation) -> list[slice] | list[Tensor]:
-    """A group's rows: slices, or one gather where they lie scattered."""
-    segments = activation.segments or ()
-    if len(segments) > 16 and (activation.num_active or 0) < 32 * len(segments):
-        return [activation.active_rows[: activation.num_active].long()]
-    return [slice(lo, hi) for lo, hi in segments]
