@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alora_kernels import dispatch, tuning
+from alora_kernels import dispatch, files, tuning
 from alora_kernels.contract import Problem
 from alora_kernels.run import forget
 from alora_kernels.tuning import Measurement
@@ -168,7 +168,7 @@ def test_a_failed_write_leaves_the_old_file(monkeypatch) -> None:
     def fail(*args, **kwargs):
         raise OSError("no space left")
 
-    monkeypatch.setattr(tuning.json, "dump", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         run_it({})
     assert tuning.path().read_text() == before

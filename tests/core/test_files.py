@@ -49,7 +49,7 @@ def test_said_once(caplog):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for number in range(3):
-            once.warn_once(f"number {number}", "kind", "model a")
+            once.warn_once(f"number {number}", "kind", "model a", stacklevel=1)
         once.warn_once("number 9", "kind", "model b")
     assert [str(w.message) for w in caught] == ["number 0", "number 9"]
     assert caught[0].filename == __file__
