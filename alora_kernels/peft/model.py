@@ -28,7 +28,6 @@ from .ambient import (
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
 from .eligibility import strange_adapters, why_not_served
-from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
 from .refusal import check_adapter_folder, check_config, invocation_of
@@ -93,10 +92,7 @@ def accelerate(
         root.register_forward_pre_hook(owner.before_forward, with_kwargs=True),
         root.register_forward_hook(owner.after_forward, with_kwargs=True, always_call=True),
     ]
-    if hasattr(type(root), "generate"):
-        root.__dict__["generate"] = owner.generate
-    if skips_hooks(getattr(type(root), CHUNKING, None)):
-        root.__dict__[CHUNKING] = owner.prefill_in_chunks
+    owner.replace_methods()
     if isinstance(model, PeftModel):
         model.__dict__[OURS] = owner
         model.__class__ = accelerated_class(type(model), AcceleratedModel)
@@ -126,8 +122,7 @@ def restore(model: Any) -> Any:
         if is_accelerated(layer):
             _release(layer)
     unwatch(root.modules())
-    for name in ("generate", CHUNKING):
-        root.__dict__.pop(name, None)
+    owner.restore_methods()
     if model.__dict__.pop(OURS, None) is not None and is_accelerated(model):
         model.__class__ = type(model).alora_kind
         if is_accelerated(model.base_model):
@@ -332,10 +327,11 @@ class AcceleratedModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.__dict__[OURS]
-        names = kwargs.get("adapter_names")
-        if names is not None:
-            check_names(owner, names, "adapter_names")
-        with generation(owner, args, kwargs):
+        names = kwargs.pop("adapter_names", None)
+        offsets = kwargs.pop("alora_offsets", None)
+        if offsets is None and names is None:
+            return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
+        with requesting(self._request(owner, names, offsets)):
             return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
 
     @contextmanager
