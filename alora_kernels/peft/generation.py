@@ -99,8 +99,10 @@ class Generation:
         if torch.compiler.is_compiling():
             return self.awaited  # only `generate` compiles what it prepared
         if self.custom:
-            # Once there is a cache, its record knows better: rows may have moved.
-            return caches.length_of(cache) == 0 and (self._is_fed(tokens) or self._is_prompt(ids))
+            length = caches.length_of(cache)
+            if length is None or int(length):
+                return False  # its record knows better: rows may have moved
+            return self._is_fed(tokens) or self._is_prompt(ids)
         return self._is_fed(tokens)
 
     def _is_fed(self, tokens: Tensor) -> bool:

@@ -13,10 +13,10 @@ Looked = tuple[str, Sequence[int], bool]  # the adapter, its invocation, whether
 
 
 class LonelyRows:
-    """Warns once for each adapter in training and once in inference, never waiting for a device."""
+    """Warns once for each adapter, without waiting for the device."""
 
     def __init__(self) -> None:
-        self.warned: set[tuple[str, bool]] = set()
+        self.warned: set[str] = set()
         self.unread: tuple[Looked, Tensor, Any] | None = None
 
     def look(
@@ -24,7 +24,7 @@ class LonelyRows:
     ) -> None:
         """Take note of `lonely`, `[B]`: the rows of whole sequences without `tokens`."""
         what: Looked = (name, tokens, training)
-        if (name, training) in self.warned:
+        if name in self.warned:
             return
         if not isinstance(lonely, Tensor):
             rows = list(lonely)
@@ -44,7 +44,7 @@ class LonelyRows:
     def _say(self, name: str, tokens: Sequence[int], training: bool, missing: list[int]) -> None:
         if not missing:
             return
-        self.warned.add((name, training))
+        self.warned.add(name)
         rows = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
         if training:
             warnings.warn(
