@@ -95,7 +95,7 @@ def fingerprint(cache: Any, count: int) -> Tensor | None:
         return _of_states(cache)
     layers = getattr(cache, "layers", None)
     if not isinstance(layers, list):
-        return None
+        return _of_parts(cache, count)
     attention = [layer for layer in layers if isinstance(getattr(layer, "keys", None), Tensor)]
     whole = [layer for layer in attention if not getattr(layer, "is_sliding", False)] or attention
     if not whole:
@@ -137,6 +137,18 @@ def _of_tokens(keys: Any, values: Any, filled: int | Tensor | None, count: int) 
         end = size if filled is None else min(filled, size)
         parts = [t[:, 0, max(end - count, 0) : end, :CHANNELS] for t in pair]
     return _bits(parts)
+
+
+def _of_parts(cache: Any, count: int) -> Tensor | None:
+    """Bits of a cache of recurrent layers as transformers 4.57 has them, by layer."""
+    conv, keys = getattr(cache, "conv_states", None), getattr(cache, "key_cache", ())
+    if not isinstance(conv, list | Tensor):
+        return None
+    for place in range(len(keys) - 1, -1, -1):
+        if keys[place].dim() == 4:
+            return _of_tokens(keys[place], cache.value_cache[place], None, count)
+    states = (conv, getattr(cache, "ssm_states", ()))
+    return _of_states([by_layer[-1] for by_layer in states if len(by_layer)])
 
 
 def _of_states(states: Sequence[Any]) -> Tensor | None:

@@ -126,6 +126,12 @@ def test_copies_are_continued(pair, how):
     running.step()
 
 
+def empty(cache):
+    cache.reset()
+    if int(cache.get_seq_length()):
+        pytest.skip("the reset of this transformers empties no dynamic cache")
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cache_that_is_reset(pair, kind):
     model, stock = pair
@@ -135,7 +141,7 @@ def test_a_cache_that_is_reset(pair, kind):
         transformers.StaticCache(config=config, max_cache_len=40) if kind == "static" else None,
     )
     for length in (12, 7, 20):  # as long as before, shorter, longer
-        running.cache.reset()
+        empty(running.cache)
         running.ids = put(prompt(1, length), 0, 3, ASK).expand(3, -1).clone()
         running.starts = [3] * 3
         with torch.no_grad():
@@ -155,7 +161,7 @@ def test_a_cache_that_another_model_refilled_is_not_believed(pair, kind):
         cache = transformers.StaticCache(config=stock.config, max_cache_len=40)
     running = Running(pair, cache)
     cache = running.cache
-    cache.reset()
+    empty(cache)
     ids = prompt(3, 12)
     with torch.no_grad(), stock.disable_adapter():
         stock(input_ids=ids, **cached(stock, cache))
@@ -172,7 +178,7 @@ def test_a_reset_cache_that_the_base_model_refilled_is_known(pair):
     model, _ = pair
     running = Running(pair)
     cache = running.cache
-    cache.reset()
+    empty(cache)
     ids = put(prompt(3, 12), 1, 6, ASK)
     with torch.no_grad(), model.disable_adapter():
         model(input_ids=ids, **cached(model, cache))
@@ -285,7 +291,10 @@ def test_an_own_loop_on_recurrent_layers(kind, name):
             new = prompt(2, 1)
             ids = torch.cat([ids, new], 1)
             key = next(k for k in ("cache", "past_key_values", "cache_params") if k in output)
-            output = model(input_ids=new, use_cache=True, **{name or key: output[key]})
+            extra = {name or key: output[key]}
+            if key == "cache_params":  # transformers 4.57 has to be told
+                extra["cache_position"] = torch.tensor([ids.shape[1] - 1])
+            output = model(input_ids=new, use_cache=True, **extra)
             expected = scratch(stock, ids, [4, 6])[:, -1:]
             torch.testing.assert_close(output.logits, expected, **CLOSE)
 
@@ -343,6 +352,8 @@ def test_continuous_batching_is_refused(pair, way):
 
     def call():
         if way == "generate":
+            if transformers.__version__ < "5":
+                pytest.skip("generate of this transformers has no paged cache")
             return model.generate(ids, cache_implementation="paged", max_new_tokens=2)
         return getattr(model, way)(*([ids.tolist()] if way == "generate_batch" else []))
 
