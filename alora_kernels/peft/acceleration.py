@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ class Acceleration:
     Attributes:
         root: the transformers model (or any module) that holds the LoRA layers.
         options: passed to every op.
+        key: names this model in what it writes down with caches.
         layers: every LoRA layer, by its name in `root`.
         served: the names of those that run our forward.
         auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
@@ -31,6 +33,7 @@ class Acceleration:
 
     def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
         self.root, self.options = root, options
+        self.key = uuid.uuid4().hex
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()
         self.refused: dict[str, str] = {}

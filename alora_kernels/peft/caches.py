@@ -141,13 +141,14 @@ def _of_tokens(keys: Any, values: Any, filled: int | Tensor | None, count: int) 
 
 def _of_parts(cache: Any, count: int) -> Tensor | None:
     """Bits of a cache of recurrent layers as transformers 4.57 has them, by layer."""
-    conv, keys = getattr(cache, "conv_states", None), getattr(cache, "key_cache", ())
+    conv = getattr(cache, "conv_states", None)
+    keys: list[Tensor] = getattr(cache, "key_cache", [])
     if not isinstance(conv, list | Tensor):
         return None
     for place in range(len(keys) - 1, -1, -1):
         if keys[place].dim() == 4:
             return _of_tokens(keys[place], cache.value_cache[place], None, count)
-    states = (conv, getattr(cache, "ssm_states", ()))
+    states: list[Any] = [conv, getattr(cache, "ssm_states", ())]
     return _of_states([by_layer[-1] for by_layer in states if len(by_layer)])
 
 

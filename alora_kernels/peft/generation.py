@@ -169,8 +169,10 @@ class generation(requesting):
         if cache is None and self.given:
             cache = self.running.cache
         length = None if cache is None else caches.length_of(cache)
-        if length is not None and int(length) and records.recall(cache, int(length)) is None:
-            self._rewrite(cache, int(length), result)
+        if length is not None and int(length):
+            assert self.request is not None
+            if records.recall(cache, int(length), self.request.owner.key) is None:
+                self._rewrite(cache, int(length), result)
         return result
 
     def _rewrite(self, cache: Any, length: int, result: Any) -> None:
@@ -196,7 +198,7 @@ class generation(requesting):
             chunk = records.Chunk(length, ids[:, :length], bits)
         else:
             chunk = records.Chunk(length, None, bits)
-        records.write_record(cache, records.CacheRecord(0, (chunk,), starts))
+        records.write_record(cache, records.CacheRecord(0, owner.key, (chunk,), starts))
 
 
 def check_batching(owner: Acceleration) -> None:
@@ -282,7 +284,7 @@ def _find(
     length = caches.length_of(cache)
     record = None
     if length is None or int(length):
-        record = records.recall(cache, None if length is None else int(length))
+        record = records.recall(cache, None if length is None else int(length), owner.key)
     if length is None and record is None:
         raise owner.sequences.lengthless(next(iter(invocations)), cache)
     past = record.length if length is None else int(length)  # type: ignore[union-attr]

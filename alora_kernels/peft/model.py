@@ -155,6 +155,9 @@ def adapter_scope(
         starts: absolute start for each row (None = base model), counted in tokens of the row from
             the beginning of its cache; serves prefill, chunks and decoding alike.
 
+    `starts` and `activation` are meant for every forward in the block; around `generate`, for its
+    own sequence alone (not for a negative prompt, or what a logits processor runs).
+
     Raises:
         ValueError: the model is not accelerated, an adapter is unknown, or both `activation` and
             `starts` are given.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,11 +73,13 @@ class CacheRecord:
         chunks: what followed.
         starts: for each activated adapter that has run, the absolute start in each row (None = it
             has not begun).
+        writer: the accelerated model whose adapters these are.
     """
 
-    begin: int | None = 0
+    begin: int | None
+    writer: str
     chunks: tuple[Chunk, ...] = ()
-    starts: dict[str, list[int | None]] | None = None
+    starts: dict[str, list[int | None]] = field(default_factory=dict)
 
     @property
     def known(self) -> int:
@@ -98,7 +100,7 @@ class CacheRecord:
         chunks = (*self.chunks, chunk)
         if len(chunks) > LONGEST:
             chunks = _joined(chunks)
-        return CacheRecord(self.begin, chunks, {**(self.starts or {}), **starts})
+        return replace(self, chunks=chunks, starts={**self.starts, **starts})
 
     def cut(self, length: int) -> CacheRecord:
         """The record of a cache whose last tokens were taken back."""
@@ -110,9 +112,10 @@ class CacheRecord:
             room -= chunk.count
         starts = {
             name: [s if s is not None and s < length else None for s in rows]
-            for name, rows in (self.starts or {}).items()
+            for name, rows in self.starts.items()
         }
-        return CacheRecord(min(self.begin or 0, length), tuple(chunks), starts)
+        begin = min(self.begin or 0, length)
+        return replace(self, begin=begin, chunks=tuple(chunks), starts=starts)
 
     def latest(self, length: int) -> CacheRecord | None:
         """What the last forwards wrote into a cache of `length` tokens, if none was an adapter's.
@@ -126,13 +129,13 @@ class CacheRecord:
                 break
             chunks.insert(0, chunk)
             room -= chunk.count
-        return CacheRecord(room, tuple(chunks), {}) if chunks else None
+        return replace(self, begin=room, chunks=tuple(chunks), starts={}) if chunks else None
 
     def of_rows(self, rows: list[int]) -> CacheRecord:
         """The record of a cache that holds these rows."""
         place = torch.tensor(rows)
-        starts = {name: [s[r] for r in rows] for name, s in (self.starts or {}).items()}
-        return CacheRecord(self.begin, tuple(c.rows(place) for c in self.chunks), starts)
+        starts = {name: [s[r] for r in rows] for name, s in self.starts.items()}
+        return replace(self, chunks=tuple(c.rows(place) for c in self.chunks), starts=starts)
 
     def ids(self, batch: int, device: torch.device) -> Tensor | None:
         """The last tokens of the cache that are known without a gap, `[B, t]`."""
@@ -206,11 +209,12 @@ def forget(cache: Any) -> None:
     getattr(carrier_of(cache), "__dict__", {}).pop(ATTRIBUTE, None)
 
 
-def recall(cache: Any, length: int | None) -> CacheRecord | None:
+def recall(cache: Any, length: int | None, reader: str) -> CacheRecord | None:
     """The record of the tokens that `cache` holds now, its rows in their present order.
 
     Args:
         length: tokens in the cache; None if it does not tell.
+        reader: the accelerated model that asks; another's adapters of the same name are not its.
 
     Returns:
         None if there is no record, or the cache no longer holds what was recorded.
@@ -218,6 +222,8 @@ def recall(cache: Any, length: int | None) -> CacheRecord | None:
     record = record_of(cache)
     if record is None:
         return None
+    if record.writer != reader:
+        record = replace(record, writer=reader, starts={})
     cut = record.cut(record.length if length is None else length)
     for candidate in (cut, None if length is None else record.latest(length)):
         if candidate is None or length not in (None, candidate.length):
@@ -250,7 +256,7 @@ def _rows_now(cache: Any, record: CacheRecord) -> list[int] | None:
 
 
 def _began_alike(record: CacheRecord, rows: list[int]) -> bool:
-    return all(len({s[r] for r in rows}) == 1 for s in (record.starts or {}).values())
+    return all(len({s[r] for r in rows}) == 1 for s in record.starts.values())
 
 
 # ---------------------------------------------------------------------- where an adapter begins
@@ -274,9 +280,9 @@ def continued_starts(
             it is not known what the cache holds, and the chunk has no invocation.
     """
     kept: list[int | None] = [None] * rows
-    ran = record is not None and name in (record.starts or {})
+    ran = record is not None and name in record.starts
     if ran:
-        assert record is not None and record.starts is not None
+        assert record is not None
         known = record.starts[name]
         if rows % len(known):
             raise ValueError(
@@ -284,6 +290,7 @@ def continued_starts(
                 f"by {rows}, so where each row begins is not known; pass alora_offsets"
             )
         kept = [s for s in known for _ in range(rows // len(known))]
+        _check_whole(name, tokens, kept, past, record.ids(rows, torch.device("cpu")), input_ids)
     if all(s is not None for s in kept):
         return kept
     if input_ids is None:
@@ -322,6 +329,30 @@ def continued_starts(
     return result
 
 
+def _check_whole(
+    name: str,
+    tokens: Sequence[int],
+    starts: list[int | None],
+    past: int,
+    before: Tensor | None,
+    input_ids: Tensor | None,
+) -> None:
+    """Refuse a cache that was cropped inside an invocation and goes on with other tokens."""
+    for row, start in enumerate(starts):
+        if start is None or start + len(tokens) <= past or before is None or input_ids is None:
+            continue
+        kept = past - start
+        if kept > before.shape[1] or before[row, -kept:].tolist() != list(tokens[:kept]):
+            continue  # the start was told, not found
+        rest = list(tokens[kept:])[: input_ids.shape[1]]
+        if input_ids[row, : len(rest)].tolist() != rest:
+            raise ValueError(
+                f"adapter {name!r}: in row {row} the cache was cropped to {past} tokens, inside "
+                f"the invocation that begins at {start}, and goes on with other tokens, so the "
+                f"adapter wrote tokens that are the base model's; crop to at most {start} tokens"
+            )
+
+
 def kept_starts(
     name: str,
     starts: list[int | None],
@@ -341,7 +372,7 @@ def kept_starts(
     Raises:
         ValueError: an invocation lies in the cache, where the base model wrote it.
     """
-    old = (record.starts or {}).get(name) if record is not None else None
+    old = record.starts.get(name) if record is not None else None
     times = max(1, len(old) // max(1, len(starts))) if old is not None else 1
     result: list[int | None] = []
     for place in range(len(starts) * times):

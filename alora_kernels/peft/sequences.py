@@ -69,7 +69,7 @@ class Sequences:
         record = None
         continued = past is None or isinstance(past, Tensor) or past > 0
         if continued and not compiling and (state.generation is None or past is None):
-            record = records.recall(cache, past)
+            record = records.recall(cache, past, self.owner.key)
             if past is None and record is not None:
                 past = record.length
         starts: dict[str, Starts] = {}
@@ -242,13 +242,14 @@ class Sequences:
         chunk = records.Chunk(state.seq_len, note.ids, bits, note.plain)
         record = note.record
         if note.plain and given is not None:
-            record = records.record_of(given) or records.CacheRecord(None)
+            record = records.record_of(given) or records.CacheRecord(None, self.owner.key)
         elif state.generation is not None and note.past:
             record = records.record_of(cache)
             if record is not None:
-                record = record.cut(note.past) if record.length >= note.past else None
+                fits = record.length >= note.past and record.writer == self.owner.key
+                record = record.cut(note.past) if fits else None
         if record is None:
-            record = records.CacheRecord(note.past or 0)
+            record = records.CacheRecord(note.past or 0, self.owner.key)
         records.write_record(cache, record.extended(chunk, note.starts))
 
 

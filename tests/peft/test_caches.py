@@ -384,3 +384,41 @@ def test_continuous_batching_of_a_plain_lora(pair):
     for m in pair:
         m.set_adapter("ask")
     assert [output.generated_tokens for output in outputs] == expected
+
+
+@pytest.mark.parametrize("goes_on", ["with the invocation", "with other tokens"])
+def test_a_cache_that_is_cropped_inside_the_invocation(pair, goes_on):
+    model, stock = pair
+    ids = put(prompt(1, 12), 0, 4, ASK)
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=stock.config)
+        model(input_ids=ids, **cached(model, cache))
+        cache.crop(-7)  # five tokens are left, one of them of the invocation
+        new = put(prompt(1, 4), 0, 0, ASK[1:]) if goes_on == "with the invocation" else prompt(1, 4)
+        if goes_on == "with other tokens":
+            with pytest.raises(ValueError, match="cropped to 5 tokens, inside the invocation"):
+                model(input_ids=new, **cached(model, cache))
+            return
+        got = model(input_ids=new, **cached(model, cache)).logits
+    expected = scratch(stock, torch.cat([ids[:, :5], new], 1), [4])[:, 5:]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+def test_one_cache_of_two_models(pair):
+    """An adapter of the same name in another model has not begun in this cache."""
+    model, stock = pair
+    second, plain = twins()
+    second.load_state_dict(stock.state_dict())
+    second.peft_config["ask"].alora_invocation_tokens = [30, 31]
+    plain.load_state_dict(stock.state_dict())
+    ids = put(prompt(1, 12), 0, 4, ASK)
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=stock.config)
+        model(input_ids=ids, **cached(model, cache))
+        tail = torch.tensor([[30, 31, 40]])
+        got = second(input_ids=tail, **cached(second, copy.deepcopy(cache))).logits
+        with adapter_scope(second, "ask", starts=[12]):
+            expected = second(input_ids=tail, **cached(second, copy.deepcopy(cache))).logits
+        assert torch.equal(got, expected)
+        off = second(input_ids=prompt(1, 1), **cached(second, cache)).logits
+    assert off.shape[1] == 1

@@ -301,3 +301,28 @@ def test_methods_that_were_replaced_before_are_called_and_come_back():
     restore(model)
     assert root.prepare_inputs_for_generation is mine
     assert torch.equal(out, oracle(model, ids, NEW, [PLACE]))
+
+
+@pytest.mark.slow
+def test_compiled_decoding_with_a_negative_branch():
+    """The decoding is one graph; the negative branch runs beside it, not compiled."""
+    model, stock = twins()
+    settings = transformers.CompileConfig(fullgraph=True, backend="eager", dynamic=False)
+    settings._compile_all_devices = True  # transformers compiles on a GPU alone
+    how = {"compile_config": settings}
+    counted = torch._dynamo.utils.counters
+    torch._dynamo.reset()
+    counted.clear()
+    for _ in range(2):
+        ids, negative = own(), another()
+        cache = transformers.StaticCache(config=stock.config, max_cache_len=40)
+        extra = {"guidance_scale": 3.0, "negative_prompt_ids": negative, **cached(model, cache)}
+        got = generate(model, ids, **how, **extra)
+        assert torch.equal(got, guided(stock, ids, [PLACE], negative, [OTHER]))
+        length = int(cache.get_seq_length())
+        token = prompt(1, 1)
+        with torch.no_grad():
+            logits = model(input_ids=token, **cached(model, cache)).logits
+        expected = scratch(stock, torch.cat([got[:, :length], token], 1), [PLACE])
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    assert counted["stats"]["unique_graphs"] == 1 and not counted["graph_break"]
