@@ -39,6 +39,7 @@ class Request:
         offsets: PEFT's `alora_offsets`, counted from the end of the tokens of each forward.
         activation: the active rows themselves.
         generation: the call of `generate` that runs, which tells starts to its own forwards alone.
+        outer: the request around this one, perhaps of another model.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Request:
         self.owner, self.chosen, self.names = owner, chosen, names
         self.starts, self.offsets = starts, offsets
         self.activation, self.generation = activation, generation
+        self.outer: Request | None = None
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ def set_state(state: ForwardState | None) -> None:
 def current_request(owner: Acceleration) -> Request | None:
     """The innermost request for `owner`."""
     request = _mirror.request if torch.compiler.is_compiling() else _request.get()
-    return request if request is not None and request.owner is owner else None
+    while request is not None and request.owner is not owner:
+        request = request.outer
+    return request
 
 
 def set_request(request: Request | None) -> Request | None:
@@ -241,6 +245,8 @@ class requesting:
 
     def __enter__(self) -> None:
         self.before = set_request(self.request)
+        if self.request is not None:
+            self.request.outer = self.before
 
     def __exit__(self, *error: object) -> None:
         set_request(self.before)

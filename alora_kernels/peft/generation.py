@@ -81,7 +81,7 @@ class Generation:
         self.fed: Any = None
         self.width = 0
         self.before = self.position = 0
-        self.awaited = self.begun = False
+        self.awaited = self.begun = self.seen = False
         self.cache: Any = None
 
     def starts_of(self, name: str) -> Starts | None:
@@ -98,12 +98,13 @@ class Generation:
         """Whether a forward of `tokens` is this generation's own."""
         if torch.compiler.is_compiling():
             return self.awaited  # only `generate` compiles what it prepared
-        if self.custom:
-            length = caches.length_of(cache)
-            if length is None or int(length):
-                return False  # its record knows better: rows may have moved
-            return self._is_fed(tokens) or self._is_prompt(ids)
-        return self._is_fed(tokens)
+        length = caches.length_of(cache) if self.custom or not self.seen else None
+        fresh = length is not None and not int(length)
+        if self.custom and not fresh:
+            return False  # its record knows better: rows may have moved
+        own = self._is_fed(tokens) or (fresh and self._is_prompt(ids))
+        self.seen = self.seen or own
+        return own
 
     def _is_fed(self, tokens: Tensor) -> bool:
         if not self.awaited:

@@ -230,11 +230,19 @@ def contrastive_from_scratch(stock, ids, starts):
 
 
 @pytest.mark.parametrize("told", ["searched", "offsets", "scope"])
-def test_a_decoding_method_of_the_users(pair, told):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_decoding_method_of_the_users(pair, told, named, monkeypatch):
+    """Given to the call, or in the place of transformers' own, as code from the hub puts it."""
     model, stock = pair
     ids = put(put(prompt(2, 12), 0, 4, ASK), 1, 7, ASK)
     starts = [4, 7] if told == "searched" else [8, 2]
-    how = {"custom_generate": contrastive}
+    how = {"custom_generate": contrastive} if named else {}
+    if not named:
+        monkeypatch.setattr(
+            type(model.get_base_model()),
+            "_sample",
+            lambda self, input_ids, **_: contrastive(self, input_ids, None, None, None),
+        )
     if told == "offsets":
         how["alora_offsets"] = [12 - s for s in starts]
     if told == "scope":
