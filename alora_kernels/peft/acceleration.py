@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import uuid
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
-from ..activation import Activation, current_activation, find_invocation_starts
+from ..activation import Activation, current_activation
 from ..contract import Options
-from . import checkpointing, records
-from .ambient import ForwardState, Request, current_request, current_state, set_state
-from .generation import CHUNKING, Called, generation
-from .lonely import LonelyRows
+from . import checkpointing
+from .ambient import ForwardState, current_request, current_state, set_state
+from .generation import CHUNKING, Called, Prepare, check_batching, generation, skips_hooks
 from .refusal import invocation_of
-from .rows import restrict, rows_of, starts_of
-from .search import packed_mask, restarts
-
-ARGUMENTS = (
-    "input_ids",
-    "inputs_embeds",
-    "attention_mask",
-    "position_ids",
-    "past_key_values",
-    "cache",
-    "cu_seq_lens_q",
-    "logits_to_keep",
-)
+from .rows import restrict, rows_of
+from .sequences import Sequences
 
 
 class Acceleration:
@@ -38,6 +26,7 @@ class Acceleration:
     Attributes:
         root: the transformers model (or any module) that holds the LoRA layers.
         options: passed to every op.
+        key: names this model in what it writes down with caches.
         layers: every LoRA layer, by its name in `root`.
         served: the names of those that run our forward.
         auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
@@ -45,19 +34,23 @@ class Acceleration:
 
     def __init__(self, root: nn.Module, options: Options) -> None:
         self.root, self.options = root, options
+        self.key = uuid.uuid4().hex
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()
         self.refused: dict[str, str] = {}
         self.auxiliary: set[nn.Module] = set()
-        self.places = self._argument_places()
+        self.parameters = self._parameters()
         self.handles: list[Any] = []
         self.checkpointing = [m for m in root.modules() if hasattr(m, "gradient_checkpointing")]
-        self.recent: dict[Any, Activation] = {}
-        self.lonely = LonelyRows()
+        self.replaced: dict[str, Any] = {}
+        self.methods: list[str] = []
+        self.sequences = Sequences(self)
+        self.prepare = Prepare(self)
 
-    def _argument_places(self) -> dict[str, int]:
-        names = list(inspect.signature(self.root.forward).parameters)
-        return {name: names.index(name) for name in ARGUMENTS if name in names}
+    def _parameters(self) -> list[str]:
+        """The names of the arguments that may come by position."""
+        known = inspect.signature(self.root.forward).parameters.values()
+        return [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
     @property
     def configs(self) -> dict[str, Any]:
@@ -111,32 +104,16 @@ class Acceleration:
             return  # the pre-hook itself raised
         state.pending = None
         set_state(state.outer)
+        if state.generation is not None:
+            state.generation.awaited = False
         if torch.compiler.is_compiling() or output is None:
             return
-        cache = self._cache(self._arguments(args, kwargs))
-        if cache is None and isinstance(output, dict):
-            cache = output.get("cache", output.get("past_key_values"))
-        note = getattr(state, "note", None)
-        if cache is not None and note is not None:
-            record, ids, past, starts = note
-            length = past + state.seq_len
-            records.write_record(cache, record.extended(ids, length, starts))
+        self.sequences.remember(state, self._arguments(args, kwargs), output)
 
     _leave_eagerly = torch.compiler.disable(_leave)
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        found = {}
-        for name, place in self.places.items():
-            found[name] = args[place] if place < len(args) else kwargs.get(name)
-        for name in ("past_key_values", "cu_seq_lens_q"):
-            if name not in found:
-                found[name] = kwargs.get(name)
-        return found
-
-    @staticmethod
-    def _cache(arguments: dict[str, Any]) -> Any:
-        cache = arguments.get("cache")
-        return arguments.get("past_key_values") if cache is None else cache
+        return {**dict(zip(self.parameters, args)), **kwargs}
 
     def state_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardState:
         """The state of a forward with these arguments."""
@@ -173,7 +150,7 @@ class Acceleration:
             for name in names:
                 state.activations[name] = restrict(state, name, request.activation)
             return state
-        self._find(state, names, request, arguments, ids, tokens.device)
+        self.sequences.find(state, names, request, arguments, ids, tokens)
         return state
 
     @staticmethod
@@ -184,146 +161,6 @@ class Acceleration:
         if len(shape) == 0:
             return 1, 1
         return shape[0], shape[1:].numel()
-
-    def _find(
-        self,
-        state: ForwardState,
-        names: Sequence[str],
-        request: Request | None,
-        arguments: dict[str, Any],
-        ids: Tensor | None,
-        device: torch.device,
-    ) -> None:
-        """Fill `state.activations` for `names`, and note what the cache will have to remember."""
-        cache = self._cache(arguments)
-        past = records.cache_length(cache)
-        continued = isinstance(past, Tensor) or past > 0
-        record, starts = None, {}
-        if not torch.compiler.is_compiling():
-            if isinstance(past, Tensor):
-                past = int(past)
-                continued = past > 0
-            record = records.record_of(cache, past) if continued else None
-        begin = None
-        searched = False
-        for name in names:
-            config = self.configs.get(name)
-            tokens = invocation_of(config)
-            given = self._given(state, name, request, past, tokens is not None)
-            if given is None and tokens is None:
-                given = self._whole_rows(state, name)
-            if given is None:
-                assert tokens is not None
-                if continued and not torch.compiler.is_compiling():
-                    given = records.continued_starts(name, tokens, ids, past, record, state.batch)
-                elif continued:
-                    raise NotImplementedError(
-                        "a compiled forward that continues a cache has to be told where its "
-                        "adapter begins: run it inside generate, or inside "
-                        "adapter_scope(model, name, starts=[...])"
-                    )
-            if given is not None:
-                given = starts_of(state, name, given)
-                starts[name] = given
-                state.activations[name] = self._from_starts(given, state, past, device)
-                continue
-            if ids is None:
-                raise ValueError(
-                    f"adapter {name!r}: only inputs_embeds came, in which its invocation cannot "
-                    "be found; pass alora_offsets (counted from the end of the row), or input_ids"
-                )
-            assert tokens is not None
-            if not searched:
-                searched = True
-                begin = restarts(
-                    arguments.get("position_ids"),
-                    arguments.get("attention_mask"),
-                    arguments.get("cu_seq_lens_q"),
-                    ids,
-                )
-            state.activations[name] = self._search(state, name, ids, tokens, begin, starts)
-        if torch.compiler.is_compiling():
-            return
-        if cache is not None or not self.root.training:
-            state.note = (record or records.CacheRecord(), ids, past, starts)  # type: ignore[attr-defined]
-
-    def _given(
-        self, state: ForwardState, name: str, request: Request | None, past: Any, alora: bool
-    ) -> list[int | None] | None:
-        """Absolute starts that the request tells."""
-        if request is None:
-            return None
-        rows = None
-        if request.starts is not None:
-            rows = list(request.starts)
-        elif request.found is not None and name in request.found:
-            rows = list(request.found[name])
-        elif request.offsets is not None and alora:
-            end = past + state.seq_len
-            rows = [None if not o or o < 0 else max(end - int(o), 0) for o in request.offsets]
-        if rows is None:
-            return None
-        if not rows or state.batch % len(rows):
-            raise ValueError(
-                f"adapter {name!r}: {len(rows)} starts or alora_offsets were given for a batch of "
-                f"{state.batch} rows; give one for each row"
-            )
-        return [r for r in rows for _ in range(state.batch // len(rows))]
-
-    def _whole_rows(self, state: ForwardState, name: str) -> list[int | None]:
-        return [0] * state.batch
-
-    def _from_starts(
-        self, starts: list[int | None], state: ForwardState, past: Any, device: torch.device
-    ) -> Activation:
-        """The activation of one chunk; the same one again while decoding repeats itself."""
-        seq_len = state.seq_len
-        if isinstance(past, Tensor) or torch.compiler.is_compiling():
-            values = [-1 if s is None else s for s in starts]
-            return Activation.from_starts(torch.tensor(values, device=device), seq_len, past)
-        relative = tuple(
-            [None if s is None or s - past >= seq_len else max(s - past, 0) for s in starts]
-        )
-        key = (relative, seq_len, device)
-        found = self.recent.get(key)
-        if found is None:
-            if len(self.recent) >= 64:
-                self.recent.clear()
-            found = self.recent[key] = Activation.from_starts(relative, seq_len, device=device)
-        return found
-
-    def _search(
-        self,
-        state: ForwardState,
-        name: str,
-        ids: Tensor,
-        tokens: list[int],
-        begin: Tensor | None,
-        starts: dict[str, list[int | None]],
-    ) -> Activation:
-        """The activation of whole rows of tokens, none of them in a cache yet."""
-        if begin is not None:
-            mask = packed_mask(ids, tokens, begin)
-            lonely = ~mask.any(1)
-        else:
-            found = find_invocation_starts(ids, tokens)
-            lonely = found < 0
-            position = torch.arange(state.seq_len, device=ids.device)
-            mask = (found >= 0).unsqueeze(1) & (position >= found.unsqueeze(1))
-        if state.row_names is not None:
-            mine = torch.tensor([n == name for n in state.row_names], device=ids.device)
-            mask, lonely = mask & mine.unsqueeze(1), lonely & mine
-        if torch.compiler.is_compiling():
-            return Activation.from_mask(mask)
-        if self.root.training and torch.is_grad_enabled():
-            self.lonely.look(name, lonely)
-        if ids.device.type == "cpu" and begin is None:
-            rows = [None if s < 0 else s for s in found.tolist()]
-            starts[name] = starts_of(state, name, rows)
-            return self._from_starts(starts[name], state, 0, ids.device)
-        if begin is None and not self.root.training:
-            starts[name] = starts_of(state, name, [None if s < 0 else s for s in found.tolist()])
-        return Activation.from_mask(mask)
 
     def late_activation(self, state: ForwardState, name: str) -> Activation:
         """For an adapter that is active in some layer only: it cannot be searched for now."""
@@ -362,12 +199,44 @@ class Acceleration:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`root.generate` with the starts of its prompt."""
-        with generation(self, args, kwargs):
-            return type(self.root).generate(self.root, *args, **kwargs)  # type: ignore[attr-defined]
+        with generation(self, args, kwargs) as running:
+            return running.finish(self.method("generate")(*args, **kwargs))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """`root.init_continuous_batching`, which `generate_batch` calls too."""
+        check_batching(self)
+        return self.method("init_continuous_batching")(*args, **kwargs)
 
     def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
         """`root._prefill_chunking` through the hooks of `root`."""
         return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)
+
+    def method(self, name: str) -> Any:
+        """A method of `root` as it was before `accelerate`."""
+        replaced = self.replaced.get(name)
+        return getattr(type(self.root), name).__get__(self.root) if replaced is None else replaced
+
+    def replace_methods(self) -> None:
+        """Put ours in the place of those methods of `root` that have to be told something."""
+        ours = {
+            "generate": self.generate,
+            "prepare_inputs_for_generation": self.prepare,
+            "init_continuous_batching": self.init_continuous_batching,
+        }
+        if skips_hooks(getattr(type(self.root), CHUNKING, None)):
+            ours[CHUNKING] = self.prefill_in_chunks
+        for name, method in ours.items():
+            if hasattr(type(self.root), name):
+                if name in self.root.__dict__:
+                    self.replaced[name] = self.root.__dict__[name]
+                self.methods.append(name)
+                self.root.__dict__[name] = method
+
+    def restore_methods(self) -> None:
+        """Undo `replace_methods`."""
+        for name in self.methods:
+            self.root.__dict__.pop(name, None)
+        self.root.__dict__.update(self.replaced)
 
 
 # torch.compile of `root` itself runs its hooks outside the graph, and would compile each of them as

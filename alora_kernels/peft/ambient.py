@@ -10,6 +10,7 @@ import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,9 @@ from .refusal import invocation_of
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
+    from .generation import Generation
     from .layers import Group
+    from .records import CacheRecord
 
 Names = str | list[str | None] | None
 
@@ -34,8 +37,9 @@ class Request:
         names: one adapter for all rows, one (or None for the base model) a row, or None: the base.
         starts: absolute start of the adapter in each row (None = base), or None: search.
         offsets: PEFT's `alora_offsets`, counted from the end of the tokens of each forward.
-        found: starts by adapter, found once in the prompt by `generate`.
         activation: the active rows themselves.
+        generation: the call of `generate` that runs, which tells starts to its own forwards alone.
+        outer: the request around this one, perhaps of another model.
     """
 
     def __init__(
@@ -45,17 +49,32 @@ class Request:
         names: Names = None,
         starts: Sequence[int | None] | None = None,
         offsets: Sequence[int | None] | None = None,
-        found: dict[str, list[int | None]] | None = None,
         activation: Activation | None = None,
+        generation: Generation | None = None,
     ) -> None:
         self.owner, self.chosen, self.names = owner, chosen, names
-        self.starts, self.offsets, self.found = starts, offsets, found
-        self.activation = activation
+        self.starts, self.offsets = starts, offsets
+        self.activation, self.generation = activation, generation
+        self.outer: Request | None = None
 
-    @property
-    def decided(self) -> bool:
-        """Whether the active rows are told, so that nothing need be searched for."""
-        return not (self.starts is None and self.found is None and self.activation is None)
+
+@dataclass(frozen=True)
+class Note:
+    """What a forward leaves for the record of its cache.
+
+    Attributes:
+        ids: its tokens `[B, T]`, if known.
+        past: tokens that were in the cache before; None: not known, or not asked.
+        record: what was known of them.
+        starts: where each activated adapter begins.
+        plain: no activated adapter ran.
+    """
+
+    ids: Tensor | None
+    past: int | None = None
+    record: CacheRecord | None = None
+    starts: dict[str, list[int | None]] = field(default_factory=dict)
+    plain: bool = False
 
 
 class ForwardState:
@@ -71,6 +90,8 @@ class ForwardState:
         keep: `logits_to_keep` of this forward.
         outer: the state that this one hides.
         pending: outputs that a group computed for layers that have not been called yet.
+        generation: the call of `generate` whose own forward this is.
+        note: what the cache's record will take up.
     """
 
     def __init__(
@@ -89,6 +110,8 @@ class ForwardState:
         self.keep = keep
         self.outer: ForwardState | None = None
         self.pending: Pending | None = None
+        self.generation: Generation | None = None
+        self.note: Note | None = None
         self.shaped: dict[tuple[str, tuple[int, ...], torch.device], Activation] = {}
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
@@ -207,7 +230,9 @@ def set_state(state: ForwardState | None) -> None:
 def current_request(owner: Acceleration) -> Request | None:
     """The innermost request for `owner`."""
     request = _mirror.request if torch.compiler.is_compiling() else _request.get()
-    return request if request is not None and request.owner is owner else None
+    while request is not None and request.owner is not owner:
+        request = request.outer
+    return request
 
 
 def set_request(request: Request | None) -> Request | None:
@@ -230,6 +255,8 @@ class requesting:
 
     def __enter__(self) -> None:
         self.before = set_request(self.request)
+        if self.request is not None:
+            self.request.outer = self.before
 
     def __exit__(self, *error: object) -> None:
         set_request(self.before)

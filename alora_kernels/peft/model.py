@@ -29,7 +29,6 @@ from .ambient import (
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
 from .eligibility import why_not_served
-from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
 from .refusal import check_adapter_folder, check_config, invocation_of
@@ -96,10 +95,7 @@ def accelerate(
         root.register_forward_pre_hook(owner.before_forward, with_kwargs=True),
         root.register_forward_hook(owner.after_forward, with_kwargs=True, always_call=True),
     ]
-    if hasattr(type(root), "generate"):
-        root.__dict__["generate"] = owner.generate
-    if skips_hooks(getattr(type(root), CHUNKING, None)):
-        root.__dict__[CHUNKING] = owner.prefill_in_chunks
+    owner.replace_methods()
     if isinstance(model, PeftModel):
         model.__dict__[OURS] = owner
         model.__class__ = accelerated_class(type(model), AcceleratedModel)
@@ -129,8 +125,7 @@ def restore(model: Any) -> Any:
         if is_accelerated(layer):
             _release(layer)
     unwatch(root.modules())
-    for name in ("generate", CHUNKING):
-        root.__dict__.pop(name, None)
+    owner.restore_methods()
     if model.__dict__.pop(OURS, None) is not None and is_accelerated(model):
         model.__class__ = type(model).alora_kind
         if is_accelerated(model.base_model):
@@ -162,6 +157,9 @@ def adapter_scope(
             own use it too. By default each forward searches its own tokens.
         starts: absolute start for each row (None = base model), counted in tokens of the row from
             the beginning of its cache; serves prefill, chunks and decoding alike.
+
+    `starts` and `activation` are meant for every forward in the block; around `generate`, for its
+    own sequence alone (not for a negative prompt, or what a logits processor runs).
 
     Raises:
         ValueError: the model is not accelerated, an adapter is unknown, or both `activation` and
@@ -334,10 +332,11 @@ class AcceleratedModel:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.__dict__[OURS]
-        names = kwargs.get("adapter_names")
-        if names is not None:
-            check_names(owner, names, "adapter_names")
-        with generation(owner, args, kwargs):
+        names = kwargs.pop("adapter_names", None)
+        offsets = kwargs.pop("alora_offsets", None)
+        if offsets is None and names is None:
+            return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
+        with requesting(self._request(owner, names, offsets)):
             return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
 
     @contextmanager

@@ -1,6 +1,9 @@
-"""What a KV cache holds: which tokens went in, and from where on an adapter wrote them.
+"""What a cache holds: which tokens went in, and from where on an adapter wrote them.
 
-The record lies on the cache object, so a deep copy of a cache takes it along.
+The record lies on the cache object, so a copy of a cache takes it along. Caches change without us:
+rows are reordered, repeated and dropped, tokens are cropped, another model writes. So a record
+keeps some bits of what the cache held for each token, and is believed only as far as the cache
+still holds them. Rows that moved are found again by their bits.
 """
 
 from __future__ import annotations
@@ -8,88 +11,255 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activation import find_invocation_starts
+from .caches import carrier_of, fingerprint
 
 logger = logging.getLogger("alora_kernels")
 ATTRIBUTE = "_alora_kernels_record"
+LONGEST = 64  # chunks that are kept apart
 
 
-class CacheRecord:
-    """The history of one cache.
+@dataclass(frozen=True)
+class Chunk:
+    """The tokens of one forward.
 
     Attributes:
-        length: tokens in the cache when the record was written.
-        chunks: the token ids, `[B, t]` each, or None where they were not known.
-        starts: for each adapter that has run, the absolute start in each row (None = not active).
+        count: tokens a row.
+        ids: `[B, count]`, or None where they were not known.
+        bits: `fingerprint` of the last n ≤ count of them, `[B, n, C]`; None: could not be read.
+        plain: no activated adapter was active, so the cache was not asked for its length.
     """
 
-    def __init__(self) -> None:
-        self.length = 0
-        self.chunks: list[Tensor | None] = []
-        self.starts: dict[str, list[int | None]] = {}
+    count: int
+    ids: Tensor | None
+    bits: Tensor | None
+    plain: bool = False
 
-    def extended(
-        self, ids: Tensor | None, length: int, starts: dict[str, list[int | None]]
-    ) -> CacheRecord:
-        """The record after a forward; records are never changed in place (copies share them)."""
-        new = CacheRecord()
-        new.length = length
-        new.chunks = [*self.chunks, ids]
-        new.starts = {**self.starts, **starts}
-        if len(new.chunks) > 64 and all(c is not None for c in new.chunks):
-            new.chunks = [torch.cat([c for c in new.chunks if c is not None], 1)]
-        return new
+    def first(self, count: int) -> Chunk:
+        """The chunk without its last tokens."""
+        if count >= self.count:
+            return self
+        bits = self.bits
+        if bits is not None:
+            kept = bits.shape[1] - (self.count - count)
+            bits = bits[:, :kept] if kept > 0 else None
+        return replace(self, count=count, ids=_take(self.ids, slice(count)), bits=bits)
+
+    def rows(self, rows: Tensor) -> Chunk:
+        """The chunk of other rows."""
+        ids, bits = (
+            t if t is None else t.index_select(0, rows.to(t.device)) for t in (self.ids, self.bits)
+        )
+        return replace(self, ids=ids, bits=bits)
+
+
+def _take(ids: Tensor | None, part: slice) -> Tensor | None:
+    return None if ids is None else ids[:, part]
+
+
+@dataclass(frozen=True)
+class CacheRecord:
+    """The history of one cache. Never changed in place: copies of a cache share it.
+
+    Attributes:
+        begin: tokens in the cache before the first chunk, of which nothing is known; None: the
+            cache was not asked.
+        chunks: what followed.
+        starts: for each activated adapter that has run, the absolute start in each row (None = it
+            has not begun).
+        writer: the accelerated model whose adapters these are.
+    """
+
+    begin: int | None
+    writer: str
+    chunks: tuple[Chunk, ...] = ()
+    starts: dict[str, list[int | None]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> int:
+        """Tokens in the chunks."""
+        return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def length(self) -> int:
+        return (self.begin or 0) + self.known
+
+    @property
+    def whole(self) -> bool:
+        """Whether every token of the cache is known."""
+        return not self.begin and all(chunk.ids is not None for chunk in self.chunks)
+
+    def extended(self, chunk: Chunk, starts: dict[str, list[int | None]]) -> CacheRecord:
+        """The record after a forward."""
+        chunks = (*self.chunks, chunk)
+        if len(chunks) > LONGEST:
+            chunks = _joined(chunks)
+        return replace(self, chunks=chunks, starts={**self.starts, **starts})
+
+    def cut(self, length: int) -> CacheRecord:
+        """The record of a cache whose last tokens were taken back."""
+        room, chunks = length - (self.begin or 0), []
+        for chunk in self.chunks:
+            if room <= 0:
+                break
+            chunks.append(chunk.first(room))
+            room -= chunk.count
+        starts = {
+            name: [s if s is not None and s < length else None for s in rows]
+            for name, rows in self.starts.items()
+        }
+        begin = min(self.begin or 0, length)
+        return replace(self, begin=begin, chunks=tuple(chunks), starts=starts)
+
+    def latest(self, length: int) -> CacheRecord | None:
+        """What the last forwards wrote into a cache of `length` tokens, if none was an adapter's.
+
+        (They did not ask what the cache held before, and it may have been emptied.)
+        """
+        chunks: list[Chunk] = []
+        room = length
+        for chunk in reversed(self.chunks):
+            if not chunk.plain or chunk.count > room:
+                break
+            chunks.insert(0, chunk)
+            room -= chunk.count
+        return replace(self, begin=room, chunks=tuple(chunks), starts={}) if chunks else None
+
+    def of_rows(self, rows: list[int]) -> CacheRecord:
+        """The record of a cache that holds these rows."""
+        place = torch.tensor(rows)
+        starts = {name: [s[r] for r in rows] for name, s in self.starts.items()}
+        return replace(self, chunks=tuple(c.rows(place) for c in self.chunks), starts=starts)
 
     def ids(self, batch: int, device: torch.device) -> Tensor | None:
         """The last tokens of the cache that are known without a gap, `[B, t]`."""
         tail: list[Tensor] = []
         for chunk in reversed(self.chunks):
-            if chunk is None or chunk.shape[0] != batch:
+            if chunk.ids is None or chunk.ids.shape[0] != batch:
                 break
-            tail.append(chunk.to(device))
+            tail.append(chunk.ids.to(device))
         return torch.cat(tail[::-1], 1) if tail else None
 
-
-def cache_length(cache: Any) -> Any:
-    """Tokens in the cache: an int, or a tensor for caches that count on the device."""
-    if cache is None:
-        return 0
-    if isinstance(cache, tuple | list):
-        return cache[0][0].shape[-2] if cache else 0
-    return cache.get_seq_length()
-
-
-def record_of(cache: Any, length: int) -> CacheRecord | None:
-    """The record of `cache`, cut to what the cache still holds."""
-    record: CacheRecord | None = getattr(cache, ATTRIBUTE, None)
-    if record is None or record.length == length:
-        return record
-    cut = CacheRecord()
-    cut.length = length
-    if record.length > length:  # cropped: assisted decoding takes rejected tokens back
-        room = length
-        for chunk in record.chunks:
-            if chunk is None or room <= 0:
+    def bits(self) -> Tensor | None:
+        """The bits of the last tokens that are known without a gap, `[B, n, C]`."""
+        tail: list[Tensor] = []
+        for chunk in reversed(self.chunks):
+            fits = chunk.bits is not None and (
+                not tail or chunk.bits.shape[::2] == tail[0].shape[::2]
+            )
+            if not fits or chunk.bits is None:
                 break
-            cut.chunks.append(chunk[:, :room])
-            room -= chunk.shape[1]
-    cut.starts = {
-        name: [s if s is not None and s < length else None for s in starts]
-        for name, starts in record.starts.items()
-    }
-    return cut
+            tail.append(chunk.bits)
+            if chunk.bits.shape[1] < chunk.count:
+                break
+        return torch.cat([t.to(tail[0].device) for t in tail[::-1]], 1) if tail else None
+
+
+def _joined(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    """Neighbours that are known in the same way as one chunk."""
+    result: list[list[Chunk]] = []
+    for chunk in chunks:
+        last = result[-1][-1] if result else None
+        alike = (
+            last is not None
+            and last.plain == chunk.plain
+            and (last.ids is None) == (chunk.ids is None)
+            and (last.ids is None or last.ids.shape[0] == chunk.ids.shape[0])  # type: ignore[union-attr]
+            and last.bits is not None
+            and chunk.bits is not None
+            and chunk.bits.shape[1] == chunk.count
+            and last.bits.shape[::2] == chunk.bits.shape[::2]
+        )
+        result[-1].append(chunk) if alike else result.append([chunk])
+    return tuple(_one(group) for group in result)
+
+
+def _one(group: list[Chunk]) -> Chunk:
+    if len(group) == 1:
+        return group[0]
+    ids = None if group[0].ids is None else torch.cat([c.ids for c in group], 1)  # type: ignore[misc]
+    bits = torch.cat([c.bits for c in group], 1)  # type: ignore[misc]
+    return Chunk(sum(c.count for c in group), ids, bits, group[0].plain)
+
+
+# ---------------------------------------------------------------------- on the cache
+
+
+def record_of(cache: Any) -> CacheRecord | None:
+    """The record that lies on `cache`, whatever has become of the cache since."""
+    record = getattr(carrier_of(cache), ATTRIBUTE, None)
+    return record if isinstance(record, CacheRecord) else None
 
 
 def write_record(cache: Any, record: CacheRecord) -> None:
     try:
-        setattr(cache, ATTRIBUTE, record)
-    except AttributeError:  # a tuple, or a cache with slots: nothing can be remembered
+        setattr(carrier_of(cache), ATTRIBUTE, record)
+    except AttributeError:  # slots: nothing can be remembered, which the next forward will say
         logger.debug("a %s cannot carry a record of its tokens", type(cache).__name__)
+
+
+def forget(cache: Any) -> None:
+    """Take the record off."""
+    getattr(carrier_of(cache), "__dict__", {}).pop(ATTRIBUTE, None)
+
+
+def recall(cache: Any, length: int | None, reader: str) -> CacheRecord | None:
+    """The record of the tokens that `cache` holds now, its rows in their present order.
+
+    Args:
+        length: tokens in the cache; None if it does not tell.
+        reader: the accelerated model that asks; another's adapters of the same name are not its.
+
+    Returns:
+        None if there is no record, or the cache no longer holds what was recorded.
+    """
+    record = record_of(cache)
+    if record is None:
+        return None
+    if record.writer != reader:
+        record = replace(record, writer=reader, starts={})
+    cut = record.cut(record.length if length is None else length)
+    for candidate in (cut, None if length is None else record.latest(length)):
+        if candidate is None or length not in (None, candidate.length):
+            continue
+        rows = _rows_now(cache, candidate)
+        if rows is not None:
+            return candidate.of_rows(rows) if rows != list(range(len(rows))) else candidate
+    return None
+
+
+def _rows_now(cache: Any, record: CacheRecord) -> list[int] | None:
+    """For each row of the cache, the row of `record` that it is; None if one is none of them."""
+    then = record.bits()
+    now = None if then is None else fingerprint(cache, then.shape[1])
+    if then is None or now is None or now.shape[2] != then.shape[2] or now.dtype != then.dtype:
+        return None
+    count = min(now.shape[1], then.shape[1])
+    now, then = now[:, -count:].to(then.device), then[:, -count:]
+    if torch.equal(now, then):
+        count = then.shape[0]
+        return list(range(count))
+    before, after = ([row.numpy().tobytes() for row in t.cpu().contiguous()] for t in (then, now))
+    rows = []
+    for place, row in enumerate(after):
+        same = [i for i, known in enumerate(before) if known == row]
+        if not same or (place not in same and not _began_alike(record, same)):
+            return None
+        rows.append(place if place in same else same[0])
+    return rows
+
+
+def _began_alike(record: CacheRecord, rows: list[int]) -> bool:
+    return all(len({s[r] for r in rows}) == 1 for s in record.starts.values())
+
+
+# ---------------------------------------------------------------------- where an adapter begins
 
 
 def continued_starts(
@@ -106,18 +276,21 @@ def continued_starts(
     lies whole in the chunk begins it.
 
     Raises:
-        ValueError: tokens of the invocation lie in the cache, where the base model wrote them.
+        ValueError: tokens of the invocation lie in the cache, where the base model wrote them; or
+            it is not known what the cache holds, and the chunk has no invocation.
     """
     kept: list[int | None] = [None] * rows
-    if record is not None and name in record.starts:
+    ran = record is not None and name in record.starts
+    if ran:
+        assert record is not None
         known = record.starts[name]
-        if rows % len(known) == 0:
-            kept = [s for s in known for _ in range(rows // len(known))]
-        elif any(s is not None for s in known):
+        if rows % len(known):
             raise ValueError(
                 f"adapter {name!r}: the cache was written by {len(known)} rows and is continued "
                 f"by {rows}, so where each row begins is not known; pass alora_offsets"
             )
+        kept = [s for s in known for _ in range(rows // len(known))]
+        _check_whole(name, tokens, kept, past, record.ids(rows, torch.device("cpu")), input_ids)
     if all(s is not None for s in kept):
         return kept
     if input_ids is None:
@@ -126,15 +299,18 @@ def continued_starts(
             "pass alora_offsets (counted from the end of the row), or input_ids"
         )
     before = None if record is None else record.ids(rows, input_ids.device)
-    if before is not None and record is not None and name in record.starts:
+    if before is not None and ran:
         tail = len(tokens) - 1  # the rest was searched when it came
         before = before[:, before.shape[1] - tail :] if tail and before.shape[1] > tail else before
         before = before if tail else None
     lead = 0 if before is None else before.shape[1]
     whole = input_ids if before is None else torch.cat([before, input_ids], 1)
     found = find_invocation_starts(whole, tokens).tolist()
+    told = ran or (record is not None and record.whole)
     result: list[int | None] = []
     for row, (old, start) in enumerate(zip(kept, found)):
+        if old is None and start < 0 and not told:
+            raise unknown(name, row, past)
         if old is not None or start < 0:
             result.append(old)
         elif start >= lead:
@@ -153,9 +329,77 @@ def continued_starts(
     return result
 
 
+def _check_whole(
+    name: str,
+    tokens: Sequence[int],
+    starts: list[int | None],
+    past: int,
+    before: Tensor | None,
+    input_ids: Tensor | None,
+) -> None:
+    """Refuse a cache that was cropped inside an invocation and goes on with other tokens."""
+    for row, start in enumerate(starts):
+        if start is None or start + len(tokens) <= past or before is None or input_ids is None:
+            continue
+        kept = past - start
+        if kept > before.shape[1] or before[row, -kept:].tolist() != list(tokens[:kept]):
+            continue  # the start was told, not found
+        rest = list(tokens[kept:])[: input_ids.shape[1]]
+        if input_ids[row, : len(rest)].tolist() != rest:
+            raise ValueError(
+                f"adapter {name!r}: in row {row} the cache was cropped to {past} tokens, inside "
+                f"the invocation that begins at {start}, and goes on with other tokens, so the "
+                f"adapter wrote tokens that are the base model's; crop to at most {start} tokens"
+            )
+
+
+def kept_starts(
+    name: str,
+    starts: list[int | None],
+    past: int,
+    record: CacheRecord | None,
+    row_names: list[str | None] | None,
+    assistant: bool,
+) -> list[int | None]:
+    """Absolute starts of `name` in whole rows, of which a cache holds the first `past` tokens.
+
+    Args:
+        starts: of the last invocation in each row of tokens.
+        record: what is known of the cache. Its rows may be the repeated rows of the prompt.
+        row_names: the adapter of each row, where rows differ.
+        assistant: the tokens are another model's, which may have spelled an invocation.
+
+    Raises:
+        ValueError: an invocation lies in the cache, where the base model wrote it.
+    """
+    old = record.starts.get(name) if record is not None else None
+    times = max(1, len(old) // max(1, len(starts))) if old is not None else 1
+    result: list[int | None] = []
+    for place in range(len(starts) * times):
+        row, start = place // times, starts[place // times]
+        mine = row_names is None or row_names[row] == name
+        known = old[place] if old is not None and place < len(old) else None
+        if mine and start is not None and start < past and known is None and not assistant:
+            raise unknown(name, row, past) if record is None else covered(name, row, start, past)
+        late = start if start is not None and start >= past else None
+        result.append(late if known is None else known)
+    return result
+
+
 def covered(name: str, row: int, start: int, past: int) -> ValueError:
     return ValueError(
         f"adapter {name!r}: in row {row} the invocation begins at position {start}, but the cache "
         f"already covers {past} tokens, written without this adapter; crop the cache to at most "
         f"{start} tokens, or prefill only what comes before the invocation"
+    )
+
+
+def unknown(name: str, row: int, past: int) -> ValueError:
+    return ValueError(
+        f"adapter {name!r}: row {row} continues a cache of {past} tokens, and it is not known "
+        "whether the adapter has begun in it: this model did not write it, or its contents were "
+        "changed since (another model, copies of the tensors, rows that were written in place). "
+        "Pass alora_offsets (counted from the end of the row), or run it under adapter_scope(model,"
+        " name, starts=[...]); under adapter_scope(model, None) or disable_adapter() for the base "
+        "model"
     )

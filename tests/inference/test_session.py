@@ -333,3 +333,21 @@ def test_a_plain_model_has_no_adapter(seed: int) -> None:
     assert session.ask([None, None], **GREEDY)[1].token_ids == answer.token_ids
     with pytest.raises(ValueError, match="this model has: none"):
         session.generate("red")
+
+
+def test_guidance_has_a_sequence_of_its_own(seed: int) -> None:
+    """The negative branch is no row of the session: its adapter begins in its own tokens."""
+    session, reference = session_of("llama", seed)
+    ids, negative = context(12, seed), [*context(6, seed + 1), *INVOCATIONS["red"], 30]
+    session.extend(ids)
+    answer = session.generate(
+        "red", guidance_scale=2.0, negative_prompt_ids=torch.tensor([negative]), **GREEDY
+    )
+    start = answer.invocation_start
+    row, other, tokens = [*ids, *answer.invocation], list(negative), []
+    for _ in answer.token_ids:
+        yes = scratch_logits(reference, "red", row, start)[-1].log_softmax(-1)
+        no = scratch_logits(reference, "red", other, 6)[-1].log_softmax(-1)
+        tokens.append(int((no + 2.0 * (yes - no)).argmax()))
+        row, other = [*row, tokens[-1]], [*other, tokens[-1]]
+    assert answer.token_ids == tuple(tokens)

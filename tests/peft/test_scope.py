@@ -148,6 +148,18 @@ def test_threads_and_tasks_see_their_own_scope():
     assert len({expected[n].sum().item() for n in names}) == len(names)
 
 
+def test_scopes_of_two_models_at_once():
+    one, _ = twins()
+    two, _ = twins()
+    ids = two_rows()
+    with adapter_scope(one, "sum"):
+        expected = logits(one, ids)
+        with adapter_scope(two, None):
+            base = logits(two, ids)
+            assert torch.equal(logits(one, ids), expected)
+    assert not torch.equal(logits(two, ids), base)
+
+
 def test_what_is_refused():
     model, stock = twins()
     with pytest.raises(ValueError, match="not accelerated"), adapter_scope(stock, "ask"):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
-from .models import twins
+from alora_kernels.peft import adapter_scope
+
+from .models import ASK, cache_of, cached, prompt, put, twins
+from .test_generation import generate
 
 
 @pytest.mark.parametrize(
@@ -43,3 +48,42 @@ def test_token_ids_are_matched_not_text():
     owner = model.__dict__["_alora_acceleration"]
     merged = torch.tensor([[20, 40, 41]])  # ids that a tokenizer may give the same letters
     assert not owner.state_of((), {"input_ids": merged}).activations["ask"].mask.any()
+
+
+@pytest.mark.parametrize("how", ["forward", "generate", "packed", "mixed"])
+def test_a_prompt_without_the_invocation_is_said_once(how):
+    model, _ = twins()
+    ids = put(prompt(2, 12), 0, 3, ASK)
+
+    def run():
+        with torch.no_grad():
+            if how == "generate":
+                return generate(model, ids, max_new_tokens=1)
+            extra = {"position_ids": torch.arange(12).expand(2, -1) % 7} if how == "packed" else {}
+            extra = {"adapter_names": ["ask", "ask"]} if how == "mixed" else extra
+            return model(input_ids=ids, use_cache=False, **extra)
+
+    with pytest.warns(UserWarning, match=r"'ask': row 1 .* invocation, the token ids \[5, 6, 7\]"):
+        run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run()
+
+
+def test_the_base_model_on_purpose_is_not_warned_of():
+    model, _ = twins()
+    ids = put(prompt(2, 12), 0, 3, ASK)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error", UserWarning)
+        with adapter_scope(model, None):
+            model(input_ids=ids)
+            generate(model, ids, max_new_tokens=1)
+        with model.disable_adapter():
+            model(input_ids=ids)
+        model(input_ids=ids, adapter_names=["ask", "__base__"])
+        generate(model, ids, max_new_tokens=2, adapter_names=["ask", "__base__"])
+        model(input_ids=ids, alora_offsets=[5, None])
+        with adapter_scope(model, "ask", starts=[3, None]):
+            generate(model, ids, max_new_tokens=2)
+        cache = cache_of(model(input_ids=ids[:1], use_cache=True))
+        model(input_ids=prompt(1, 2), **cached(model, cache))

@@ -1,0 +1,265 @@
+"""Where the adapters of one forward begin: told, remembered with its cache, or in its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..activation import Activation, find_invocation_starts
+from . import caches, records
+from .ambient import ForwardState, Note, Request
+from .lonely import LonelyRows
+from .refusal import invocation_of
+from .rows import starts_of
+from .search import packed_mask, restarts
+
+if TYPE_CHECKING:
+    from .acceleration import Acceleration
+
+Starts = list[int | None]
+
+
+class Sequences:
+    """Finds the active rows of every forward of one model.
+
+    A forward is the next part of a sequence. `generate` tells where the adapters of its own
+    sequence begin; every other forward, also one that is made while `generate` runs, is known by
+    its cache's record, or else is a new sequence, in whose tokens the invocation is looked for.
+    """
+
+    def __init__(self, owner: Acceleration) -> None:
+        self.owner = owner
+        self.recent: dict[Any, Activation] = {}
+        self.lonely = LonelyRows()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether some adapter will ask what a cache holds."""
+        return any(invocation_of(config) is not None for config in self.owner.configs.values())
+
+    def find(
+        self,
+        state: ForwardState,
+        names: Sequence[str],
+        request: Request | None,
+        arguments: Mapping[str, Any],
+        ids: Tensor | None,
+        tokens: Tensor,
+    ) -> None:
+        """Fill `state.activations` for `names`, and note what the cache will have to remember."""
+        generation = None if request is None else request.generation
+        cache = caches.among(arguments)
+        if generation is not None and generation.owns(tokens, ids, cache):
+            state.generation = generation
+        invocations = {name: invocation_of(self.owner.configs.get(name)) for name in names}
+        told = {name: self._told(state, name, request) for name in names}
+        if all(t is None and told[n] is None for n, t in invocations.items()):
+            for name in names:  # no place to find, so the cache is not asked for anything
+                rows = starts_of(state, name, [0] * state.batch)
+                state.activations[name] = self._from_starts(rows, state, 0, tokens.device)
+            self._note(state, Note(ids, plain=True))
+            return
+        past = self._past(state, arguments, cache)
+        compiling = torch.compiler.is_compiling()
+        if isinstance(past, Tensor) and not compiling:
+            past = int(past)
+        record = None
+        continued = past is None or isinstance(past, Tensor) or past > 0
+        if continued and not compiling and (state.generation is None or past is None):
+            record = records.recall(cache, past, self.owner.key)
+            if past is None and record is not None:
+                past = record.length
+        starts: dict[str, Starts] = {}
+        begin_at: Any = _unsearched
+        for name in names:
+            invocation = invocations[name]
+            given = told[name]
+            if given is None and request is not None and request.offsets is not None and invocation:
+                given = self._counted(state, name, request.offsets, past)
+            if given is None and invocation is None:
+                given = [0] * state.batch
+            if given is None and continued:
+                assert invocation is not None
+                if compiling:
+                    raise NotImplementedError(
+                        "a compiled forward that continues a cache has to be told where its "
+                        "adapter begins: run it inside generate, or inside "
+                        "adapter_scope(model, name, starts=[...])"
+                    )
+                if past is None:
+                    raise self.lengthless(name, cache)
+                given = records.continued_starts(name, invocation, ids, past, record, state.batch)
+            if given is not None:
+                given = starts_of(state, name, given)
+                if past is None and any(given) and told[name] is not None:
+                    raise self.lengthless(name, cache)
+                starts[name] = given
+                state.activations[name] = self._from_starts(given, state, past or 0, tokens.device)
+                continue
+            if ids is None:
+                raise ValueError(
+                    f"adapter {name!r}: only inputs_embeds came, in which its invocation cannot "
+                    "be found; pass alora_offsets (counted from the end of the row), or input_ids"
+                )
+            assert invocation is not None
+            if begin_at is _unsearched:
+                begin_at = restarts(
+                    arguments.get("position_ids"),
+                    arguments.get("attention_mask"),
+                    arguments.get("cu_seq_lens_q"),
+                    ids,
+                )
+            state.activations[name] = self._search(state, name, ids, invocation, begin_at, starts)
+        starts = {n: s for n, s in starts.items() if invocations[n] is not None}
+        self._note(state, Note(ids, past, record, starts))
+
+    # ------------------------------------------------------------------ what is known beforehand
+
+    def _told(self, state: ForwardState, name: str, request: Request | None) -> Starts | None:
+        """Absolute starts that somebody tells."""
+        rows: Sequence[int | None] | None = None
+        if request is not None and request.starts is not None:
+            rows = request.starts
+        elif state.generation is not None:
+            rows = state.generation.starts_of(name)
+        return None if rows is None else _for_rows(name, rows, state.batch)
+
+    def _counted(
+        self, state: ForwardState, name: str, offsets: Sequence[int | None], past: Any
+    ) -> Starts:
+        """PEFT's `alora_offsets`, counted from the end of the tokens of this forward."""
+        end = state.seq_len if past is None else past + state.seq_len
+        rows = [None if not o or o < 0 else max(end - int(o), 0) for o in offsets]
+        return _for_rows(name, rows, state.batch)
+
+    def _past(self, state: ForwardState, arguments: Mapping[str, Any], cache: Any) -> Any:
+        """Tokens that were read before this forward; None if nobody knows."""
+        length = caches.length_of(cache)
+        if state.generation is not None:
+            return state.generation.past(state.seq_len, length, cache)
+        position = arguments.get("cache_position")
+        if length is None and isinstance(position, Tensor) and position.numel():
+            return int(position.flatten()[0])
+        return length
+
+    def lengthless(self, name: str, cache: Any) -> ValueError:
+        return ValueError(
+            f"adapter {name!r}: {type(self.owner.root).__name__} continues a "
+            f"{type(cache).__name__}, of which it is not known how many tokens it has read, so "
+            "where the adapter begins is not known either. Use model.generate, continue the very "
+            "cache that this model wrote last, or tell the active rows: alora_offsets (counted "
+            "from the end of the row), or adapter_scope(model, name, activation)"
+        )
+
+    # ------------------------------------------------------------------ activations
+
+    def _from_starts(
+        self, starts: Starts, state: ForwardState, past: Any, device: torch.device
+    ) -> Activation:
+        """The activation of one chunk; the same one again while decoding repeats itself."""
+        seq_len = state.seq_len
+        if isinstance(past, Tensor) or torch.compiler.is_compiling():
+            values = [-1 if s is None else s for s in starts]
+            return Activation.from_starts(torch.tensor(values, device=device), seq_len, past)
+        relative = tuple(
+            [None if s is None or s - past >= seq_len else max(s - past, 0) for s in starts]
+        )
+        key = (relative, seq_len, device)
+        found = self.recent.get(key)
+        if found is None:
+            if len(self.recent) >= 64:
+                self.recent.clear()
+            found = self.recent[key] = Activation.from_starts(relative, seq_len, device=device)
+        return found
+
+    def _search(
+        self,
+        state: ForwardState,
+        name: str,
+        ids: Tensor,
+        tokens: list[int],
+        begin: Tensor | None,
+        starts: dict[str, Starts],
+    ) -> Activation:
+        """The activation of whole rows of tokens, none of them in a cache yet."""
+        if begin is not None:
+            mask = packed_mask(ids, tokens, begin)
+            lonely = ~mask.any(1)
+        else:
+            found = find_invocation_starts(ids, tokens)
+            lonely = found < 0
+            position = torch.arange(state.seq_len, device=ids.device)
+            mask = (found >= 0).unsqueeze(1) & (position >= found.unsqueeze(1))
+        if state.row_names is not None:
+            mine = torch.tensor([n == name for n in state.row_names], device=ids.device)
+            mask, lonely = mask & mine.unsqueeze(1), lonely & mine
+        if torch.compiler.is_compiling():
+            return Activation.from_mask(mask)
+        training = self.owner.root.training and torch.is_grad_enabled()
+        if begin is not None or (self.owner.root.training and ids.device.type != "cpu"):
+            self.lonely.look(name, tokens, lonely, training)
+            return Activation.from_mask(mask)
+        rows = [None if s < 0 else s for s in found.tolist()]
+        starts[name] = starts_of(state, name, rows)
+        self.look(state.row_names, name, rows, training)
+        if ids.device.type != "cpu":
+            return Activation.from_mask(mask)
+        return self._from_starts(starts[name], state, 0, ids.device)
+
+    def look(
+        self, row_names: list[str | None] | None, name: str, starts: Starts, training: bool = False
+    ) -> None:
+        """Say once which rows that run `name` have no invocation."""
+        tokens = invocation_of(self.owner.configs.get(name))
+        mine = [name] * len(starts) if row_names is None else row_names
+        lonely = [s is None and n == name for s, n in zip(starts, mine)]
+        self.lonely.look(name, tokens or [], lonely, training)
+
+    # ------------------------------------------------------------------ after the forward
+
+    def _note(self, state: ForwardState, note: Note) -> None:
+        if not torch.compiler.is_compiling():
+            state.note = note
+
+    def remember(self, state: ForwardState, arguments: Mapping[str, Any], output: Any) -> None:
+        """Write down with the cache what this forward fed it."""
+        note, given = state.note, caches.among(arguments)
+        if note is None or not self.remembers:
+            return
+        cache = caches.of_output(output)
+        cache = given if cache is None else cache
+        if cache is None:
+            return
+        if state.generation is not None and note.past is not None:
+            state.generation.wrote(cache, note.past + state.seq_len)
+        bits = caches.fingerprint(cache, state.seq_len)
+        if bits is None or (note.past is None and not note.plain):
+            records.forget(cache)  # what cannot be compared cannot be believed
+            return
+        chunk = records.Chunk(state.seq_len, note.ids, bits, note.plain)
+        record = note.record
+        if note.plain and given is not None:
+            record = records.record_of(given) or records.CacheRecord(None, self.owner.key)
+        elif state.generation is not None and note.past:
+            record = records.record_of(cache)
+            if record is not None:
+                fits = record.length >= note.past and record.writer == self.owner.key
+                record = record.cut(note.past) if fits else None
+        if record is None:
+            record = records.CacheRecord(note.past or 0, self.owner.key)
+        records.write_record(cache, record.extended(chunk, note.starts))
+
+
+_unsearched = object()
+
+
+def _for_rows(name: str, rows: Sequence[int | None], batch: int) -> Starts:
+    if not len(rows) or batch % len(rows):
+        raise ValueError(
+            f"adapter {name!r}: {len(rows)} starts or alora_offsets were given for a batch of "
+            f"{batch} rows; give one for each row"
+        )
+    return [r for r in rows for _ in range(batch // len(rows))]
