@@ -47,6 +47,7 @@ class Acceleration:
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.beside: set[str] = set()  # layers outside the tokens that were spoken of
         self.auxiliary: set[nn.Module] = set()
         self.places = self._argument_places()
         self.handles: list[Any] = []
@@ -203,6 +204,7 @@ class Acceleration:
                 past = int(past)
                 continued = past > 0
             record = records.record_of(cache, past) if continued else None
+        state.past, state.starts, state.cache = past, starts, cache
         begin = None
         searched = False
         for name in names:

@@ -14,6 +14,7 @@ from .ambient import ForwardState, Pending, current_state
 from .groups import Group
 from .parts import adapter_parts, plain_base
 from .ready import Ready
+from .elsewhere import elsewhere
 from .unserved import peft_arguments
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class AcceleratedLayer:
     alora_owner: Acceleration
     alora_group: Group | None
     alora_index: int
+    alora_rows: str | None  # where its rows are not the forward's tokens: see `stream`
     alora_fused: bool  # the class's base may be computed together with the adapter
     # By adapters: what a call without gradient needs not do again.
     alora_ready: dict[tuple[str, ...], Ready]
@@ -53,6 +55,8 @@ class AcceleratedLayer:
             if state is not None and state.names is not None:
                 return self._by_peft(x, state, state.names)  # which refuses to choose
             return self.alora_kind.forward(self, x)
+        if self.alora_rows is not None:
+            state = elsewhere(self.alora_owner, self.alora_rows, state)
         if state is None:
             state = self.alora_owner.outside(self, x)
         asked = state.names
@@ -241,5 +245,5 @@ class AcceleratedLayer:
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
-        arguments = peft_arguments(self.alora_owner, self, state, tuple(names))
+        arguments = peft_arguments(self.alora_owner, self, state, tuple(names), x)
         return self.alora_kind.forward(self, x, **arguments)

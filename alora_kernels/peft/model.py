@@ -28,16 +28,18 @@ from .ambient import (
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
 from .eligibility import strange_adapters, why_not_served
+from .elsewhere import say_beside
 from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
 from .refusal import check_adapter_folder, check_config, invocation_of
 from .rows import BASE, restrict, rows_of
+from .stream import find_places
 from .unserved import Unserved
 
 logger = logging.getLogger("alora_kernels")
 OURS = "_alora_acceleration"
-LAYER_FIELDS = ("owner", "group", "index", "fused", "strange", "ready")
+LAYER_FIELDS = ("owner", "group", "index", "fused", "strange", "rows", "ready")
 
 
 def accelerate(
@@ -230,20 +232,23 @@ def adopt(owner: Acceleration) -> None:
         path: module for path, module in owner.root.named_modules() if isinstance(module, LoraLayer)
     }
     owner.served.clear()
+    places = find_places(owner.root, owner.layers)
+    say_beside(owner, places)
     for index, (path, layer) in enumerate(owner.layers.items()):
         if is_accelerated(layer):
             _release(layer)
         reason = why_not_served(layer)
         if reason is not None:
             if path not in owner.refused:
-                hook = Unserved(owner).before_forward
+                hook = Unserved(owner, places.get(path)).before_forward
                 owner.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             owner.refused[path] = reason
             continue
         fused = type(layer).__name__ == "Linear"
         strange = strange_adapters(layer)
         layer.__class__ = accelerated_class(type(layer), AcceleratedLayer)
-        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused, strange, {})):
+        values = (owner, None, index, fused, strange, places.get(path), {})
+        for field, value in zip(LAYER_FIELDS, values):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
     for module in owner.root.modules():
