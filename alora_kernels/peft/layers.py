@@ -11,10 +11,10 @@ from torch import Tensor
 from ..backends import Projection
 from ..functional import alora_add, alora_linear, alora_linear_group
 from .ambient import ForwardState, Pending, current_state
+from .elsewhere import elsewhere
 from .groups import Group
 from .parts import adapter_parts, plain_base
 from .ready import Ready
-from .elsewhere import elsewhere
 from .unserved import peft_arguments
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import logging
 import re
 import textwrap
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
-from typing import Any
+from functools import cache
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -188,7 +187,7 @@ def _leads_in(name: str) -> bool:
 
 def _output_embeddings(root: nn.Module) -> set[str]:
     found = set()
-    for path, module in root.named_modules():
+    for module in root.modules():
         if isinstance(module, PreTrainedModel):
             try:
                 head = module.get_output_embeddings()
@@ -205,8 +204,8 @@ def _vocabulary(root: nn.Module, embeddings: str) -> int | None:
 def _children(root: nn.Module, parent: str, without: str) -> list[tuple[str, nn.Module]]:
     """The children of `parent` but the one that holds `without`."""
     lead = f"{parent}." if parent else ""
-    children = [(lead + name, module) for name, module in root.get_submodule(parent).named_children()]
-    return [(path, module) for path, module in children if not _under(without, [path])]
+    children = root.get_submodule(parent).named_children()
+    return [(lead + n, module) for n, module in children if not _under(without, [lead + n])]
 
 
 def _under(path: str, parents: Iterable[str]) -> bool:
@@ -244,7 +243,7 @@ def reads_cache(root: nn.Module, path: str) -> bool:
     return leaf in projections_of_cache(type(root.get_submodule(parent)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def projections_of_cache(kind: type) -> frozenset[str]:
     """Children of an attention module of class `kind` that are called on what `cache.update`
     returned, read from the source of its forward."""
