@@ -198,7 +198,8 @@ class Acceleration:
         cache = self._cache(arguments)
         past = records.cache_length(cache)
         continued = isinstance(past, Tensor) or past > 0
-        record, starts = None, {}
+        record = None
+        starts: dict[str, list[int | None]] = {}
         if not torch.compiler.is_compiling():
             if isinstance(past, Tensor):
                 past = int(past)

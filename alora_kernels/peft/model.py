@@ -32,7 +32,7 @@ from .elsewhere import say_beside
 from .generation import CHUNKING, generation, skips_hooks
 from .groups import find_groups
 from .layers import AcceleratedLayer
-from .refusal import check_adapter_folder, check_config, invocation_of
+from .refusal import check_adapter_folder, check_config, invocation_of, why_unsuited
 from .rows import BASE, restrict, rows_of
 from .stream import find_places
 from .unserved import Unserved
@@ -221,9 +221,9 @@ def check_names(owner: Acceleration, names: Sequence[str], where: str) -> None:
 
 def check_configs(owner: Acceleration) -> None:
     """Refuse the model if one of its adapters cannot be right."""
-    encoder = bool(getattr(getattr(owner.root, "config", None), "is_encoder_decoder", False))
+    unsuited = why_unsuited(owner.root)
     for name, config in owner.configs.items():
-        check_config(name, config, encoder)
+        check_config(name, config, unsuited)
 
 
 def adopt(owner: Acceleration) -> None:
@@ -247,7 +247,7 @@ def adopt(owner: Acceleration) -> None:
         fused = type(layer).__name__ == "Linear"
         strange = strange_adapters(layer)
         layer.__class__ = accelerated_class(type(layer), AcceleratedLayer)
-        values = (owner, None, index, fused, strange, places.get(path), {})
+        values: tuple[Any, ...] = (owner, None, index, fused, strange, places.get(path), {})
         for field, value in zip(LAYER_FIELDS, values):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
@@ -348,7 +348,7 @@ class AcceleratedModel:
         yield
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        check_config(adapter_name, peft_config)
+        check_config(adapter_name, peft_config, why_unsuited(self.__dict__[OURS].root))
         self.alora_kind.add_adapter(self, adapter_name, peft_config, *args, **kwargs)
         adopt(self.__dict__[OURS])
 

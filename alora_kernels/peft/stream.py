@@ -17,6 +17,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -240,7 +241,8 @@ def reads_other_states(root: nn.Module, path: str) -> bool:
 def reads_cache(root: nn.Module, path: str) -> bool:
     """Whether the layer projects what the cache returned (latent attention's kv_b_proj)."""
     parent, _, leaf = path.rpartition(".")
-    return leaf in projections_of_cache(type(root.get_submodule(parent)))
+    kind: Any = type(root.get_submodule(parent))
+    return leaf in projections_of_cache(kind)
 
 
 @cache
@@ -254,10 +256,10 @@ def projections_of_cache(kind: type) -> frozenset[str]:
     returned: set[str] = set()
     for statement in _in_order(forward):
         if isinstance(statement, ast.Assign) and _is_update(statement.value):
-            returned |= {n.id for t in statement.targets for n in ast.walk(t) if _is_name(n)}
+            returned |= _names(*statement.targets)
             continue
         if isinstance(statement, ast.Assign) and _root_name(statement.value) in returned:
-            returned |= {n.id for t in statement.targets for n in ast.walk(t) if _is_name(n)}
+            returned |= _names(*statement.targets)
         if not returned:
             continue
         for child, arguments in _calls_of_self(statement):
@@ -327,8 +329,8 @@ def _calls_of_self(tree: ast.AST) -> list[tuple[str, list[ast.expr]]]:
     ]
 
 
-def _names(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+def _names(*trees: ast.AST) -> set[str]:
+    return {n.id for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Name)}
 
 
 def _root_name(value: ast.expr) -> str | None:
@@ -341,7 +343,3 @@ def _root_name(value: ast.expr) -> str | None:
         else:
             return None
     return value.id
-
-
-def _is_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name)
