@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import logging
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -25,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 BESIDE, CACHE, EXPERT, HEAD = "beside", "cache", "expert", "head"
 
-logger = logging.getLogger("alora_kernels")
+Children = list[tuple[str, nn.Module]]
+IsHead = Callable[[str, nn.Module], bool]
 
 # Names of modules that see something else than tokens, where the structure alone does not tell.
 OTHER_SENSES = re.compile(
@@ -81,8 +81,24 @@ class Stream:
         self.decoder = None if embeddings is None else _decoder(root, embeddings)
         if embeddings is None or self.decoder is None:
             return
-        self._sort_inside(root, embeddings, self.decoder)
-        self._sort_outside(root, embeddings, self.decoder)
+        outputs = _output_embeddings(root)
+        vocabulary = getattr(root.get_submodule(embeddings), "num_embeddings", None)
+
+        def is_head(path: str, module: nn.Module) -> bool:
+            if _is_tower(path, module):
+                return False
+            if path in outputs or HEADS.search(_leaf(path)):
+                return not _has_blocks(module)
+            width = getattr(module, "out_features", None)
+            return width is not None and width == vocabulary
+
+        self._sort_inside(_children(root, self.decoder, embeddings), is_head)
+        branches: Children = []
+        above = self.decoder
+        while above:
+            below, above = above, above.rpartition(".")[0]
+            branches += _children(root, above, below)
+        self._sort_outside(branches, is_head)
 
     def beside(self, path: str) -> bool:
         return _under(path, self.others)
@@ -90,34 +106,23 @@ class Stream:
     def head(self, path: str) -> bool:
         return _under(path, self.heads)
 
-    def _sort_inside(self, root: nn.Module, embeddings: str, decoder: str) -> None:
+    def _sort_inside(self, children: Children, is_head: IsHead) -> None:
         """Towers that a decoder holds beside its own blocks (Idefics, GIT, Phi-4 multimodal)."""
-        children = _children(root, decoder, embeddings)
-        self.others = [path for path, module in children if _is_tower(path, module)]
-        if any(_has_blocks(root.get_submodule(path)) for path in self.others):
-            rest = [(p, m) for p, m in children if p not in self.others and not _has_blocks(m)]
-            heads = _output_embeddings(root)
-            self.others += [p for p, _ in rest if _leads_in(_leaf(p)) and p not in heads]
-        vocabulary = _vocabulary(root, embeddings)
-        self.heads = [
-            path
-            for path, module in children
-            if path not in self.others and _is_head(root, path, module, vocabulary)
-        ]
+        towers = [(path, module) for path, module in children if _is_tower(path, module)]
+        rest = [child for child in children if child not in towers]
+        self.heads += [path for path, module in rest if is_head(path, module)]
+        self.others += [path for path, _ in towers]
+        if any(_has_blocks(module) for _, module in towers):
+            self.others += [
+                path
+                for path, module in rest
+                if _leads_in(_leaf(path)) and path not in self.heads and not _has_blocks(module)
+            ]
 
-    def _sort_outside(self, root: nn.Module, embeddings: str, decoder: str) -> None:
-        branches: list[tuple[str, nn.Module]] = []
-        above = decoder
-        while above:
-            below, above = above, above.rpartition(".")[0]
-            branches += _children(root, above, below)
+    def _sort_outside(self, branches: Children, is_head: IsHead) -> None:
         text_only = not any(_is_tower(p, m) or _has_blocks(m) for p, m in branches)
-        vocabulary = _vocabulary(root, embeddings)
         for path, module in branches:
-            if text_only or _is_head(root, path, module, vocabulary):
-                self.heads.append(path)
-            else:
-                self.others.append(path)
+            (self.heads if text_only or is_head(path, module) else self.others).append(path)
 
 
 def token_embeddings(root: nn.Module) -> str | None:
@@ -173,36 +178,22 @@ def _is_tower(path: str, module: nn.Module) -> bool:
     return any(isinstance(m, PreTrainedModel | nn.Conv2d | nn.Conv3d) for m in module.modules())
 
 
-def _is_head(root: nn.Module, path: str, module: nn.Module, vocabulary: int | None) -> bool:
-    if _is_tower(path, module):
-        return False
-    if path in _output_embeddings(root) or HEADS.search(_leaf(path)):
-        return not _has_blocks(module)
-    width = getattr(module, "out_features", None)
-    return width is not None and width == vocabulary
-
-
 def _leads_in(name: str) -> bool:
     return bool(PROJECTORS.search(name)) and not name.startswith(("project_", "embed"))
 
 
 def _output_embeddings(root: nn.Module) -> set[str]:
-    found = set()
+    heads = set()
     for module in root.modules():
         if isinstance(module, PreTrainedModel):
             try:
-                head = module.get_output_embeddings()
+                heads.add(id(module.get_output_embeddings()))
             except (NotImplementedError, AttributeError):
                 continue
-            found |= {p for p, m in root.named_modules() if m is head and head is not None}
-    return found
+    return {path for path, module in root.named_modules() if id(module) in heads}
 
 
-def _vocabulary(root: nn.Module, embeddings: str) -> int | None:
-    return getattr(root.get_submodule(embeddings), "num_embeddings", None)
-
-
-def _children(root: nn.Module, parent: str, without: str) -> list[tuple[str, nn.Module]]:
+def _children(root: nn.Module, parent: str, without: str) -> Children:
     """The children of `parent` but the one that holds `without`."""
     lead = f"{parent}." if parent else ""
     children = root.get_submodule(parent).named_children()

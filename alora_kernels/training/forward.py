@@ -202,7 +202,7 @@ def _lend(
     keys: dict[int, str] = {}
     missing = [b for b, row in enumerate(layout.rows) if row.prefix]
     any_prefix = bool(missing)
-    if store is not None and missing:
+    if store is not None and (missing or call.sharded):
         name = store.name(call.model, extra)
         ids, places = input_ids.cpu(), positions.cpu()
         for b in missing:

@@ -24,6 +24,8 @@ _DROPOUTS = (
     "attn_dropout",
     "attn_pdrop",
     "activation_dropout",
+    "input_jitter_noise",
+    "router_jitter_noise",
     "dropout",
     "embd_pdrop",
     "hidden_dropout",
@@ -247,7 +249,7 @@ def _randomness(peft: Any) -> Iterator[str]:
     for name in _DROPOUTS:
         rate = getattr(text, name, None)
         if isinstance(rate, (int, float)) and not math.isclose(rate, 0.0):
-            yield f"the base model drops activations in training ({name}={rate}); set it to 0"
+            yield f"the base model is random in training ({name}={rate}); set it to 0"
     for name, module in peft.named_modules():
         if (
             isinstance(module, nn.modules.dropout._DropoutNd)
