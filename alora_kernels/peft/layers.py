@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Projection
+from ..checks import MAX_DIM
 from ..functional import alora_add, alora_linear, alora_linear_group
 from .ambient import ForwardState, Pending, current_state
 from .elsewhere import elsewhere
@@ -50,6 +51,8 @@ class AcceleratedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
+        if x.dim() > MAX_DIM:  # the tiles of an image, in a tower
+            return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         state = current_state()
         if self.merged_adapters:
             if state is not None and state.names is not None:

@@ -229,6 +229,17 @@ def reads_other_states(root: nn.Module, path: str) -> bool:
     )
 
 
+def projects_cache(root: nn.Module) -> str | None:
+    """The first layer of the model that projects what the cache returned."""
+    for path, module in root.named_modules():
+        kind: Any = type(module)
+        for child in projections_of_cache(kind):
+            layer = getattr(module, child, None)
+            if isinstance(layer, nn.Module) and _has_linear(layer):
+                return f"{path}.{child}" if path else child
+    return None
+
+
 def reads_cache(root: nn.Module, path: str) -> bool:
     """Whether the layer projects what the cache returned (latent attention's kv_b_proj)."""
     parent, _, leaf = path.rpartition(".")
