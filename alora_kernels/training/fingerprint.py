@@ -138,7 +138,8 @@ def settings(model: nn.Module, extra: str = "") -> str:
 
     peft = unwrap(model)
     base = peft.get_base_model()
-    device = next(peft.parameters()).device.type
+    kinds = [p.device.type for p in peft.parameters() if not p.is_meta]  # meta: offloaded
+    device = kinds[0] if kinds else "cpu"
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     return json.dumps(
         [
@@ -177,7 +178,7 @@ def _arithmetic() -> list[Any]:
 def _modules(base: nn.Module) -> Iterator[list[Any]]:
     """Each module's class, its numbers and words (an epsilon, a window, a scale), and its hooks."""
     for path, module in base.named_modules():
-        if is_adapter(f".{path}."):
+        if any(part.startswith("lora_") for part in path.split(".")):
             continue
         plain = [
             (name, value)

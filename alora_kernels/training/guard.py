@@ -140,6 +140,12 @@ def _problems(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[str]:
             )
     if len(peft.active_adapters) > 1:
         yield f"{len(peft.active_adapters)} adapters are active; activate one"
+    merged = sorted({name for m in peft.modules() for name in getattr(m, "merged_adapters", ())})
+    if merged:
+        yield (
+            f"adapter {', '.join(map(repr, merged))} is merged into the base, and the pass over "
+            "the prefix, which runs without adapters, would take it out again; call unmerge_adapter"
+        )
     yield from _trainable(peft)
     yield from _architecture(peft)
     yield from _randomness(peft)
