@@ -72,7 +72,7 @@ class Routed(View):
     """Routed experts: some of this forward's tokens, in an order that is not known."""
 
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
-        chosen = all_or_none(activation, x)
+        chosen = own_rows(self, activation, x) or all_or_none(activation, x)
         if chosen is None:
             raise unknown_rows(self, x, name)
         return chosen
@@ -84,6 +84,12 @@ class Heads(View):
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
         chosen = all_or_none(activation, x)
         return reshape(self, activation, x, name) if chosen is None else chosen
+
+
+def own_rows(state: ForwardState, activation: Activation, x: Tensor) -> Activation | None:
+    """The activation that an `adapter_scope` outside of a forward was given for this layer."""
+    alone = state.batch == 0 and activation.num_rows == x.shape[:-1].numel()
+    return activation if alone else None
 
 
 def all_or_none(activation: Activation, x: Tensor) -> Activation | None:
@@ -116,6 +122,9 @@ class WholeSequence(View):
     def _whole(self, name: str, activation: Activation, x: Tensor) -> Activation:
         state = self.tokens
         assert state is not None
+        told = own_rows(state, activation, x)
+        if told is not None:
+            return told
         batch, seq_len, past = state.batch, state.seq_len, state.past
         lead = tuple(x.shape[:-1])
         length = lead[-1]

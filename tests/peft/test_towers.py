@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from alora_kernels.peft import accelerate, restore
+from alora_kernels import Activation
+from alora_kernels.peft import accelerate, adapter_scope, restore
 from alora_kernels.peft.stream import BESIDE, HEAD, find_places
 
 from .definition import defined, greedy
@@ -398,6 +399,14 @@ def test_experts_are_not_told_by_their_row_count():
         ids[0, 4:7] = torch.tensor(ASK)
         with pytest.raises(RuntimeError, match="routed experts"):
             model(input_ids=ids)
+        # Called alone it runs the rows that it is told.
+        expert, rows = model.get_base_model().experts[0], torch.randn(6, 16)
+        mask = torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.bool)
+        with adapter_scope(model, "default", Activation.from_mask(mask)):
+            got = expert(rows)
+        plain = base.experts[0](rows)
+        assert torch.equal(got[~mask], plain[~mask])
+        assert ((got - plain).abs().amax(1) > 1e-4).equal(mask)
 
 
 def test_greedy_of_the_definition_is_that_of_peft():
