@@ -57,7 +57,7 @@ class Activation:
             object.__setattr__(
                 self, "max_active", self.row_adapter.shape[0] if known is None else known
             )
-        if self.segments is None and _readable(self.row_adapter) and self.num_rows:
+        if self.segments is None and readable(self.row_adapter) and self.num_rows:
             highest = int(self.row_adapter.max())
             if highest > 0:
                 raise NotImplementedError(
@@ -197,7 +197,7 @@ class Activation:
         active = torch.full((rows + 1,), -1, dtype=torch.int32, device=flat.device)
         active = active.scatter(0, slot, numbers)[:rows]
         host: dict[str, Any] = {}
-        if _readable(flat):
+        if readable(flat):
             known = int(count)
             host = {"num_active": known, "segments": _runs(active[:known])}
         activation = cls(flat.to(torch.int32) - 1, active, count, **host)
@@ -281,7 +281,7 @@ class Activation:
         return f"Activation({active} of {self.num_rows} rows active, device={self.device})"
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether the host may look at the values: on the CPU, outside of compilers and transforms."""
     return (
         type(tensor) is Tensor

@@ -26,6 +26,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..peft.stream import projects_cache
+
 NAME = "alora_shared_prefix"
 # Scores of one product are held in float32: at most this many, 64 MiB.
 MAX_SCORES = 1 << 24
@@ -225,6 +227,9 @@ def sharing_problem(model: Any, cache: Cache) -> str | None:
         return f"{type(model).__name__} does not take its attention from AttentionInterface"
     if any(kind.__name__ == "DummyLayer" for layer in cache.layers for kind in type(layer).__mro__):
         return "some layers read the keys of others"
+    projected = projects_cache(model)
+    if projected is not None:
+        return f"{projected} projects what its cache returns"
     if len({getattr(layer, "keys", None) is None for layer in cache.layers}) != 1:
         return "some layers hold no keys"
     for name in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):

@@ -38,6 +38,7 @@ class Acceleration:
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.beside: set[str] = set()  # layers outside the tokens that were spoken of
         self.auxiliary: set[nn.Module] = set()
         self.parameters = self._parameters()
         self.handles: list[Any] = []

@@ -88,6 +88,8 @@ class ForwardState:
         activations: the active rows of each adapter.
         batch, seq_len: B and T of the tokens (B = 0: not known); `rows` is their product.
         keep: `logits_to_keep` of this forward.
+        past, starts, cache: tokens in the cache before this forward, the absolute start of each
+            row by adapter, and the cache itself, where they are known.
         outer: the state that this one hides.
         pending: outputs that a group computed for layers that have not been called yet.
         generation: the call of `generate` whose own forward this is.
@@ -108,11 +110,15 @@ class ForwardState:
         self.row_names = row_names
         self.batch, self.seq_len, self.rows = batch, seq_len, batch * seq_len
         self.keep = keep
+        self.past: int | Tensor | None = None
+        self.starts: dict[str, list[int | None]] = {}
+        self.cache: Any = None
         self.outer: ForwardState | None = None
         self.pending: Pending | None = None
         self.generation: Generation | None = None
         self.note: Note | None = None
         self.shaped: dict[tuple[str, tuple[int, ...], torch.device], Activation] = {}
+        self.views: dict[str, ForwardState] = {}  # this forward as layers elsewhere see it
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
         """The active rows of adapter `name` among the rows of x `[..., K]`.
@@ -134,8 +140,19 @@ class ForwardState:
         key = (name, tuple(shape[:-1]), x.device)
         found = self.shaped.get(key)
         if found is None:
-            found = self.shaped[key] = reshape(self, activation, x, name).to(x.device)
+            found = self.shaped[key] = self.reshaped(activation, x, name).to(x.device)
         return found
+
+    def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
+        """`activation` of the tokens for an x that is not `[B, T, K]`."""
+        return reshape(self, activation, x, name)
+
+    def everywhere(self, name: str) -> bool:
+        """Whether adapter `name` acts on every row of every layer, as a plain LoRA does."""
+        starts = self.starts.get(name)
+        if starts is not None:
+            return all(start == 0 for start in starts)
+        return self.past is not None and invocation_of(self.owner.configs.get(name)) is None
 
 
 class Pending:
@@ -173,9 +190,7 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
     rows = x.shape[:-1].numel()
     if rows == activation.num_rows and (len(lead) == 1 or lead[0] in (1, state.batch or lead[0])):
         return activation  # [B·T, K], [B, T, K] on another device, or [1, B·T, K]
-    if activation.num_active == 0:
-        return Activation.none(rows, device=x.device)
-    if activation.num_active == activation.num_rows:
+    if state.everywhere(name):
         return Activation.all(rows, device=x.device)
     batch, seq_len = state.batch, state.seq_len
     mask = activation.mask.view(batch, seq_len)
@@ -189,11 +204,17 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
         kept = mask[:, -state.keep :] if isinstance(state.keep, int) else mask[:, state.keep]
         if kept.shape == lead:  # what logits_to_keep left
             return Activation.from_mask(kept)
-    raise RuntimeError(
+    raise unknown_rows(state, x, name)
+
+
+def unknown_rows(state: ForwardState, x: Tensor, name: str) -> RuntimeError:
+    """The error for an input whose rows cannot be told."""
+    return RuntimeError(
         f"adapter {name!r}: a layer got an input of shape {tuple(x.shape)}, but this forward has "
-        f"{batch} × {seq_len} tokens, so which of its rows are active is not known; leave layers "
-        "that see a selection of the tokens (routed experts) out of target_modules, or run them "
-        "under adapter_scope with an Activation of their own rows"
+        f"{state.batch} × {state.seq_len} tokens, so which of its rows are active is not known; "
+        "leave layers that see a selection of the tokens (routed experts) or other states (a "
+        "tower, the whole cache) out of target_modules, or run them under adapter_scope with an "
+        "Activation of their own rows"
     )
 
 

@@ -54,7 +54,7 @@ def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:
     for children in by_parent.values():
         for names in TOGETHER:
             members = [children[n] for n in names if n in children and children[n].alora_fused]
-            widths = {layer.in_features for layer in members}
-            if len(members) > 1 and len(widths) == 1:
+            inputs = {(layer.in_features, layer.alora_rows) for layer in members}
+            if len(members) > 1 and len(inputs) == 1:
                 groups.append(Group(members))
     return groups

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import MAX_DIM
 from ..functional import run
 from .ambient import ForwardState, Pending, current_state
+from .elsewhere import elsewhere
 from .groups import Group
 from .parts import Step, runs_plainly, steps_of
 from .unserved import peft_arguments
@@ -34,16 +36,21 @@ class AcceleratedLayer:
     alora_owner: Acceleration
     alora_group: Group | None
     alora_index: int
+    alora_rows: str | None  # where its rows are not the forward's tokens: see `stream`
     alora_fused: bool  # the class's base may be computed together with the adapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
+        if x.dim() > MAX_DIM:  # the tiles of an image, in a tower
+            return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         state = current_state()
         if self.merged_adapters:
             if state is not None and state.names is not None:
                 return self._by_peft(x, state, state.names)  # which refuses to choose
             return self.alora_kind.forward(self, x)
+        if self.alora_rows is not None:
+            state = elsewhere(self.alora_owner, self.alora_rows, state)
         if state is None:
             state = self.alora_owner.outside(self, x)
         asked = state.names
@@ -176,5 +183,5 @@ class AcceleratedLayer:
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
-        arguments = peft_arguments(self.alora_owner, self, state, tuple(names))
+        arguments = peft_arguments(self.alora_owner, self, state, tuple(names), x)
         return self.alora_kind.forward(self, x, **arguments)

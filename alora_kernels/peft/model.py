@@ -29,15 +29,17 @@ from .ambient import (
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated
 from .eligibility import why_not_served
+from .elsewhere import say_beside
 from .groups import find_groups
 from .layers import AcceleratedLayer
-from .refusal import check_adapter_folder, check_config, invocation_of
+from .refusal import check_adapter_folder, check_config, invocation_of, why_unsuited
 from .rows import BASE, restrict, rows_of
+from .stream import find_places
 from .unserved import Unserved
 
 logger = logging.getLogger("alora_kernels")
 OURS = "_alora_acceleration"
-LAYER_FIELDS = ("owner", "group", "index", "fused")
+LAYER_FIELDS = ("owner", "group", "index", "fused", "rows")
 
 
 def accelerate(
@@ -220,9 +222,9 @@ def check_names(owner: Acceleration, names: Sequence[str], where: str) -> None:
 
 def check_configs(owner: Acceleration) -> None:
     """Refuse the model if one of its adapters cannot be right."""
-    encoder = bool(getattr(getattr(owner.root, "config", None), "is_encoder_decoder", False))
+    unsuited = why_unsuited(owner.root)
     for name, config in owner.configs.items():
-        check_config(name, config, encoder)
+        check_config(name, config, unsuited)
 
 
 def adopt(owner: Acceleration) -> None:
@@ -231,19 +233,22 @@ def adopt(owner: Acceleration) -> None:
         path: module for path, module in owner.root.named_modules() if isinstance(module, LoraLayer)
     }
     owner.served.clear()
+    places = find_places(owner.root, owner.layers)
+    say_beside(owner, places)
     for index, (path, layer) in enumerate(owner.layers.items()):
         if is_accelerated(layer):
             _release(layer)
         reason = why_not_served(layer)
         if reason is not None:
             if path not in owner.refused:
-                hook = Unserved(owner).before_forward
+                hook = Unserved(owner, places.get(path)).before_forward
                 owner.handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
             owner.refused[path] = reason
             continue
         fused = type(layer).__name__ == "Linear"
         layer.__class__ = accelerated_class(type(layer), AcceleratedLayer)
-        for field, value in zip(LAYER_FIELDS, (owner, None, index, fused)):
+        values: tuple[Any, ...] = (owner, None, index, fused, places.get(path))
+        for field, value in zip(LAYER_FIELDS, values):
             layer.__dict__[f"alora_{field}"] = value
         owner.served.add(path)
     for module in owner.root.modules():
@@ -344,7 +349,7 @@ class AcceleratedModel:
         yield
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        check_config(adapter_name, peft_config)
+        check_config(adapter_name, peft_config, why_unsuited(self.__dict__[OURS].root))
         self.alora_kind.add_adapter(self, adapter_name, peft_config, *args, **kwargs)
         adopt(self.__dict__[OURS])
 

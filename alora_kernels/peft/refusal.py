@@ -7,6 +7,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
+from .stream import CROSS, Stream
+
 # Initialisations that rewrite the base weight: the base model's cache is then no longer valid.
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 OLD_KEYS = ("invocation_string", "alora_invocation_string")
@@ -18,13 +22,13 @@ def invocation_of(config: Any) -> list[int] | None:
     return None if tokens is None else list(tokens)
 
 
-def check_config(name: str, config: Any, encoder_decoder: bool = False) -> None:
+def check_config(name: str, config: Any, unsuited: str | None = None) -> None:
     """Refuse an adapter whose result would be silently wrong.
 
     Args:
         name: the adapter's name.
         config: a `LoraConfig`.
-        encoder_decoder: whether the base model has an encoder.
+        unsuited: why the base model can run no activated LoRA (see `why_unsuited`).
 
     Raises:
         ValueError: says which adapter, why, and what to do.
@@ -52,12 +56,65 @@ def check_config(name: str, config: Any, encoder_decoder: bool = False) -> None:
             "before the invocation no longer run the base model and its KV cache cannot be "
             "shared; use True, 'gaussian' or 'eva'"
         )
-    if encoder_decoder:
+    if unsuited is not None:
         raise ValueError(
             f"adapter {name!r}: an activated LoRA needs one sequence of tokens that attend to the "
-            "past alone; in an encoder-decoder model the tokens of the encoder see the invocation "
+            f"past alone; {unsuited}"
+        )
+
+
+def why_unsuited(root: nn.Module) -> str | None:
+    """Why no activated LoRA makes sense on this model, or None.
+
+    Where a token sees later ones, what stands before the invocation depends on the adapter.
+    """
+    kind = type(root).__name__
+    config = getattr(root, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            f"{kind} is an encoder-decoder model: the tokens of the encoder see the invocation "
             "before it is active"
         )
+    ask = getattr(config, "get_text_config", None)
+    text = ask() if callable(ask) else config
+    if getattr(text, "model_type", None) == "blt":
+        return f"{kind} runs most of its layers over patches of bytes, not over tokens"
+    found = _bidirectional(root, text)
+    if found is None:
+        return None
+    return f"the attention of {kind} is bidirectional ({found}): tokens before it see the adapter"
+
+
+# Models whose tokens see later ones though no flag says so.
+BIDIRECTIONAL = {"xlnet": "its masks are given by perm_mask", "cpmant": "its prompt sees itself"}
+
+
+def _bidirectional(root: nn.Module, config: Any) -> str | None:
+    """How the model says that its tokens see later ones."""
+    if getattr(config, "is_causal", True) is False:
+        return "config.is_causal=False"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return f"config.use_bidirectional_attention={config.use_bidirectional_attention!r}"
+    if getattr(config, "causal", True) is False:
+        return "config.causal=False"
+    if getattr(config, "model_type", None) in BIDIRECTIONAL:
+        return BIDIRECTIONAL[config.model_type]
+    flags = [
+        (path, module.__dict__.get("is_decoder"), module.__dict__.get("is_causal"))
+        for path, module in root.named_modules()
+        if not CROSS.search(path)
+    ]
+    if not any(decoder is False or causal is False for _, decoder, causal in flags):
+        return None
+    stream = Stream(root)
+    own = [flag for flag in flags if not stream.beside(flag[0])]
+    decoders = {decoder for _, decoder, _ in own if decoder is not None}
+    causals = {causal for _, _, causal in own if causal is not None}
+    if decoders == {False} and getattr(config, "is_decoder", False) is False:
+        return "config.is_decoder=False; set it to True to make it causal"
+    if causals == {False} and True not in decoders:
+        return "is_causal=False in its attention layers"
+    return None
 
 
 def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..activation import readable
+
 
 def restarts(
     position_ids: Tensor | None,
@@ -37,7 +39,7 @@ def restarts(
         begin = begin & (torch.arange(seq_len, device=begin.device) > 0)
     if begin is None:
         return None
-    if begin.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(begin.any()):
+    if readable(begin) and not bool(begin.any()):
         return None
     return begin
 

@@ -73,6 +73,7 @@ class Sequences:
             if past is None and record is not None:
                 past = record.length
         starts: dict[str, Starts] = {}
+        state.past, state.starts, state.cache = past, starts, cache
         begin_at: Any = _unsearched
         for name in names:
             invocation = invocations[name]
@@ -196,7 +197,7 @@ class Sequences:
         if state.row_names is not None:
             mine = torch.tensor([n == name for n in state.row_names], device=ids.device)
             mask, lonely = mask & mine.unsqueeze(1), lonely & mine
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids):
             return Activation.from_mask(mask)
         training = self.owner.root.training and torch.is_grad_enabled()
         if begin is not None or (self.owner.root.training and ids.device.type != "cpu"):

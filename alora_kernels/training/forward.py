@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .guard import attention_windows, check_prefix, unwrap
+from .guard import PrefixError, attention_windows, check_prefix, unwrap
 from .kv import KeyValue, PrefixCollector, ReadOnlyPrefix
 from .layout import IGNORE, Layout, plan_layout, take
 from .passes import ModelCall, prefix_pass, stop_in_last_layer
@@ -202,7 +202,7 @@ def _lend(
     keys: dict[int, str] = {}
     missing = [b for b, row in enumerate(layout.rows) if row.prefix]
     any_prefix = bool(missing)
-    if store is not None and missing:
+    if store is not None and (missing or call.sharded):
         name = store.name(call.model, extra)
         ids, places = input_ids.cpu(), positions.cpu()
         for b in missing:
@@ -233,6 +233,7 @@ def _lend(
                     for begin in range(0, longest, chunk):
                         span = slice(begin, begin + chunk)
                         call.collect(ids[:, span], places[:, span], collector)
+                _check_collected(call.peft, collector, longest)
                 found.update(zip(rows, collector.rows()))
             for _ in range(total - passes):  # keep in step with the other ranks
                 call.collect(input_ids[:1, :1], positions[:1, :1], None)
@@ -246,6 +247,15 @@ def _lend(
     empty = [(k.new_empty(k.shape[0], 0, k.shape[2]), v.new_empty(v.shape[0], 0, v.shape[2]))
              for k, v in some]  # fmt: skip
     return [found.get(b, empty) for b in range(len(layout.rows))]
+
+
+def _check_collected(peft: Any, collector: PrefixCollector, tokens: int) -> None:
+    missing = [i for i, layer in enumerate(collector.collected) if layer.seen != tokens]
+    if missing:
+        raise PrefixError(
+            f"{type(peft.get_base_model()).__name__} stored no keys and values of the prefix for "
+            f"layers {missing} in the cache it was handed; use prefix='full'"
+        )
 
 
 def _most_passes(passes: int, device: torch.device) -> int:

@@ -6,6 +6,7 @@ random number, or on the tokens after it. Each check here names one way in which
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..peft.refusal import why_unsuited
+from ..peft.stream import reads_cache
 from .checkpointing import checkpointed_layers, hooks_run_again
 
 _DROPOUTS = (
@@ -21,6 +24,8 @@ _DROPOUTS = (
     "attn_dropout",
     "attn_pdrop",
     "activation_dropout",
+    "input_jitter_noise",
+    "router_jitter_noise",
     "dropout",
     "embd_pdrop",
     "hidden_dropout",
@@ -135,6 +140,12 @@ def _problems(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[str]:
             )
     if len(peft.active_adapters) > 1:
         yield f"{len(peft.active_adapters)} adapters are active; activate one"
+    merged = sorted({name for m in peft.modules() for name in getattr(m, "merged_adapters", ())})
+    if merged:
+        yield (
+            f"adapter {', '.join(map(repr, merged))} is merged into the base, and the pass over "
+            "the prefix, which runs without adapters, would take it out again; call unmerge_adapter"
+        )
     yield from _trainable(peft)
     yield from _architecture(peft)
     yield from _randomness(peft)
@@ -169,14 +180,13 @@ def _trainable(peft: Any) -> Iterator[str]:
 
 def _architecture(peft: Any) -> Iterator[str]:
     base = peft.get_base_model()
-    config = base.config
     text = text_config(peft)
-    if getattr(config, "is_encoder_decoder", False):
-        yield "the model is an encoder-decoder"
-    if getattr(text, "is_causal", True) is False or getattr(
-        text, "use_bidirectional_attention", None
-    ) not in (None, False):
+    unsuited = why_unsuited(base)
+    if unsuited is not None:
+        yield unsuited
+    elif getattr(text, "use_bidirectional_attention", None) not in (None, False):
         yield "attention is bidirectional: the prefix sees the suffix"
+    yield from _cache(peft)
     if getattr(text, "output_router_logits", False):
         yield (
             "output_router_logits is on: the router's auxiliary loss is taken over the prefix too "
@@ -203,6 +213,31 @@ def _architecture(peft: Any) -> Iterator[str]:
         )
 
 
+def _cache(peft: Any) -> Iterator[str]:
+    """What a lent cache needs: a forward that takes one, and layers that see its tokens alone."""
+    base = peft.get_base_model()
+    name = type(base).__name__
+    parameters = inspect.signature(type(base).forward).parameters
+    taken = parameters.get("cache", parameters.get("past_key_values"))
+    if taken is None:
+        yield f"the forward of {name} takes no KV cache (cache or past_key_values)"
+    elif "dict" in str(taken.annotation):
+        yield f"{name} keeps a cache of its own kind, a {taken.annotation}"
+    foreign = [
+        path
+        for path, layer in base.named_modules()
+        if any(adapter in getattr(layer, "lora_A", {}) for adapter in peft.active_adapters)
+        and not hasattr(layer, "alora_owner")
+        and reads_cache(base, path)
+    ]
+    if foreign:
+        yield (
+            f"the adapter sits on {foreign[0]} ({len(foreign)} such layers), which {name} runs "
+            "over its whole cache: PEFT's activated LoRA would take the prefix in it for the "
+            "suffix. Call alora_kernels.accelerate(model), or leave it out of target_modules"
+        )
+
+
 def _rope_types(rope: Any) -> Iterator[str]:
     if isinstance(rope, Mapping):
         for key in ("rope_type", "type"):
@@ -220,7 +255,7 @@ def _randomness(peft: Any) -> Iterator[str]:
     for name in _DROPOUTS:
         rate = getattr(text, name, None)
         if isinstance(rate, (int, float)) and not math.isclose(rate, 0.0):
-            yield f"the base model drops activations in training ({name}={rate}); set it to 0"
+            yield f"the base model is random in training ({name}={rate}); set it to 0"
     for name, module in peft.named_modules():
         if (
             isinstance(module, nn.modules.dropout._DropoutNd)

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
 from .checkpointing import lending
+from .fingerprint import is_sharded
 from .guard import text_config, unwrap
 from .kv import LastLayerDone, PrefixCollector, ReadOnlyPrefix
 
@@ -31,10 +31,8 @@ class ModelCall:
 
     @property
     def sharded(self) -> bool:
-        """Whether every pass is a collective operation (FSDP2)."""
-        from torch.distributed.fsdp import FSDPModule
-
-        return dist.is_initialized() and any(isinstance(m, FSDPModule) for m in self.peft.modules())
+        """Whether every pass is a collective operation."""
+        return is_sharded(self.peft)
 
     def run(
         self,

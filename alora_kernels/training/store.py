@@ -15,26 +15,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .fingerprint import Fingerprint
+from .fingerprint import fingerprint
 from .kv import KeyValue
 
-_FORMAT = "1"
+_FORMAT = "2"
 _SUFFIX = ".safetensors"
 
 
 class PrefixStore:
     """Keys and values of prefixes, least recently used first out.
 
-    An entry's key covers the token ids, the position ids, the base weights and config (in-place
-    edits included), the dtypes, quantisation and attention implementation, so a stale entry is
-    never found.
+    An entry's key covers the token ids, the position ids, every byte of the base weights, the
+    config, the dtypes, quantisation and attention implementation, so a stale entry is never found.
 
     Args:
         max_bytes: the budget for keys and values. An entry above it is not kept.
         directory: keep the entries there as safetensors files, shared by runs and processes;
             otherwise in memory (pinned when the model is on a GPU).
-        check: "sample" looks at addresses, version counters and 64 elements of each weight at
-            every step; "full" hashes every byte of the weights at every step.
+        check: "full", the only way left: every byte of the weights is looked at in every step.
+            "sample", which looked at some, is taken for the same.
 
     Attributes:
         hits, misses, evictions: counters of rows.
@@ -45,7 +44,7 @@ class PrefixStore:
         self,
         max_bytes: int = 4 << 30,
         directory: str | os.PathLike[str] | None = None,
-        check: str = "sample",
+        check: str = "full",
     ) -> None:
         if check not in ("sample", "full"):
             raise ValueError(f"PrefixStore: check must be 'sample' or 'full', got {check!r}")
@@ -53,7 +52,6 @@ class PrefixStore:
             raise ValueError(f"PrefixStore: max_bytes must be positive, got {max_bytes}")
         self.max_bytes = max_bytes
         self.directory = None if directory is None else Path(directory)
-        self.fingerprint = Fingerprint(content=directory is not None, always=check == "full")
         self.hits = self.misses = self.evictions = self.bytes = 0
         self._sizes: OrderedDict[str, int] = OrderedDict()  # oldest first
         self._memory: dict[str, list[KeyValue]] = {}
@@ -69,16 +67,16 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def key(self, fingerprint: str, token_ids: Tensor, positions: Tensor) -> str:
-        """The name of one prefix: int64 `[P]` ids and positions under a model's fingerprint."""
-        digest = hashlib.blake2b(f"{_FORMAT}:{fingerprint}:".encode(), digest_size=20)
+    def key(self, name: str, token_ids: Tensor, positions: Tensor) -> str:
+        """The name of one prefix: int64 `[P]` ids and positions under a model's name."""
+        digest = hashlib.blake2b(f"{_FORMAT}:{name}:".encode(), digest_size=20)
         digest.update(token_ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
         digest.update(positions.to(torch.int64).cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def name(self, model: nn.Module, extra: str = "") -> str:
         """The fingerprint of `model`, looked at anew."""
-        return self.fingerprint(model, extra)
+        return fingerprint(model, extra)
 
     def get(self, key: str, device: torch.device) -> list[KeyValue] | None:
         """The entry's layers, `[H, n, D]` keys and values, on `device`; None when absent."""

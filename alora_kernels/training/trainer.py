@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from .forward import MODES, PrefixOutput, prefix_forward
-from .guard import PrefixError, check_prefix
+from .guard import PrefixError, check_prefix, unwrap
 from .layout import IGNORE
 from .store import PrefixStore
 
@@ -60,6 +60,12 @@ class AloraTrainerMixin:
     def _check_arguments(self) -> None:
         args: Any = self.args  # type: ignore[attr-defined]
         problems = []
+        other = self._other_loss()
+        if other is not None:
+            problems.append(
+                f"the loss of its own that {other.__name__}.compute_loss takes (only the next "
+                "token's loss, of Trainer and SFTTrainer, can leave the prefix out)"
+            )
         if getattr(args, "packing", False) or getattr(args, "eval_packing", None):
             problems.append("packing=True (several sequences in a row, one cut each)")
         if getattr(self, "padding_free", False) or getattr(args, "padding_free", False):
@@ -90,6 +96,16 @@ class AloraTrainerMixin:
                 f"{'; '.join(problems)}. Turn it off, or use prefix='full'"
             )
 
+    def _other_loss(self) -> type | None:
+        """The class behind this one whose `compute_loss` would be left out, if it is not known."""
+        mro = type(self).__mro__
+        behind = mro[mro.index(AloraTrainerMixin) + 1 :]
+        kind = next(kind for kind in behind if "compute_loss" in vars(kind))
+        known = kind is Trainer or (
+            kind.__name__ == "SFTTrainer" and kind.__module__.startswith("trl.trainer")
+        )
+        return None if known else kind
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
         columns: list[str] = list(getattr(self, "_signature_columns"))  # noqa: B009, the base class's
@@ -103,18 +119,16 @@ class AloraTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
-        starts = inputs.pop(STARTS, None)
-        if starts is None and getattr(self, "completion_only_loss", False):
-            starts = self._starts_before_answer(inputs)
         # Outputs are asked for to compare whole logits with whole labels: only `full` has them.
         if self.prefix == "full" or return_outputs:
-            if starts is not None and inputs.get("alora_offsets") is None:
-                width = inputs["input_ids"].shape[1]
-                inputs["alora_offsets"] = [None if s < 0 else width - s for s in starts.tolist()]
             return super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                model,
+                self._for_the_model(inputs),
+                return_outputs=return_outputs,
+                num_items_in_batch=num_items_in_batch,
             )
+        inputs = dict(inputs)
+        starts = self._take_starts(inputs)
         output = self._prefix_forward(model, inputs, starts, num_items_in_batch)
         loss = output.loss
         if loss is None:
@@ -149,6 +163,35 @@ class AloraTrainerMixin:
             **rest,
         )
 
+    def _take_starts(self, inputs: dict[str, Any]) -> Any:
+        """The starts of a batch, taken out of it or found before its answers; None: search."""
+        starts = inputs.pop(STARTS, None)
+        if starts is None and getattr(self, "completion_only_loss", False):
+            starts = self._starts_before_answer(inputs)
+        return starts
+
+    def _for_the_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch as the model takes it, in forward and in generate: with PEFT's offsets, counted
+        from the end of the row, for starts."""
+        inputs = dict(inputs)
+        starts = self._take_starts(inputs)
+        ids = inputs.get("input_ids")
+        if starts is None or ids is None or inputs.get("alora_offsets") is not None:
+            return inputs
+        if self._invocation() is not None:
+            starts = starts.tolist() if isinstance(starts, Tensor) else starts
+            width = ids.shape[1]
+            inputs["alora_offsets"] = [
+                None if s is None or s < 0 else width - int(s) for s in starts
+            ]
+        return inputs
+
+    def _invocation(self) -> list[int] | None:
+        """The invocation of the active adapter; None for a plain LoRA or no adapter at all."""
+        peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
+        config = getattr(unwrap(peft), "active_peft_config", None)
+        return getattr(config, "alora_invocation_tokens", None)
+
     def _starts_before_answer(self, inputs: dict[str, Any]) -> Tensor | None:
         """The last invocation that stands before the first label: an answer cannot move it.
 
@@ -156,9 +199,7 @@ class AloraTrainerMixin:
         """
         from ..activation import find_invocation_starts
 
-        peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
-        config = getattr(peft, "active_peft_config", None)
-        tokens = getattr(config, "alora_invocation_tokens", None)
+        tokens = self._invocation()
         if tokens is None or inputs.get("labels") is None:
             return None
         labels, ids = inputs["labels"], inputs["input_ids"]
@@ -195,10 +236,18 @@ class AloraTrainerMixin:
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
+        **generation: Any,
     ) -> Any:
-        if self.prefix == "full" or not prediction_loss_only or "labels" not in inputs:
+        names: list[str] = self.label_names  # type: ignore[attr-defined]
+        labelled = bool(names) and all(inputs.get(name) is not None for name in names)
+        if self.prefix == "full" or not prediction_loss_only or not labelled:
+            # With labels the Trainer comes by `compute_loss`; else, and to generate, it hands the
+            # batch to the model itself.
+            generates = getattr(self.args, "predict_with_generate", False)  # type: ignore[attr-defined]
+            if generates or not labelled:
+                inputs = self._for_the_model(inputs)
             return super().prediction_step(  # type: ignore[misc]
-                model, inputs, prediction_loss_only, ignore_keys=ignore_keys
+                model, inputs, prediction_loss_only, ignore_keys=ignore_keys, **generation
             )
         inputs = self._prepare_inputs(inputs)  # type: ignore[attr-defined]
         count = self._get_num_items_in_batch([inputs], self.args.device)  # type: ignore[attr-defined]

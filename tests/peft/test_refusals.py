@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
 from alora_kernels.peft import accelerate, check_adapter_folder
+from alora_kernels.peft.refusal import check_config, why_unsuited
 
 from .models import ASK, base_model, lora, twins
 
@@ -57,3 +59,31 @@ def test_an_encoder_decoder_is_refused():
         )
     with pytest.raises(ValueError, match="encoder-decoder"):
         accelerate(get_peft_model(base, config))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "RoFormer", "XLMRoberta"])
+def test_bidirectional_attention_is_refused(kind):
+    """What stands before the invocation would see the adapter."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    auto = transformers.AutoModelForCausalLM
+    tokens = {"target_modules": ["query"]}
+    model = get_peft_model(auto.from_config(config), lora(ASK, **tokens))
+    with pytest.raises(ValueError, match=r"bidirectional \(config.is_decoder=False"):
+        accelerate(model)
+    model = accelerate(get_peft_model(auto.from_config(config), lora(None, **tokens)))
+    with pytest.raises(ValueError, match="bidirectional"):
+        model.add_adapter("ask", lora(ASK, **tokens))
+    assert "ask" not in model.peft_config
+    config.is_decoder = True
+    accelerate(get_peft_model(auto.from_config(config), lora(ASK, **tokens)))
+
+
+def test_a_model_over_patches_of_bytes_is_refused():
+    class Blt(torch.nn.Module):
+        config = transformers.BltConfig()
+
+    with pytest.raises(ValueError, match="patches of bytes"):
+        check_config("ask", lora(ASK), why_unsuited(Blt()))

@@ -78,6 +78,84 @@ def test_bidirectional_attention():
     refused(model, "bidirectional")
 
 
+def test_a_merged_adapter():
+    model = make_model(targets=["q_proj"])
+    model.add_adapter("other", LoraConfig(target_modules=["k_proj"], init_lora_weights=False))
+    model.base_model.merge_adapter(["other"])
+    refused(model, "'other' is merged into the base")
+
+
+def small(kind: str, **changes):
+    """A tiny model of a kind that names its sizes as BERT does."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, **changes,
+    )  # fmt: skip
+    return config
+
+
+ENCODERS = ["Bert", "BertGeneration", "Camembert", "Electra", "Roberta", "RoFormer", "XLMRoberta",
+            "MegatronBert", "RemBert"]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_decoder_that_is_not_told_to_be_one(kind):
+    """These see the whole row unless config.is_decoder says otherwise."""
+    model = make_model(config=small(kind), targets=["query"], attention="eager")
+    (problem,) = prefix_problems(model.eval())
+    assert "bidirectional (config.is_decoder=False" in problem
+    with pytest.raises(PrefixError, match="is_decoder"):
+        prefix_forward(model, *BATCH)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "RoFormer"])
+def test_a_decoder_that_is_told_to_be_one(kind):
+    config = small(kind, is_decoder=True)
+    model = make_model(config=config, targets=["query", "value"], attention="eager").eval()
+    assert prefix_problems(model) == []
+    with torch.no_grad():
+        want = prefix_forward(model, *BATCH, "full").loss
+        assert abs(prefix_forward(model, *BATCH).loss - want) <= 1e-5 * want
+
+
+def test_attention_that_was_made_bidirectional():
+    model = make_model()
+    model.get_base_model().config.is_causal = False
+    refused(model, "config.is_causal=False")
+    model = make_model()
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    refused(model, "is_causal=False in its attention layers")
+
+
+@pytest.mark.parametrize("kind", ["OpenAIGPT", "XLNet", "XLM"])
+def test_models_without_a_cache(kind):
+    sizes = {"OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 4},
+             "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+             "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "causal": True}}[kind]  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(vocab_size=97, **sizes)
+    targets = {"OpenAIGPT": ["c_attn"], "XLNet": ["layer_1"], "XLM": ["q_lin"]}[kind]
+    model = make_model(config=config, targets=targets, attention="eager").eval()
+    with pytest.raises(PrefixError, match="cache"):
+        prefix_forward(model, *BATCH)
+
+
+def test_a_cache_that_is_not_filled():
+    """Whatever the signature says: a layer that stored nothing is found before the loss."""
+    model = make_model()
+    attention = model.get_base_model().model.layers[1].self_attn
+    forward = attention.forward
+
+    def forgetful(*args, **kwargs):
+        kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
+        return forward(*args, **kwargs)
+
+    attention.forward = forgetful
+    with pytest.raises(PrefixError, match=r"stored no keys and values.*layers \[1\]"):
+        prefix_forward(model, *BATCH)
+
+
 def test_base_dropout_only_in_training():
     model = make_model(config=base_config("llama", attention_dropout=0.1))
     refused(model, "attention_dropout=0.1")
