@@ -1,0 +1,442 @@
+"""What `accelerate`, `Session` and `prefix_forward` answer, compared with the definition.
+
+Each check runs the accelerated model, and the base model alone in the same way. So it is known
+whether transformers itself agrees with a forward from scratch there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import linecache
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import alora_kernels
+from alora_kernels.inference import Session
+from alora_kernels.peft import accelerate
+from alora_kernels.training import prefix_forward
+
+from .architectures import FIRST, LAST, VOCAB, Architecture, base_model
+from .definition import Definition, strays, weights_of
+
+INVOCATIONS = {"ask": [5, 6, 7], "sum": [8, 9]}
+LENGTH, START = 23, 12  # of a row and of its invocation; no size of a small model is 23
+ANSWER = 6
+NEAR = 5e-4  # of the largest logit: some models round to float32 inside
+PACKAGE = str(Path(alora_kernels.__file__).parent)
+# In some families PEFT takes these names for the parameters of fused experts, where it has no aLoRA.
+OF_EXPERTS = tuple(
+    f".{n}" for n in ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3")
+)
+MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1")  # whose out_proj PEFT refuses
+CARRIED = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One of `equal`, `refused`, `as base`, `base fails`, `WRONG`, `error`, and what was seen.
+
+    `as base`: transformers itself differs from a forward from scratch, and the accelerated model
+    does what the base model does, adapter added. `base fails`: so does the base model alone.
+    """
+
+    kind: str
+    detail: str = ""
+
+    @property
+    def bad(self) -> bool:
+        return self.kind in ("WRONG", "error")
+
+
+class Ids:
+    """A tokenizer for sessions that are given token ids alone."""
+
+    eos_token_id, pad_token_id, bos_token_id, chat_template = -1, 0, None, None
+
+    def __len__(self) -> int:
+        return VOCAB
+
+    def decode(self, ids: Sequence[int], **_: Any) -> str:
+        return " ".join(map(str, ids))
+
+
+class Subject:
+    """One architecture: its base model, the adapters on it, and the definition of both."""
+
+    def __init__(self, arch: Architecture, seed: int = 0) -> None:
+        self.arch = arch
+        self.base = base_model(arch, seed)
+        torch.manual_seed(seed + 1)
+        self.ids = torch.randint(FIRST, LAST, (2, LENGTH))
+        self.ids[0, START : START + 3] = torch.tensor(INVOCATIONS["ask"])
+        self.ids[1, START + 1 : START + 4] = torch.tensor(INVOCATIONS["ask"])
+        self.starts = [START, START + 1]
+        linear = _linear_layers(self.base)
+        self.strays = strays(self.base, linear, self.ids)
+        kept = [path for path in linear if path not in self.strays]
+        self.without = ""
+        try:
+            self.stock = _adapted(self.base, kept)
+        except ValueError:
+            self.stock = _adapted(self.base, [p for p in kept if not p.endswith(OF_EXPERTS)])
+            self.without = "PEFT takes its MLP's names for its experts' parameters"
+        self.definition = Definition(
+            self.base, {name: weights_of(self.stock, name) for name in INVOCATIONS}
+        )
+
+    def accelerated(self) -> Any:
+        """A model of its own for each check: nothing of one check reaches the next."""
+        return accelerate(copy.deepcopy(self.stock))
+
+    def positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """The mask, and the position ids where this model takes them."""
+        names = self.base.forward.__code__.co_varnames
+        found = {"attention_mask": mask}
+        if "position_ids" in names:
+            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        return found
+
+
+def _linear_layers(base: Any) -> list[str]:
+    """Every linear layer but the output layer. (PEFT's "all-linear" asks for the experts'
+    parameters too, where it has no activated LoRA.)"""
+    output = base.get_output_embeddings()
+    linear = [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    ]
+    if base.config.model_type in MAMBA:
+        return [path for path in linear if not path.endswith("out_proj")]
+    return linear
+
+
+def _lora(name: str, targets: str) -> LoraConfig:
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        init_lora_weights=False,
+        alora_invocation_tokens=INVOCATIONS[name],
+    )
+
+
+def _adapted(base: Any, targets: list[str]) -> Any:
+    """A PEFT model with both adapters, whose matrices keep the size of what they read."""
+    pattern = "|".join(path.replace(".", r"\.") for path in targets)
+    model = get_peft_model(copy.deepcopy(base), _lora("ask", pattern), adapter_name="ask")
+    model.add_adapter("sum", _lora("sum", pattern))
+    model.set_adapter("ask")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.7 / parameter.shape[1] ** 0.5)
+    return model.double().eval()
+
+
+# ---------------------------------------------------------------------- judging
+
+
+def judge(
+    way: Callable[[Any], Tensor],
+    subject: Subject,
+    wanted: Tensor,
+    base_wanted: Tensor,
+    hooked: Callable[[], Any] | None = None,
+) -> Verdict:
+    """Run `way` on the accelerated model and say how it compares.
+
+    Args:
+        way: gets a model, returns logits.
+        wanted: those of the definition, from scratch.
+        base_wanted: those of the base model alone, from scratch.
+        hooked: a context of the base model with the adapters, to run `way` itself on.
+    """
+    if (wanted - base_wanted).abs().max() < 0.05:
+        return Verdict("error", "the adapters change nothing here, so nothing is tested")
+    try:
+        with torch.no_grad():
+            gap = distance(way(subject.base), base_wanted)
+            stock = "" if gap <= NEAR else f"the base model alone differs by {gap:.1e}"
+    except Exception as error:
+        stock = f"the base model alone fails: {_name(error)}"
+    try:
+        model = subject.accelerated()
+        with torch.no_grad():
+            got = way(model)
+    except Exception as error:
+        failed = failure(error)
+        if failed.kind == "error" and "fails" in stock:
+            return Verdict("base fails", stock)
+        return failed
+    gap = distance(got, wanted)
+    if gap <= NEAR:
+        return Verdict("equal", stock)
+    if stock and hooked is not None and "fails" not in stock:
+        with torch.no_grad(), hooked() as base:
+            same = distance(got, way(base))
+        if same <= NEAR:
+            return Verdict("as base", stock)
+        return Verdict("WRONG", f"by {gap:.1e}; by {same:.1e} from the base's own way ({stock})")
+    return Verdict("WRONG", f"by {gap:.1e}" + (f" ({stock})" if stock else ""))
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    """The largest difference, as a part of the largest value wanted."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    gap = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-3)
+    return float(gap) if gap == gap else float("inf")
+
+
+def failure(error: Exception) -> Verdict:
+    """`refused` for an error that this package raises by name, else `error`."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for one in chain[::-1]:
+        last = traceback.extract_tb(one.__traceback__)[-1]
+        raised = "raise" in linecache.getline(last.filename, last.lineno or 0)
+        named = isinstance(one, ValueError | TypeError | RuntimeError | NotImplementedError)
+        if last.filename.startswith(PACKAGE) and raised and named and len(str(one)) > 20:
+            return Verdict("refused", _name(one))
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if f.filename.startswith(PACKAGE)]
+    places = [f"{Path(f.filename).name}:{f.lineno}" for f in (*ours[-1:], frames[-1])]
+    return Verdict("error", f"{_name(error)} [{' > '.join(dict.fromkeys(places))}]")
+
+
+def _name(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+# ---------------------------------------------------------------------- the checks
+
+
+def forward(subject: Subject) -> Verdict:
+    """Whole rows without a cache."""
+    return judge(
+        lambda model: model(input_ids=subject.ids, use_cache=False).logits,
+        subject,
+        _scratch(subject),
+        _scratch(subject, base=True),
+    )
+
+
+def left(subject: Subject) -> Verdict:
+    """A batch padded on the left: each row as it is alone."""
+    return _padded(subject, "left")
+
+
+def right(subject: Subject) -> Verdict:
+    """A batch padded on the right: each row as it is alone."""
+    return _padded(subject, "right")
+
+
+def _padded(subject: Subject, side: str) -> Verdict:
+    gap = 4
+    short = subject.ids[1:, gap:]
+    padding = torch.zeros(1, gap, dtype=torch.long)
+    parts = [padding, short] if side == "left" else [short, padding]
+    ids = torch.cat([subject.ids[:1], torch.cat(parts, 1)])
+    mask = (ids != 0).long()
+    begin = gap if side == "left" else 0
+    starts = [START, START + 1 - gap + begin]
+
+    def way(model: Any) -> Tensor:
+        out = model(input_ids=ids, use_cache=False, **subject.positions(mask)).logits
+        return torch.cat([out[0], out[1, begin : begin + LENGTH - gap]])
+
+    with torch.no_grad():
+        wanted, base = (
+            torch.cat(
+                [
+                    subject.definition.logits(subject.ids[:1], names, [START])[0],
+                    subject.definition.logits(short, names, [START + 1 - gap])[0],
+                ]
+            )
+            for names in (["ask"], [None])
+        )
+    hooked = lambda: subject.definition.running(["ask"] * 2, starts)  # noqa: E731
+    return judge(way, subject, wanted, base, hooked)
+
+
+def generate(subject: Subject) -> Verdict:
+    """Greedy decoding with the cache that transformers makes."""
+    prompt = subject.ids[:, : START + 4]
+
+    def way(model: Any) -> Tensor:
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=ANSWER,
+            do_sample=False,
+            use_cache=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(out.logits, 1)
+
+    wanted = subject.definition.greedy(prompt, ["ask"] * 2, subject.starts, ANSWER)
+    base = subject.definition.greedy(prompt, [None] * 2, [None] * 2, ANSWER)
+    hooked = lambda: subject.definition.running(["ask"] * 2, subject.starts, True)  # noqa: E731
+    return judge(way, subject, wanted, base, hooked)
+
+
+def chunks(subject: Subject) -> Verdict:
+    """A loop over a cache: two chunks, single tokens, a chunk; an invocation lies in one chunk."""
+
+    def way(model: Any) -> Tensor:
+        carried: dict[str, Any] = {}
+        outputs = []
+        for begin, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, LENGTH)):
+            out = model(input_ids=subject.ids[:, begin:end], use_cache=True, **carried)
+            outputs.append(out.logits)
+            carried = {n: out[n] for n in CARRIED if n in out and out[n] is not None}
+            if not carried:
+                raise LookupError("the model returns no cache")
+        return torch.cat(outputs, 1)
+
+    hooked = lambda: subject.definition.running(["ask"] * 2, subject.starts, True)  # noqa: E731
+    return judge(way, subject, _scratch(subject), _scratch(subject, base=True), hooked)
+
+
+def session(subject: Subject) -> Verdict:
+    """`Session.generate`: an adapter, one that is kept, and another behind it."""
+    ids = subject.ids[0].tolist()
+    context, prompt = ids[:9], ids[17:]
+
+    def way(model: Any) -> Tensor:
+        talk = Session(model, Ids())
+        talk.extend(context)
+        adapters = [None] if model is subject.base else ["ask", "sum"]
+        said = []
+        for adapter in adapters:
+            answer = talk.generate(adapter, prompt, keep=True, max_new_tokens=ANSWER)
+            said += answer.token_ids
+        return torch.tensor(said)
+
+    wanted: list[int] = []
+    seen = list(context)
+    for name, tokens in INVOCATIONS.items():
+        seen = [*seen, *prompt, *tokens]
+        answer = _answer(subject, seen, name, len(seen) - len(tokens))
+        wanted, seen = [*wanted, *answer], [*seen, *answer]
+    base = torch.tensor(_answer(subject, [*context, *prompt], None, None))
+    return _judge_answers(way, subject, torch.tensor(wanted), base)
+
+
+def ask(subject: Subject) -> Verdict:
+    """`Session.ask`: two adapters and the base model in one batch."""
+    ids = subject.ids[0].tolist()
+    context, prompt = ids[:9], ids[17:]
+
+    def way(model: Any) -> Tensor:
+        talk = Session(model, Ids())
+        talk.extend(context)
+        adapters = [None, None] if model is subject.base else ["ask", None, "sum"]
+        answers = talk.ask(adapters, prompt, max_new_tokens=ANSWER)
+        return torch.tensor([a.token_ids for a in answers])
+
+    rows = []
+    for name in ("ask", None, "sum"):
+        seen = [*context, *prompt, *(INVOCATIONS[name] if name else [])]
+        rows.append(_answer(subject, seen, name, len(context) + len(prompt)))
+    base = torch.tensor([rows[1], rows[1]])
+    return _judge_answers(way, subject, torch.tensor(rows), base)
+
+
+def _answer(subject: Subject, ids: list[int], name: str | None, start: int | None) -> list[int]:
+    logits = subject.definition.greedy(torch.tensor([ids]), [name], [start], ANSWER)
+    return logits[0].argmax(-1).tolist()
+
+
+def _judge_answers(
+    way: Callable[[Any], Tensor], subject: Subject, wanted: Tensor, base: Tensor
+) -> Verdict:
+    """As `judge`, for the ids of answers; the base model's session is a plain model's."""
+    try:
+        stock = "" if torch.equal(way(copy.deepcopy(subject.base)), base) else "differs"
+    except Exception as error:
+        stock = failure(error).detail
+    try:
+        got = way(subject.accelerated())
+    except Exception as error:
+        return failure(error)
+    if torch.equal(got, wanted):
+        return Verdict("equal")
+    more = f"; a session of the base model alone: {stock}" if stock else ""
+    return Verdict("WRONG", f"expected {wanted.tolist()}, got {got.tolist()}{more}")
+
+
+def prefix(subject: Subject) -> Verdict:
+    """`prefix_forward`: the loss and every gradient, in training mode."""
+    labels = subject.ids.clone()
+    for row, start in enumerate(subject.starts):
+        labels[row, : start + 3] = -100
+    weights = subject.definition.adapters["ask"]
+    leaves = [m.requires_grad_() for a, b, _ in weights.values() for m in (a, b)]
+    subject.base.train()
+    try:
+        logits = subject.definition.logits(subject.ids, ["ask"] * 2, subject.starts)
+        again = subject.definition.logits(subject.ids, ["ask"] * 2, subject.starts)
+    finally:
+        subject.base.eval()
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten()
+    )
+    expected = torch.autograd.grad(wanted, leaves, allow_unused=True)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    try:
+        model = subject.accelerated().train()
+        loss = prefix_forward(model, subject.ids, None, labels, "no_grad").loss
+        loss.backward()
+    except Exception as error:
+        return failure(error)
+    if not torch.equal(logits, again):
+        return Verdict("as base", "the base model draws random numbers in training")
+    gap = distance(loss.detach(), wanted.detach())
+    if gap > NEAR:
+        return Verdict("WRONG", f"loss {loss.item():.5f} for {wanted.item():.5f}")
+    layers = model.get_base_model()
+    largest = max(float(g.abs().max()) for g in expected if g is not None)
+    mine = []
+    for path in weights:
+        layer = layers.get_submodule(path)
+        mine += [layer.lora_A["ask"].weight.grad, layer.lora_B["ask"].weight.grad]
+    for (path, which), got, want in zip(
+        ((p, m) for p in weights for m in "AB"), mine, expected, strict=True
+    ):
+        zero = torch.zeros(1, dtype=torch.float64)
+        gap = float(((zero if got is None else got) - (zero if want is None else want)).abs().max())
+        if not gap <= NEAR * 4 * largest:
+            return Verdict("WRONG", f"gradient of {which} in {path} by {gap / largest:.1e}")
+    return Verdict("equal")
+
+
+def _scratch(subject: Subject, base: bool = False) -> Tensor:
+    names, starts = ([None] * 2, [None] * 2) if base else (["ask"] * 2, subject.starts)
+    with torch.no_grad():
+        return subject.definition.logits(subject.ids, names, starts)
+
+
+CHECKS: dict[str, Callable[[Subject], Verdict]] = {
+    "forward": forward,
+    "left": left,
+    "right": right,
+    "generate": generate,
+    "chunks": chunks,
+    "session": session,
+    "ask": ask,
+    "prefix": prefix,
+}
