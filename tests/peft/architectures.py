@@ -81,6 +81,17 @@ SPECIAL = re.compile(r".*(token_id|token_index|token_ids)")
 ORDINARY = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 ALWAYS: dict[str, Any] = {"is_decoder": True, "use_cache": True, "tie_word_embeddings": False}
 
+COMPASS_ROPE = {
+    "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+}
+TWO_INDEXED = {"num_hidden_layers": 2, "layer_types": ["indexed_attention"] * 2}
+QWEN4_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
 # Beyond the rules: by architecture, or by the nested config's name within it. A function gets the
 # number of layers.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -89,8 +100,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
+    "cohere_compass_text": {"rope_parameters": COMPASS_ROPE},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "max_window_layers": 1},
+    "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1},
+    "dots1": {
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "max_window_layers": 1,
+    },
+    "dots3_note": {"text_config": TWO_INDEXED},
+    "dots3_note_text": TWO_INDEXED,
     "falcon": {"num_kv_heads": 1},
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
@@ -107,22 +128,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
-    "mpt": {"attn_pdrop": 0},
+    "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "musicgen": {"part": "decoder"},
+    "musicgen_melody": {"part": "decoder"},
     "nemotron": {"num_key_value_heads": 2},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"text_config": QWEN4_INDEXER},
+    "qwen4_exp_text": QWEN4_INDEXER,
     "reformer": {
         "axial_pos_embds_dim": (8, 24),
         "axial_pos_shape": (16, 16),
         "attn_layers": ("local", "local"),
         "local_attn_chunk_length": 16,
     },
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.0},
+    "xlstm": {"hidden_size": 128, "num_heads": 4},
+    "xmod": {"default_language": "en_XX"},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_hidden_layers": 2, "hybrid_layer_ids": [1]},
     "zaya": {"num_experts_per_tok": 1},
 }
@@ -174,7 +193,7 @@ def small_config(name: str) -> PretrainedConfig:
     config_class = CONFIG_MAPPING[name]
     try:
         with quiet():
-            default = config_class(**OVERRIDES.get(name, {}).get("default", {}))
+            default = config_class()
     except Exception as error:
         default = None
         reason = f"{type(error).__name__}: {error}"
@@ -192,16 +211,18 @@ def small_config(name: str) -> PretrainedConfig:
             break
     if config is None:
         raise NotMade(f"config: {tried or reason}"[:300])
-    return config
+    return getattr(config, OVERRIDES.get(name, {}).get("part", ""), config)
 
 
-def base_model(arch: Architecture, seed: int = 0) -> Any:
-    """The model with random weights, float64, eval mode.
+def base_model(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    """The model with random weights, in eval mode.
 
     Raises:
         NotMade: no config, no model, or more than `MOST_PARAMETERS`.
     """
     make = MAKERS[arch.family].from_config
+    if "part" in OVERRIDES.get(arch.name, {}):
+        make = getattr(transformers, arch.model)
     try:
         with torch.device("meta"), quiet():
             count = sum(p.numel() for p in make(small_config(arch.name)).parameters())
@@ -218,7 +239,7 @@ def base_model(arch: Architecture, seed: int = 0) -> Any:
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise NotMade(f"{count / 1e6:.0f}M parameters from the small config")
-    model = model.double().eval()
+    model = model.to(dtype).eval()
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the grouped one has no float64
     randomise(model)
@@ -280,7 +301,7 @@ def _values(
     for name in nested:
         if name in overrides and name not in values:
             values[name] = overrides[name]
-    values.pop("default", None)
+    values.pop("part", None)
     return values
 
 

@@ -28,14 +28,14 @@ def weights_of(model: Any, adapter: str) -> Weights:
     return found
 
 
-def spread(on: Tensor, lead: Sequence[int], first: int) -> Tensor | None:
+def spread(on: Tensor, lead: Sequence[int], first: int, kept: int = 0) -> Tensor | None:
     """`on [B, all]` for rows `[*lead]` of a layer's input, shaped to multiply its output.
 
-    `first` tokens of `all` lie in a cache, and the layer may read the new ones alone or all.
-    None: the rows are not the sequence's tokens.
+    `first` tokens of `all` lie in a cache, and the layer may read the new ones alone, all, or
+    the last `kept` (a part of the output layer). None: the rows are not the sequence's tokens.
     """
     batch, lead = on.shape[0], list(lead)
-    for mask in (on[:, first:], on):
+    for mask in (on[:, first:], on, *([on[:, -kept:]] if kept else [])):
         tokens = mask.shape[1]
         for shape in (lead, lead[1:] if lead[:1] == [1] else None):
             if shape is None:
@@ -71,12 +71,14 @@ class Definition:
 
         With `cached` each forward goes on where the one before ended.
         """
-        seen = {"first": 0, "new": 0}
+        seen = {"first": 0, "new": 0, "kept": 0}
 
         def count(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = kwargs.get("input_ids", args[0] if args else None)
             seen["first"] = seen["first"] + seen["new"] if cached else 0
             seen["new"] = ids.shape[1]
+            keep = kwargs.get("logits_to_keep")
+            seen["kept"] = keep if isinstance(keep, int) else 0
 
         def add_to(path: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
@@ -88,7 +90,9 @@ class Definition:
                         continue
                     far = first + seen["new"]
                     begin = torch.tensor([far if b is None else b for b in begins])
-                    on = spread(position >= begin.unsqueeze(1), x.shape[:-1], first)
+                    on = spread(
+                        position >= begin.unsqueeze(1), x.shape[:-1], first, seen["kept"]
+                    )
                     if on is None:
                         raise RowsUnknown(path, tuple(x.shape))
                     a, b, scaling = weights[path]
