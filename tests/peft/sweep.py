@@ -27,12 +27,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rich.console import Console  # noqa: E402
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn  # noqa: E402
-from rich.table import Table  # noqa: E402
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
 
-from tests.peft.architectures import Architecture, NotMade, architectures  # noqa: E402
-from tests.peft.comparisons import CHECKS, Subject, Verdict, failure  # noqa: E402
+from tests.peft.sweeping.checks import CHECKS
+from tests.peft.sweeping.models import Architecture, NotMade, architectures
+from tests.peft.sweeping.subject import Subject
+from tests.peft.sweeping.verdict import Verdict, failure
 
 COLOURS = {"equal": "green", "refused": "cyan", "WRONG": "bold red", "error": "red"}
 Row = dict[str, Verdict]  # the verdict of each check, or of "made"
@@ -117,7 +119,7 @@ class Running:
 def sweep(wanted: Sequence[Architecture], args: argparse.Namespace) -> dict[str, Row]:
     """The verdicts of all architectures, with a progress bar."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.peft.comparisons"])
+    context.set_forkserver_preload(["tests.peft.sweeping.checks"])
     rows: dict[str, Row] = {}
     waiting, running = list(wanted), []
     columns = ("{task.description:28}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

@@ -7,54 +7,23 @@ whether transformers itself agrees with a forward from scratch there.
 from __future__ import annotations
 
 import copy
-import dataclasses
-import linecache
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from peft import PeftModel
+from torch import Tensor
 
-import alora_kernels
 from alora_kernels.inference import Session
 from alora_kernels.peft import accelerate
 from alora_kernels.training import prefix_forward
 
-from .architectures import FIRST, LAST, VOCAB, Architecture, base_model
-from .definition import Definition, RowsUnknown, strays, weights_of
+from .models import VOCAB
+from .subject import INVOCATIONS, LENGTH, START, Subject, adapted
+from .verdict import Verdict, describe, distance, failure, judge
 
-INVOCATIONS = {"ask": [5, 6, 7], "sum": [8, 9]}
-LENGTH, START = 23, 12  # of a row and of its invocation; no size of a small model is 23
 ANSWER = 6
-NEAR = 5e-4  # of the largest logit: some models round to float32 inside
-PACKAGE = str(Path(alora_kernels.__file__).parent)
-# In some families PEFT takes these names for the parameters of fused experts, where it has no aLoRA.
-OF_EXPERTS = tuple(
-    f".{n}" for n in ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "router.gate", "w1", "w2", "w3")
-)
-MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")  # whose out_proj PEFT refuses
 CARRIED = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """One of `equal`, `refused`, `as base`, `base fails`, `WRONG`, `error`, and what was seen.
-
-    `none`: there is nothing to check. `as base`: transformers itself differs from a forward from scratch, and the accelerated model
-    does what the base model does, adapter added. `base differs`: not even that can be compared.
-    `base fails`: so does the base model alone.
-    """
-
-    kind: str
-    detail: str = ""
-
-    @property
-    def bad(self) -> bool:
-        return self.kind in ("WRONG", "error")
 
 
 class Ids:
@@ -67,186 +36,6 @@ class Ids:
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
         return " ".join(map(str, ids))
-
-
-class Subject:
-    """One architecture: its base model, the adapters on it, and the definition of both.
-
-    Attributes:
-        near: how far logits may lie apart, as a part of the largest one.
-        strays: linear layers for which the definition cannot be written, with the reason; the
-            adapters leave them out, except in the check of that name.
-        without: why other linear layers are left out.
-    """
-
-    def __init__(
-        self, arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.float64
-    ) -> None:
-        self.arch, self.seed = arch, seed
-        torch.manual_seed(seed + 1)
-        self.ids = torch.randint(FIRST, LAST, (2, LENGTH))
-        self.ids[0, START : START + 3] = torch.tensor(INVOCATIONS["ask"])
-        self.ids[1, START + 1 : START + 4] = torch.tensor(INVOCATIONS["ask"])
-        self.starts = [START, START + 1]
-        self.without = ""
-        try:
-            self._make(dtype)
-        except RuntimeError:  # some models cast to float32 by hand
-            self._make(torch.float32)
-        kept = [path for path in self.linear if path not in self.strays]
-        self.stock: Any = None
-        if not kept:
-            return
-        try:
-            self.stock = _adapted(self.base, kept)
-        except ValueError:
-            self.stock = _adapted(self.base, [p for p in kept if not p.endswith(OF_EXPERTS)])
-            self.without = "PEFT takes its MLP's names for its experts' parameters"
-        self.definition = Definition(
-            self.base, {name: weights_of(self.stock, name) for name in INVOCATIONS}
-        )
-
-    def _make(self, dtype: torch.dtype) -> None:
-        self.near = NEAR if dtype is torch.float64 else 4 * NEAR
-        self.base = base_model(self.arch, self.seed, dtype)
-        self.linear = _linear_layers(self.base)
-        self.strays = strays(self.base, self.linear, self.ids)
-
-    def accelerated(self) -> Any:
-        """A model of its own for each check: nothing of one check reaches the next."""
-        return accelerate(copy.deepcopy(self.stock))
-
-    def positions(self, mask: Tensor) -> dict[str, Tensor]:
-        """The mask, and the position ids where this model takes them."""
-        names = self.base.forward.__code__.co_varnames
-        found = {"attention_mask": mask}
-        if "position_ids" in names:
-            found["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-        return found
-
-
-def _linear_layers(base: Any) -> list[str]:
-    """Every linear layer but the output layer. (PEFT's "all-linear" asks for the experts'
-    parameters too, where it has no activated LoRA.)"""
-    output = base.get_output_embeddings()
-    linear = [
-        path
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not output
-    ]
-    if base.config.model_type in MAMBA:
-        return [path for path in linear if not path.endswith("out_proj")]
-    return linear
-
-
-def _lora(name: str, targets: str) -> LoraConfig:
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        lora_alpha=8,
-        target_modules=targets,
-        init_lora_weights=False,
-        alora_invocation_tokens=INVOCATIONS[name],
-    )
-
-
-def _adapted(base: Any, targets: list[str]) -> Any:
-    """A PEFT model with both adapters, whose matrices keep the size of what they read."""
-    pattern = "|".join(path.replace(".", r"\.") for path in targets)
-    model = get_peft_model(copy.deepcopy(base), _lora("ask", pattern), adapter_name="ask")
-    model.add_adapter("sum", _lora("sum", pattern))
-    model.set_adapter("ask")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.7 / parameter.shape[1] ** 0.5)
-    return model.to(next(base.parameters()).dtype).eval()
-
-
-# ---------------------------------------------------------------------- judging
-
-
-def judge(
-    way: Callable[[Any], Tensor],
-    subject: Subject,
-    wanted: Tensor,
-    base_wanted: Tensor,
-    hooked: Callable[[], Any] | None = None,
-) -> Verdict:
-    """Run `way` on the accelerated model and say how it compares.
-
-    Args:
-        way: gets a model, returns logits.
-        wanted: those of the definition, from scratch.
-        base_wanted: those of the base model alone, from scratch.
-        hooked: a context of the base model with the adapters, to run `way` itself on.
-    """
-    if (wanted - base_wanted).abs().max() < 0.05:
-        return Verdict("error", "the adapters change nothing here, so nothing is tested")
-    try:
-        with torch.no_grad():
-            gap = distance(way(subject.base), base_wanted)
-            if gap == float("inf"):
-                raise ArithmeticError("it answers with NaN")
-            stock = "" if gap <= subject.near else f"the base model alone differs by {gap:.1e}"
-    except Exception as error:
-        stock = f"the base model alone fails: {_name(error)}"
-    try:
-        model = subject.accelerated()
-        with torch.no_grad():
-            got = way(model)
-    except Exception as error:
-        failed = failure(error)
-        if failed.kind == "error" and "fails" in stock:
-            return Verdict("base fails", stock)
-        return failed
-    gap = distance(got, wanted)
-    if gap <= subject.near:
-        return Verdict("equal", stock)
-    if gap == float("inf") and "NaN" in stock:
-        return Verdict("base fails", stock)
-    if stock and hooked is not None and "fails" not in stock:
-        try:
-            with torch.no_grad(), hooked() as base:
-                same = distance(got, way(base))
-        except RowsUnknown as error:
-            return Verdict("base differs", f"{stock}; {error}")
-        if same <= subject.near:
-            return Verdict("as base", stock)
-        return Verdict("WRONG", f"by {gap:.1e}; by {same:.1e} from the base's own way ({stock})")
-    return Verdict("WRONG", f"by {gap:.1e}" + (f" ({stock})" if stock else ""))
-
-
-def distance(got: Tensor, wanted: Tensor) -> float:
-    """The largest difference, as a part of the largest value wanted."""
-    if got.shape != wanted.shape:
-        return float("inf")
-    gap = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-3)
-    return float(gap) if gap == gap else float("inf")
-
-
-def failure(error: Exception) -> Verdict:
-    """`refused` for an error that this package raises by name, else `error`."""
-    chain: list[BaseException] = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for one in chain[::-1]:
-        last = traceback.extract_tb(one.__traceback__)[-1]
-        raised = "raise" in linecache.getline(last.filename, last.lineno or 0)
-        named = isinstance(one, ValueError | TypeError | RuntimeError | NotImplementedError)
-        if last.filename.startswith(PACKAGE) and raised and named and len(str(one)) > 20:
-            return Verdict("refused", _name(one))
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [f for f in frames if f.filename.startswith(PACKAGE)]
-    places = [f"{Path(f.filename).name}:{f.lineno}" for f in (*ours[-1:], frames[-1])]
-    return Verdict("error", f"{_name(error)} [{' > '.join(dict.fromkeys(places))}]")
-
-
-def _name(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-# ---------------------------------------------------------------------- the checks
 
 
 def forward(subject: Subject) -> Verdict:
@@ -332,7 +121,8 @@ def chunks(subject: Subject) -> Verdict:
         for begin, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, LENGTH)):
             out = model(input_ids=subject.ids[:, begin:end], use_cache=True, **carried)
             outputs.append(out.logits)
-            carried = {n: out[n] for n in CARRIED if n in out and out[n] is not None}
+            carried = {n: out[n] for n in CARRIED if out.get(n) is not None}
+            carried = dict(list(carried.items())[:1])  # the newest name of several
             if not carried:
                 raise LookupError("the model returns no cache")
         return torch.cat(outputs, 1)
@@ -425,7 +215,7 @@ def _judge_answers(
     try:
         stock = "" if torch.equal(base(generated), alone) else "differs"
     except Exception as error:
-        stock = f"fails: {_name(error)}"
+        stock = f"fails: {describe(error)}"
     try:
         plain = torch.equal(way(copy.deepcopy(subject.base)), alone)
     except Exception:
@@ -502,7 +292,7 @@ def others(subject: Subject) -> Verdict:
     if not subject.strays:
         return Verdict("none")
     try:
-        model = accelerate(_adapted(subject.base, list(subject.strays)))
+        model = accelerate(adapted(subject.base, list(subject.strays)))
         with torch.no_grad():
             got = model(input_ids=subject.ids, use_cache=False).logits
             base = subject.base(input_ids=subject.ids, use_cache=False).logits

@@ -90,9 +90,7 @@ class Definition:
                         continue
                     far = first + seen["new"]
                     begin = torch.tensor([far if b is None else b for b in begins])
-                    on = spread(
-                        position >= begin.unsqueeze(1), x.shape[:-1], first, seen["kept"]
-                    )
+                    on = spread(position >= begin.unsqueeze(1), x.shape[:-1], first, seen["kept"])
                     if on is None:
                         raise RowsUnknown(path, tuple(x.shape))
                     a, b, scaling = weights[path]

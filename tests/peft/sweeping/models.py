@@ -84,6 +84,9 @@ ALWAYS: dict[str, Any] = {"is_decoder": True, "use_cache": True, "tie_word_embed
 COMPASS_ROPE = {
     "full_attention": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 }
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+MROPE_TEXT = {"text_config": {"rope_parameters": MROPE}}
+INKLING_TOWERS = {f"{tower}_config": {"text_hidden_size": 32} for tower in ("vision", "audio")}
 TWO_INDEXED = {"num_hidden_layers": 2, "layer_types": ["indexed_attention"] * 2}
 QWEN4_INDEXER = {
     "indexer_n_heads": 2,
@@ -102,6 +105,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4]},
     "cohere_compass_text": {"rope_parameters": COMPASS_ROPE},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8}},
+    "cohere_compass": {"text_config": {"rope_parameters": COMPASS_ROPE}},
+    "cosmos3_edge": MROPE_TEXT,
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "dory": {"num_hidden_layers": 4, "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {
@@ -115,6 +120,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon": {"num_kv_heads": 1},
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), MROPE_TEXT),
+    "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}}},
     "gpt_neo": {"attention_types": lambda n: [[["global", "local"], n // 2]], "num_layers": 2},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
@@ -122,6 +129,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "hunyuan_vl": {"text_config": {"head_dim": 8, "rope_parameters": MROPE}},
+    "hy_v4_vl": {"text_config": {"rope_parameters": MROPE}},
+    "inkling2": {
+        "vision_config": {"text_hidden_size": 32},
+        "audio_config": {"text_hidden_size": 32},
+    },
+    "inkling2_loop": INKLING_TOWERS,
     "lfm2_moe": {
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         "num_hidden_layers": 4,
@@ -132,6 +146,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "musicgen": {"part": "decoder"},
     "musicgen_melody": {"part": "decoder"},
     "nemotron": {"num_key_value_heads": 2},
+    "paddleocr_vl": MROPE_TEXT,
+    "qwen2_5_omni_thinker": MROPE_TEXT,
+    "qwen2_5_vl": MROPE_TEXT,
+    "qwen2_vl": MROPE_TEXT,
     "qwen4_exp": {"text_config": QWEN4_INDEXER},
     "qwen4_exp_text": QWEN4_INDEXER,
     "reformer": {
@@ -140,6 +158,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_layers": ("local", "local"),
         "local_attn_chunk_length": 16,
     },
+    "step3p7": {"text_config": {"sliding_window": 16}},
+    "voxtral": {"text_config": {"num_key_value_heads": 2}},
     "xlstm": {"hidden_size": 128, "num_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layer_types": ["mamba", "hybrid"], "num_hidden_layers": 2, "hybrid_layer_ids": [1]},
@@ -150,7 +170,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 MAKERS: dict[str, Any] = {
     "causal": transformers.AutoModelForCausalLM,
     "multimodal": transformers.AutoModelForImageTextToText,
-    "audio": transformers.AutoModelForMultimodalLM,
+    "audio": getattr(transformers, "AutoModelForMultimodalLM", None),
 }
 
 
@@ -176,7 +196,7 @@ def architectures() -> list[Architecture]:
     for family, mapping in (
         ("causal", modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
         ("multimodal", modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
-        ("audio", modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+        ("audio", getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})),
     ):
         for name, model in mapping.items():
             if name not in found:
@@ -337,5 +357,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         transformers.logging.set_verbosity(before)
-
-
