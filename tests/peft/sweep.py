@@ -2,7 +2,7 @@
 
     python tests/peft/sweep.py                         # all of them
     python tests/peft/sweep.py llama mamba2 --only forward,generate
-    python tests/peft/sweep.py --csv sweep.csv --markdown
+    python tests/peft/sweep.py --csv sweep.csv --markdown docs/peft.md
 
 Small models from config, so nothing is fetched. Each architecture runs in a process of its own,
 under a time limit: a crash or a hang is a line of the table. Exits with 1 if anything is WRONG or
@@ -37,6 +37,7 @@ from tests.peft.sweeping.subject import Subject
 from tests.peft.sweeping.verdict import Verdict, failure
 
 COLOURS = {"equal": "green", "refused": "cyan", "WRONG": "bold red", "error": "red"}
+MARKS = ("<!-- sweep -->", "<!-- /sweep -->")
 Row = dict[str, Verdict]  # the verdict of each check, or of "made"
 
 
@@ -182,11 +183,30 @@ def markdown(rows: dict[str, Row], checks: Sequence[str]) -> str:
     ]
     for kinds, names in sorted(groups.items(), key=lambda item: -len(item[1])):
         lines.append(f"| {' | '.join(kinds)} | {len(names)}: {', '.join(names)} |")
-    missing = {n: r["made"].detail for n, r in rows.items() if r["made"].kind != "made"}
+    missing: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if row["made"].kind != "made":
+            missing.setdefault(_short(row["made"].detail), []).append(name)
     if missing:
         lines += ["", "Not made:", ""]
-        lines += [f"- {name}: {reason}" for name, reason in missing.items()]
+        lines += [f"- {', '.join(names)}: {reason}" for reason, names in missing.items()]
     return "\n".join(lines)
+
+
+def _short(reason: str) -> str:
+    """A reason in one line of a table."""
+    line = " ".join(reason.split()).replace("|", "/")
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def write_markdown(path: Path, table: str) -> None:
+    """Put the table where the last one stands."""
+    text = path.read_text()
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise SystemExit(f"{path} does not hold {MARKS[0]} and {MARKS[1]} once each")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    path.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
 
 
 def main() -> int:
@@ -202,7 +222,14 @@ def main() -> int:
     )
     parser.add_argument("--family", help="causal, multimodal or audio; all by default")
     parser.add_argument("--csv", type=Path, help="write every verdict with its detail")
-    parser.add_argument("--markdown", action="store_true", help="print the table of docs/peft.md")
+    parser.add_argument(
+        "--markdown",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help=f"print the table of docs/peft.md, or write it into FILE between {MARKS[0]} and "
+        f"{MARKS[1]}",
+    )
     parser.add_argument("--jobs", type=int, default=1, help="architectures at the same time")
     parser.add_argument("--limit", type=float, default=120, help="seconds for an architecture")
     parser.add_argument("--seed", type=int, default=0)
@@ -220,7 +247,12 @@ def main() -> int:
     rows = sweep(wanted, args)
     if args.csv:
         write_csv(args.csv, rows)
-    print(markdown(rows, args.only)) if args.markdown else print_table(rows, args.only)
+    if args.markdown is None:
+        print_table(rows, args.only)
+    elif args.markdown:
+        write_markdown(Path(args.markdown), markdown(rows, args.only))
+    else:
+        print(markdown(rows, args.only))
     return int(any(verdict.bad for row in rows.values() for verdict in row.values()))
 
 

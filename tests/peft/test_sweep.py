@@ -159,14 +159,16 @@ def test_a_layer_with_other_rows_is_named(llama: Subject) -> None:
         return model["outer"](x), model["inner"](x[:, :3])
 
     model.forward = forward  # type: ignore[method-assign]
-    found = strays(model, ["inner", "outer"], torch.zeros(BATCH, TOKENS, dtype=torch.long))
+    ids = torch.zeros(BATCH, TOKENS, dtype=torch.long)
+    found, ran = strays(model, ["inner", "outer"], ids)
     assert list(found) == ["inner"] and "[2, 3]" in found["inner"]
+    assert ran == {"inner", "outer"}
     weights = {"a": {"inner": (torch.ones(1, 4), torch.ones(4, 1), 1.0)}}
     with (
         pytest.raises(RowsUnknown, match="inner"),
         Definition(model, weights).running(["a"] * BATCH, [0] * BATCH) as base,
     ):
-        base(input_ids=torch.zeros(BATCH, TOKENS, dtype=torch.long), use_cache=False)
+        base(input_ids=ids, use_cache=False)
 
 
 # ---------------------------------------------------------------------- what must be seen
@@ -255,18 +257,26 @@ def test_every_kind_of_layer_comes_up() -> None:
     }
 
 
-def test_markdown_joins_what_is_equal() -> None:
+def test_markdown_joins_what_is_equal(tmp_path: Path) -> None:
     made, equal, wrong = (program.Verdict(k) for k in ("made", "equal", "WRONG"))
     rows = {
         "one": {"made": made, "forward": equal},
         "two": {"made": made, "forward": wrong},
         "three": {"made": made, "forward": equal},
-        "four": {"made": program.Verdict("not made", "too large")},
+        "four": {"made": program.Verdict("not made", "too\n large")},
     }
-    lines = program.markdown(rows, ["forward"]).splitlines()
+    table = program.markdown(rows, ["forward"])
+    lines = table.splitlines()
     assert lines[0].startswith("3 of 4 architectures")
     assert "| equal | 2: one, three |" in lines and "| WRONG | 1: two |" in lines
     assert lines[-1] == "- four: too large"
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- sweep -->\nold\n<!-- /sweep -->\nafter\n")
+    program.write_markdown(page, table)
+    assert page.read_text() == f"before\n<!-- sweep -->\n{table}\n<!-- /sweep -->\nafter\n"
+    page.write_text("no place")
+    with pytest.raises(SystemExit, match="once each"):
+        program.write_markdown(page, table)
 
 
 @pytest.mark.slow

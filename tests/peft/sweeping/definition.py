@@ -139,13 +139,15 @@ class RowsUnknown(Exception):
 
 
 @torch.no_grad()
-def strays(base: Any, paths: Sequence[str], ids: Tensor) -> dict[str, str]:
-    """The layers for which the definition cannot be written, each with the reason."""
+def strays(base: Any, paths: Sequence[str], ids: Tensor) -> tuple[dict[str, str], set[str]]:
+    """The layers for which the definition cannot be written, each with the reason; all that ran."""
     batch, tokens = ids.shape
     found: dict[str, str] = {}
+    ran: set[str] = set()
 
     def look(path: str) -> Any:
         def hook(layer: Any, args: tuple[Any, ...], y: Any) -> None:
+            ran.add(path)
             x = args[0] if args else None
             if not isinstance(x, Tensor) or not isinstance(y, Tensor):
                 found[path] = "its input or output is no tensor"
@@ -162,7 +164,7 @@ def strays(base: Any, paths: Sequence[str], ids: Tensor) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, ran
 
 
 def outputs_of(layer: Any) -> int:

@@ -87,6 +87,7 @@ COMPASS_ROPE = {
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 MROPE_TEXT = {"text_config": {"rope_parameters": MROPE}}
 INKLING_TOWERS = {f"{tower}_config": {"text_hidden_size": 32} for tower in ("vision", "audio")}
+OMNI_TOKENS = {"vision_start_token_id": LAST + 1, "audio_start_token_id": LAST + 2}
 TWO_INDEXED = {"num_hidden_layers": 2, "layer_types": ["indexed_attention"] * 2}
 QWEN4_INDEXER = {
     "indexer_n_heads": 2,
@@ -121,6 +122,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), MROPE_TEXT),
+    "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "glm4v_moe": {"text_config": {"rope_parameters": {**MROPE, "mrope_section": [1, 1, 0]}}},
     "gpt_neo": {"attention_types": lambda n: [[["global", "local"], n // 2]], "num_layers": 2},
     "granitemoehybrid": {
@@ -142,16 +144,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 8},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "musicgen": {"part": "decoder"},
     "musicgen_melody": {"part": "decoder"},
     "nemotron": {"num_key_value_heads": 2},
     "paddleocr_vl": MROPE_TEXT,
-    "qwen2_5_omni_thinker": MROPE_TEXT,
+    "qwen2_5_omni_thinker": {**MROPE_TEXT, **OMNI_TOKENS},
     "qwen2_5_vl": MROPE_TEXT,
     "qwen2_vl": MROPE_TEXT,
     "qwen4_exp": {"text_config": QWEN4_INDEXER},
     "qwen4_exp_text": QWEN4_INDEXER,
+    "qwen3_omni_moe_thinker": OMNI_TOKENS,
     "reformer": {
         "axial_pos_embds_dim": (8, 24),
         "axial_pos_shape": (16, 16),

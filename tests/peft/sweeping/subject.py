@@ -68,7 +68,8 @@ class Subject:
         try:
             self.stock = adapted(self.base, kept)
         except ValueError:
-            self.stock = adapted(self.base, [p for p in kept if not p.endswith(OF_EXPERTS)])
+            kept = [path for path in kept if path in self.ran and not path.endswith(OF_EXPERTS)]
+            self.stock = adapted(self.base, kept)
             self.without = "PEFT takes its MLP's names for its experts' parameters"
         self.definition = Definition(
             self.base, {name: weights_of(self.stock, name) for name in INVOCATIONS}
@@ -78,7 +79,7 @@ class Subject:
         self.near = NEAR if dtype is torch.float64 else 4 * NEAR
         self.base = base_model(self.arch, self.seed, dtype)
         self.linear = _linear_layers(self.base)
-        self.strays = strays(self.base, self.linear, self.ids)
+        self.strays, self.ran = strays(self.base, self.linear, self.ids)
 
     def accelerated(self) -> Any:
         """A model of its own for each check: nothing of one check reaches the next."""
