@@ -119,6 +119,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": TWO_INDEXED},
     "dots3_note_text": TWO_INDEXED,
     "falcon": {"num_kv_heads": 1},
+    "gemma3_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    },
     "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), MROPE_TEXT),
