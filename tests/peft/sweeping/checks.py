@@ -121,8 +121,8 @@ def chunks(subject: Subject) -> Verdict:
         for begin, end in ((0, 9), (9, 17), (17, 18), (18, 19), (19, LENGTH)):
             out = model(input_ids=subject.ids[:, begin:end], use_cache=True, **carried)
             outputs.append(out.logits)
-            carried = {n: out[n] for n in CARRIED if out.get(n) is not None}
-            carried = dict(list(carried.items())[:1])  # the newest name of several
+            known = [name for name in CARRIED if out.get(name) is not None]
+            carried = {name: out[name] for name in known[:1]}  # one of two names for a cache
             if not carried:
                 raise LookupError("the model returns no cache")
         return torch.cat(outputs, 1)
@@ -212,6 +212,8 @@ def _judge_answers(
         return out[0, len(ids) :].tolist()
 
     expected, alone = wanted(scratch), base(scratch)
+    if torch.equal(expected, wanted(lambda ids, name, start: scratch(ids, None, None))):
+        return Verdict("error", "the adapters change no token here, so nothing is tested")
     try:
         stock = "" if torch.equal(base(generated), alone) else "differs"
     except Exception as error:

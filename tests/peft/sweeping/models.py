@@ -198,7 +198,7 @@ class Architecture:
 def architectures() -> list[Architecture]:
     """All of `MODEL_FOR_CAUSAL_LM`, then what other mappings have of generating text.
 
-    Names that make the same model class come up once.
+    A name that several mappings have comes up once.
     """
     found: dict[str, Architecture] = {}
     for family, mapping in (
@@ -219,26 +219,22 @@ def small_config(name: str) -> PretrainedConfig:
         NotMade: says which step failed.
     """
     config_class = CONFIG_MAPPING[name]
-    try:
-        with quiet():
-            default = config_class()
-    except Exception as error:
-        default = None
-        reason = f"{type(error).__name__}: {error}"
+    default, config, failed = None, None, ""
+    with contextlib.suppress(Exception), quiet():
+        default = config_class()
     wanted = _kinds(default)
-    config, tried = None, ""
     for layers in range(2, MOST_LAYERS + 1):
         values = _values(config_class, default, layers, OVERRIDES.get(name, {}))
         try:
             with quiet():
                 config = config_class(**values)
         except Exception as error:
-            tried = f"{type(error).__name__}: {error}"
+            failed = f"{type(error).__name__}: {error}"
             continue
         if _kinds(config) >= wanted:
             break
     if config is None:
-        raise NotMade(f"config: {tried or reason}"[:300])
+        raise NotMade(f"config: {failed}"[:300])
     return getattr(config, OVERRIDES.get(name, {}).get("part", ""), config)
 
 
@@ -262,6 +258,8 @@ def base_model(arch: Architecture, seed: int = 0, dtype: torch.dtype = torch.flo
     try:
         with quiet():
             model = make(small_config(arch.name))
+    except NotMade:
+        raise
     except Exception as error:
         raise NotMade(f"model: {type(error).__name__}: {error}"[:300]) from error
     count = sum(p.numel() for p in model.parameters())
