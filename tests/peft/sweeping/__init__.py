@@ -1,0 +1,1 @@
+"""What tests/peft/sweep.py runs: small models of every architecture, the definition, the checks."""
