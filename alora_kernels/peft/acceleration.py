@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
 from ..activation import Activation, current_activation, find_invocation_starts
-from . import checkpointing, records
+from . import checkpointing, records, watch
 from .ambient import ForwardState, Request, current_request, current_state, set_state
-from .generation import CHUNKING, Called, generation
+from .live import LiveModel
 from .lonely import LonelyRows
 from .refusal import invocation_of
 from .rows import restrict, rows_of, starts_of
@@ -31,36 +31,18 @@ ARGUMENTS = (
 )
 
 
-class Acceleration:
-    """Hooks of one accelerated model. Attached to `root`, the model whose forward takes tokens.
-
-    Attributes:
-        root: the transformers model (or any module) that holds the LoRA layers.
-        options: passed to every op.
-        layers: every LoRA layer, by its name in `root`.
-        served: the names of those that run our forward.
-        auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
-    """
+class Acceleration(LiveModel):
+    """Hooks of one accelerated model. Attached to `root`, the model whose forward takes tokens."""
 
     def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
-        self.root, self.options = root, options
-        self.layers: dict[str, Any] = {}
-        self.served: set[str] = set()
-        self.refused: dict[str, str] = {}
-        self.auxiliary: set[nn.Module] = set()
+        super().__init__(root, options)
         self.places = self._argument_places()
-        self.handles: list[Any] = []
-        self.checkpointing = [m for m in root.modules() if hasattr(m, "gradient_checkpointing")]
         self.recent: dict[Any, Activation] = {}
         self.lonely = LonelyRows()
 
     def _argument_places(self) -> dict[str, int]:
         names = list(inspect.signature(self.root.forward).parameters)
         return {name: names.index(name) for name in ARGUMENTS if name in names}
-
-    @property
-    def configs(self) -> dict[str, Any]:
-        return getattr(self.root, "peft_config", {})
 
     def active_names(self) -> tuple[str, ...]:
         """The active adapters, as the first LoRA layer has them; none when they are disabled."""
@@ -78,6 +60,8 @@ class Acceleration:
     ) -> None:
         """Forward pre-hook of `root`: find the active rows and make them the current state."""
         if torch.compiler.is_compiling():
+            if self.seen != watch.changes():
+                self.refresh_eagerly()
             self._enter(args, kwargs)
         else:
             self._enter_eagerly(module, args, kwargs)
@@ -100,6 +84,8 @@ class Acceleration:
     def _enter_eagerly(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if not self.refresh():
+            return  # all its adapters were merged or unloaded
         if module.training:
             checkpointing.watch(self.checkpointing)
         self._enter(args, kwargs)
@@ -356,17 +342,6 @@ class Acceleration:
                     "is not the model's own gradient_checkpointing comes here too.)"
                 )
         return state
-
-    # ------------------------------------------------------------------ generate
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`root.generate` with the starts of its prompt."""
-        with generation(self, args, kwargs):
-            return type(self.root).generate(self.root, *args, **kwargs)  # type: ignore[attr-defined]
-
-    def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
-        """`root._prefill_chunking` through the hooks of `root`."""
-        return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)
 
 
 # torch.compile of `root` itself runs its hooks outside the graph, and would compile each of them as

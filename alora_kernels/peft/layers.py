@@ -46,6 +46,8 @@ class AcceleratedLayer:
     alora_strange: dict[str, str]  # adapters that keep PEFT's arithmetic, and why
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if "alora_ready" not in self.__dict__:  # held by what was put on the layer before `restore`
+            return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
         state = current_state()
@@ -241,5 +243,5 @@ class AcceleratedLayer:
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
-        arguments = peft_arguments(self.alora_owner, self, state, tuple(names))
+        arguments = peft_arguments(self.alora_owner, self, state, tuple(names), x)
         return self.alora_kind.forward(self, x, **arguments)

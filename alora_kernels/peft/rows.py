@@ -22,6 +22,8 @@ def rows_of(names: Names, batch: int) -> tuple[tuple[str, ...], list[str | None]
             f"{len(rows)} adapter names were given for a batch of {batch} rows; give one for "
             "each row (generate repeats them for beams and return sequences)"
         )
+    if len(set(rows)) == 1:
+        return rows_of(rows[0], batch)  # one for all rows, however it was said
     rows = [n for n in rows for _ in range(batch // len(rows))]
     return tuple(dict.fromkeys(n for n in rows if n is not None)), rows
 

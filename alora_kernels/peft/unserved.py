@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .ambient import ForwardState, current_state
 from .refusal import invocation_of
@@ -14,23 +14,31 @@ from .rows import BASE
 if TYPE_CHECKING:
     from .acceleration import Acceleration
 
+SERVED_HERE = object()  # in place of alora_offsets: PEFT then neither searches nor sets hooks
+
 
 def peft_arguments(
-    owner: Acceleration, layer: Any, state: ForwardState, names: tuple[str, ...]
+    owner: Acceleration,
+    layer: Any,
+    state: ForwardState,
+    names: tuple[str, ...],
+    x: Tensor | None = None,
 ) -> dict[str, Any]:
-    """The keyword arguments with which PEFT's forward does the same for `layer`."""
+    """The keyword arguments with which PEFT's forward does the same for `layer`.
+
+    One adapter for all rows needs none: the layer's class answers with it when PEFT asks which
+    adapters are active (`Adopted`), so that layers which cannot mix adapters can run it.
+    """
+    if state.names is not None and layer.merged_adapters:
+        raise ValueError(
+            f"an adapter cannot be chosen for a layer that has merged adapters "
+            f"({', '.join(layer.merged_adapters)}): call unmerge_adapter first"
+        )
     offsets: list[int | None] | None = None
     for name in names:
         if invocation_of(owner.configs.get(name)) is None or name not in layer.lora_A:
             continue
-        mask = state.activations[name].mask.view(state.batch, state.seq_len).cpu()
-        counts = mask.sum(1)
-        position = torch.arange(state.seq_len)
-        if not torch.equal(mask, position >= (state.seq_len - counts).unsqueeze(1)):
-            raise NotImplementedError(
-                f"adapter {name!r}: a layer that keeps PEFT's forward cannot run packed rows"
-            )
-        mine = [int(c) or None for c in counts]
+        mine = _offsets(owner, state, name, x)
         if offsets is None:
             offsets = mine
         elif state.row_names is not None:
@@ -40,47 +48,121 @@ def peft_arguments(
                 "two activated LoRAs with different invocations are active in a layer that "
                 "keeps PEFT's forward, which knows one start for each row"
             )
-    arguments: dict[str, Any] = {"alora_offsets": offsets}
-    if state.names is not None:
-        rows = state.row_names or [*(state.names or (None,))] * state.batch
-        arguments["adapter_names"] = [BASE if n is None else n for n in rows]
+    arguments: dict[str, Any] = {} if offsets is None else {"alora_offsets": offsets}
+    if state.row_names is not None and names:
+        arguments["adapter_names"] = [BASE if n is None else n for n in state.row_names]
     return arguments
 
 
-class Unserved:
-    """The hooks of the modules of one model that keep PEFT's forward."""
+def _offsets(
+    owner: Acceleration, state: ForwardState, name: str, x: Tensor | None
+) -> list[int | None]:
+    activation = state.activations.get(name)
+    if activation is None:
+        activation = owner.late_activation(state, name)
+    batch, seq_len = state.batch, state.seq_len
+    if not batch:  # a layer on its own: any layout of these rows
+        batch = x.shape[0] if x is not None and x.dim() > 2 else 1
+        seq_len = activation.num_rows // batch
+    mask = activation.mask.view(batch, seq_len).cpu()
+    counts = mask.sum(1)
+    position = torch.arange(seq_len)
+    if not torch.equal(mask, position >= (seq_len - counts).unsqueeze(1)):
+        raise NotImplementedError(
+            f"adapter {name!r}: a layer that keeps PEFT's forward cannot run packed rows"
+        )
+    return [int(c) or None for c in counts]
 
-    def __init__(self, owner: Acceleration) -> None:
-        self.owner = owner
 
-    def before_forward(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the layer: hand it what PEFT would."""
-        state = current_state()
-        if state is None or state.owner is not self.owner or layer._disable_adapters:
-            return None
-        names = state.names
-        if names is None:
-            active: Any = layer._active_adapter
-            names = (active,) if isinstance(active, str) else tuple(active)
-        known = getattr(layer, "lora_A", {})
-        extra = peft_arguments(self.owner, layer, state, tuple(n for n in names if n in known))
-        if extra["alora_offsets"] is None:
-            del extra["alora_offsets"]
-        return args, {**kwargs, **extra}
+def chosen_for(module: Any) -> tuple[str, ...] | None:
+    """The adapters of `module` that the current forward runs, whatever is active.
 
-    def before_auxiliary(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of a `modules_to_save` or trainable tokens: the adapter of each row."""
-        state = current_state()
-        if state is None or state.owner is not self.owner or state.names is None:
-            return None
-        active = list(module.active_adapters)
-        if state.row_names is None and active == list(state.names):
-            return None
-        one = state.names[0] if state.names else None
-        rows = [one] * len(args[0]) if state.row_names is None else state.row_names
-        names = [BASE if n is None or n not in module._adapters else n for n in rows]
-        return args, {**kwargs, "adapter_names": names}
+    None where none were chosen, and where each row has its own, of which an argument tells.
+    """
+    state = current_state()
+    if state is None or state.names is None or not _is_mine(module, state):
+        return None
+    there = module._get_available_adapters()
+    mine = tuple([name for name in state.names if name in there])
+    return None if mine and state.row_names is not None else mine
+
+
+def _is_mine(module: nn.Module, state: ForwardState) -> bool:
+    """Whether `module` belongs to the model of the current forward (a compiler sees no other)."""
+    return torch.compiler.is_compiling() or module in state.owner.adopted
+
+
+class OneAtATime:
+    """Experts with LoRA: PEFT changes the base's parameter for the length of the forward.
+
+    Another thread must not see it, so the forwards of layers around one base wait for each other.
+    """
+
+    alora_kind: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lock = None if torch.compiler.is_compiling() else self.__dict__.get("alora_lock")
+        if lock is None:
+            kind = getattr(type(self), "alora_kind", type(self))
+            return kind.forward(self, x, *args, **kwargs)
+        with lock:
+            return self.alora_kind.forward(self, x, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- forward pre-hooks
+
+
+def before_layer(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a LoRA layer: hand it what PEFT would."""
+    state = current_state()
+    if state is None or layer._disable_adapters or not _is_mine(layer, state):
+        return None
+    names = state.names
+    if names is None:
+        active: Any = layer._active_adapter
+        names = (active,) if isinstance(active, str) else tuple(active)
+    there = layer._get_available_adapters()
+    mine = tuple([name for name in names if name in there])
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return args, {**kwargs, **peft_arguments(state.owner, layer, state, mine, x)}
+
+
+def before_auxiliary(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a `modules_to_save` or trainable tokens: the adapter of each row, where rows differ."""
+    state = current_state()
+    if state is None or state.row_names is None or not _is_mine(module, state):
+        return None
+    if chosen_for(module) is not None:
+        return None
+    names = [BASE if n is None or n not in module._adapters else n for n in state.row_names]
+    return args, {**kwargs, "adapter_names": names}
+
+
+def before_foreign(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Of the layer of another method than LoRA, which cannot mix adapters."""
+    state = current_state()
+    if state is None or state.names is None or not _is_mine(module, state):
+        return
+    if module.merged_adapters:
+        peft_arguments(state.owner, module, state, ())  # which refuses to choose
+    if state.row_names is not None and chosen_for(module) is None:
+        raise ValueError(
+            f"{type(module).__module__}.{type(module).__name__} cannot run another adapter in "
+            "each row; give one adapter for the whole batch"
+        )
+
+
+def before_model(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a PeftModel whose forward holds PEFT's own: keep that from searching by itself."""
+    if kwargs.get("alora_offsets") is not None:
+        return None
+    return args, {**kwargs, "alora_offsets": SERVED_HERE}
+
+
+PRE_HOOKS = (before_layer, before_auxiliary, before_foreign, before_model)
