@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
 from ..activation import Activation, current_activation, find_invocation_starts
-from . import checkpointing, records, watch
+from . import checkpointing, records
 from .ambient import ForwardState, Request, current_request, current_state, set_state
 from .live import LiveModel
 from .lonely import LonelyRows
@@ -60,8 +60,6 @@ class Acceleration(LiveModel):
     ) -> None:
         """Forward pre-hook of `root`: find the active rows and make them the current state."""
         if torch.compiler.is_compiling():
-            if self.seen != watch.changes():
-                self.refresh_eagerly()
             self._enter(args, kwargs)
         else:
             self._enter_eagerly(module, args, kwargs)

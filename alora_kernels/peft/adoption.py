@@ -44,6 +44,7 @@ def look_again(owner: LiveModel) -> None:
             return
         owner.complete()
         before = owner.refused
+        watch.look_inside(owner.root)
         adopt(owner)
         if not owner.adopted:  # merged or unloaded: nothing of the model is ours any more
             detach(owner)

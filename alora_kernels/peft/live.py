@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import adoption, watch
@@ -82,8 +81,6 @@ class LiveModel:
         if self.seen != watch.changes():
             adoption.look_again(self)
         return self.root.__dict__.get(OURS) is self
-
-    refresh_eagerly = torch.compiler.disable(refresh)
 
     def complete(self) -> None:
         """Make what did not travel, if this one was loaded or is a copy."""

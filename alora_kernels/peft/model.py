@@ -14,7 +14,7 @@ from .acceleration import Acceleration
 from .adopted import OURS
 from .adoption import check_configs, check_names, detach, look_again, refusals, table
 from .ambient import ForwardState, Names, Request, current_state, requesting, set_state
-from .rows import restrict, rows_of
+from .rows import BlockState, restrict, rows_of
 from .wrappers import root_of, unwrap, wrap
 
 
@@ -145,7 +145,7 @@ def _fixed_state(owner: Acceleration, chosen: Names, activation: Activation | No
     names, row_names = rows_of(chosen, batch)
     if row_names is None:
         batch = 0  # any layout of these rows will do
-    state = ForwardState(owner, names, {}, batch, rows // max(batch, 1), row_names=row_names)
+    state = BlockState(owner, names, {}, batch, rows // max(batch, 1), row_names=row_names)
     for name in names:
         assert activation is not None
         state.activations[name] = restrict(state, name, activation)

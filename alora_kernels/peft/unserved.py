@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .ambient import ForwardState, current_state
 from .refusal import invocation_of
-from .rows import BASE
+from .rows import BASE, BlockState
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
@@ -29,11 +29,8 @@ def peft_arguments(
     One adapter for all rows needs none: the layer's class answers with it when PEFT asks which
     adapters are active (`Adopted`), so that layers which cannot mix adapters can run it.
     """
-    if state.names is not None and layer.merged_adapters:
-        raise ValueError(
-            f"an adapter cannot be chosen for a layer that has merged adapters "
-            f"({', '.join(layer.merged_adapters)}): call unmerge_adapter first"
-        )
+    if state.names is not None:
+        refuse_merged(layer)
     offsets: list[int | None] | None = None
     for name in names:
         if invocation_of(owner.configs.get(name)) is None or name not in layer.lora_A:
@@ -49,9 +46,26 @@ def peft_arguments(
                 "keeps PEFT's forward, which knows one start for each row"
             )
     arguments: dict[str, Any] = {} if offsets is None else {"alora_offsets": offsets}
-    if state.row_names is not None and names:
-        arguments["adapter_names"] = [BASE if n is None else n for n in state.row_names]
+    rows = _row_names(state, x)
+    if rows is not None and (names or isinstance(state, BlockState)):
+        arguments["adapter_names"] = [BASE if n is None else n for n in rows]
     return arguments
+
+
+def refuse_merged(module: Any) -> None:
+    """Refuse to choose an adapter where another is merged into the base."""
+    if module.merged_adapters:
+        raise ValueError(
+            f"an adapter cannot be chosen for a layer that has merged adapters "
+            f"({', '.join(module.merged_adapters)}): call unmerge_adapter first"
+        )
+
+
+def _row_names(state: ForwardState, x: Any) -> list[str | None] | None:
+    """The adapters by rows, of which PEFT has to be told by an argument; None where it asks."""
+    if state.row_names is not None or not isinstance(state, BlockState):
+        return state.row_names
+    return [state.names[0] if state.names else None] * (len(x) if isinstance(x, Tensor) else 1)
 
 
 def _offsets(
@@ -77,19 +91,14 @@ def _offsets(
 def chosen_for(module: Any) -> tuple[str, ...] | None:
     """The adapters of `module` that the current forward runs, whatever is active.
 
-    None where none were chosen, and where each row has its own, of which an argument tells.
+    None where none were chosen, and where an argument tells them (see `peft_arguments`).
     """
     state = current_state()
-    if state is None or state.names is None or not _is_mine(module, state):
+    if state is None or state.names is None or isinstance(state, BlockState):
         return None
     there = module._get_available_adapters()
     mine = tuple([name for name in state.names if name in there])
     return None if mine and state.row_names is not None else mine
-
-
-def _is_mine(module: nn.Module, state: ForwardState) -> bool:
-    """Whether `module` belongs to the model of the current forward (a compiler sees no other)."""
-    return torch.compiler.is_compiling() or module in state.owner.adopted
 
 
 class OneAtATime:
@@ -117,7 +126,7 @@ def before_layer(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Of a LoRA layer: hand it what PEFT would."""
     state = current_state()
-    if state is None or layer._disable_adapters or not _is_mine(layer, state):
+    if state is None or layer._disable_adapters:
         return None
     names = state.names
     if names is None:
@@ -134,25 +143,26 @@ def before_auxiliary(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Of a `modules_to_save` or trainable tokens: the adapter of each row, where rows differ."""
     state = current_state()
-    if state is None or state.row_names is None or not _is_mine(module, state):
+    if state is None or state.names is None or chosen_for(module) is not None:
         return None
-    if chosen_for(module) is not None:
+    rows = _row_names(state, args[0] if args else None)
+    if rows is None:
         return None
-    names = [BASE if n is None or n not in module._adapters else n for n in state.row_names]
+    names = [BASE if n is None or n not in module._adapters else n for n in rows]
     return args, {**kwargs, "adapter_names": names}
 
 
 def before_foreign(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Of the layer of another method than LoRA, which cannot mix adapters."""
+    """Of the layer of another method than LoRA, which PEFT cannot tell what to run."""
     state = current_state()
-    if state is None or state.names is None or not _is_mine(module, state):
+    if state is None or state.names is None or module._disable_adapters:
         return
-    if module.merged_adapters:
-        peft_arguments(state.owner, module, state, ())  # which refuses to choose
-    if state.row_names is not None and chosen_for(module) is None:
+    refuse_merged(module)
+    if chosen_for(module) is None:
         raise ValueError(
-            f"{type(module).__module__}.{type(module).__name__} cannot run another adapter in "
-            "each row; give one adapter for the whole batch"
+            f"{type(module).__module__}.{type(module).__name__} runs one adapter for the whole "
+            "batch, inside a forward of its model: it can neither mix adapters nor be called on "
+            "its own under adapter_scope"
         )
 
 

@@ -1,14 +1,15 @@
-"""Notice that adapters came, changed or went, in whatever way, anywhere in the process.
+"""Notice that adapters came, changed or went in an accelerated model, in whatever way.
 
 PEFT, transformers and users put LoRA layers into models, new adapters into layers, and merged
 layers back, by setting modules as attributes. torch calls a hook for each such registration. Those
-that concern adapters are counted; a model that has looked at its layers at another count looks
-again before its next forward.
+inside of accelerated models are counted; a model that has looked at its layers at another count
+looks again before its next forward.
 """
 
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -28,11 +29,20 @@ TOKENS = "alora_invocation_tokens"
 
 _changes = 0
 _watching = False
+# The modules of accelerated models, by their ids. (Models are sliced and wrapped in every forward:
+# only what is put into one of these changes a model.)
+_inside: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 def changes() -> int:
-    """How often adapters have come, changed or gone since the process began."""
+    """How often the modules of accelerated models have changed since the process began."""
     return _changes
+
+
+def look_inside(root: nn.Module) -> None:
+    """Watch all modules that are in `root` now."""
+    for module in root.modules():
+        _inside[id(module)] = module
 
 
 def note_change() -> None:
@@ -54,19 +64,11 @@ def begin() -> None:
 
 
 def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    if (
-        isinstance(parent, ADAPTED)
-        # An adapter's parts are values of ModuleDicts; parametrizations are too, but are made anew
-        # in every forward of experts with LoRA.
-        or (isinstance(parent, nn.ModuleDict) and not isinstance(module, ParametrizationList))
-        or _holds_adapters(module)
-        or _holds_adapters(parent._modules.get(name))
-    ):
+    if _inside.get(id(parent)) is not parent:
+        return
+    # PEFT parametrizes experts for the length of a forward.
+    if name != "parametrizations" and not isinstance(parent, ParametrizationList):
         note_change()
-
-
-def _holds_adapters(module: nn.Module | None) -> bool:
-    return module is not None and any(isinstance(m, ADAPTED) for m in module.modules())
 
 
 def _guard_forwards() -> None:
