@@ -151,6 +151,7 @@ def detach(owner: LiveModel) -> None:
         root = owner.root
         if root.__dict__.get(OURS) is not owner:
             return
+        owner.complete()
         del root.__dict__[OURS]
         for handle in owner.handles:
             handle.remove()
