@@ -74,7 +74,6 @@ class LiveModel:
             del self.root.__dict__[name]
             if before is not None:
                 self.root.__dict__[name] = before
-        self.methods = {}
 
     def refresh(self) -> bool:
         """Look at the model again if adapters came, changed or went; whether it is still ours."""
