@@ -193,14 +193,14 @@ class Activation:
         # slot past the end, which is cut off. No nonzero, so no synchronisation.
         rank = torch.cumsum(flat, 0, dtype=torch.int64) - 1
         slot = torch.where(flat, rank, rows)
+        numbers = torch.arange(rows, dtype=torch.int32, device=flat.device)
         active = torch.full((rows + 1,), -1, dtype=torch.int32, device=flat.device)
-        active.scatter_(0, slot, torch.arange(rows, dtype=torch.int32, device=flat.device))
-        active[rows:].fill_(-1)
+        active = active.scatter(0, slot, numbers)[:rows]
         host: dict[str, Any] = {}
         if _readable(flat):
             known = int(count)
             host = {"num_active": known, "segments": _runs(active[:known])}
-        activation = cls(flat.to(torch.int32) - 1, active[:rows], count, **host)
+        activation = cls(flat.to(torch.int32) - 1, active, count, **host)
         return activation if device is None else activation.to(device)
 
     @classmethod
@@ -282,9 +282,12 @@ class Activation:
 
 
 def _readable(tensor: Tensor) -> bool:
-    """Whether the host may look at the values: on the CPU, and not while a compiler traces."""
+    """Whether the host may look at the values: on the CPU, outside of compilers and transforms."""
     return (
-        type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
 
 

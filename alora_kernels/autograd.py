@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from .backends import Call, Gradients, Needs, Projection
+from .backends.fallback import gradients
 from .dispatch import choose, problem_of
 
 
@@ -69,13 +70,27 @@ def in_autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they follow PyTorch's own operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`y` in `shape`, in the same memory, and no view: its owner may change it in place.
+
+    Autograd refuses in-place changes of a view that a custom function returned.
+    """
+    return torch.ops.aten._unsafe_view(y, shape) if y._is_view() or y.shape != shape else y
+
+
 class AloraFunction(torch.autograd.Function):
     """`AloraFunction.apply(call, inplace, x, base_outs…, weights…, biases…, lora_a…, lora_b…,
     lora_bias…)`, each group as long as `call.scalings`; returns a tuple of outputs.
 
-    Differentiable in x, base_outs, lora_a, lora_b and lora_bias; weights and biases are frozen.
-    `base_outs` are None where the base is computed here. Everything has been checked by
-    `functional`, which is the place to call.
+    Differentiable any number of times in x, base_outs, lora_a, lora_b and lora_bias; weights and
+    biases are frozen. The backend computes first derivatives; further ones are PyTorch's own, of
+    the reference. `base_outs` are None where the base is computed here. Everything has been
+    checked by `functional`, which is the place to call.
     """
 
     @staticmethod
@@ -113,48 +128,40 @@ class AloraFunction(torch.autograd.Function):
         ctx.shapes = [(*x.shape[:-1], y.shape[-1]) for y in ys]
         if given is not None:
             return tuple(given)
-        if rows is x:
-            return tuple(ys)
-        return tuple([y.view(shape) for y, shape in zip(ys, ctx.shapes)])
+        return tuple([shaped(y, shape) for y, shape in zip(ys, ctx.shapes)])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        # Who asks for no graph cannot differentiate again, and need not pay for the refusal.
-        return _refused_twice(ctx, *dys) if torch.is_grad_enabled() else _backward(ctx, *dys)
-
-
-def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
-    x, xa, seed, _, _, _, *flat = ctx.saved_tensors
-    call = ctx.call if seed is None else ctx.call._replace(seed=seed)
-    count = len(call.scalings)
-    projections = projections_of(flat, count)
-    wanted = ctx.needs_input_grad
-    base_grads = dys if projections[0].weight is None else (None,) * count
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    dy_rows = [
-        x.new_zeros(rows.shape[0], shape[-1])
-        if dy is None
-        else dy
-        if dy.dim() == 2
-        else dy.reshape(-1, dy.shape[-1])
-        for dy, shape in zip(dys, ctx.shapes)
-    ]
-    a, b, bias, end = [3 + i * count for i in (3, 4, 5, 6)]
-    needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
-    if needs.x or any(wanted[a:end]):
-        grads = run_backward(call, rows, projections, xa, ctx.backend, dy_rows, needs)
-    else:
-        grads = Gradients(None, [None] * count, [None] * count, [None] * count)
-    dx = grads.x
-    if dx is not None and rows is not x:
-        dx = dx.view(x.shape)
-    frozen = (None,) * (2 * count)
-    return (
-        None, None, dx, *base_grads, *frozen, *grads.lora_a, *grads.lora_b, *grads.lora_bias,
-    )  # fmt: skip
-
-
-_refused_twice = once_differentiable(_backward)
+        x, xa, seed, _, _, _, *flat = ctx.saved_tensors
+        call = ctx.call if seed is None else ctx.call._replace(seed=seed)
+        count = len(call.scalings)
+        projections = projections_of(flat, count)
+        wanted = ctx.needs_input_grad
+        base_grads = dys if projections[0].weight is None else (None,) * count
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        dy_rows = [
+            x.new_zeros(rows.shape[0], shape[-1])
+            if dy is None
+            else dy
+            if dy.dim() == 2
+            else dy.reshape(-1, dy.shape[-1])
+            for dy, shape in zip(dys, ctx.shapes)
+        ]
+        a, b, bias, end = [3 + i * count for i in (3, 4, 5, 6)]
+        needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
+        if not (needs.x or any(wanted[a:end])):
+            grads = Gradients(None, [None] * count, [None] * count, [None] * count)
+        elif torch.is_grad_enabled():  # a graph of this backward is wanted
+            grads = gradients(call, rows, projections, dy_rows, needs, create_graph=True)
+        else:
+            grads = run_backward(call, rows, projections, xa, ctx.backend, dy_rows, needs)
+        dx = grads.x
+        if dx is not None and rows is not x:
+            dx = dx.reshape(x.shape)
+        frozen = (None,) * (2 * count)
+        return (
+            None, None, dx, *base_grads, *frozen, *grads.lora_a, *grads.lora_b, *grads.lora_bias,
+        )  # fmt: skip
 
 
 def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection]:

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .autograd import AloraFunction, as_rows, flat_of, in_autocast, run_forward
+from .autograd import AloraFunction, as_rows, flat_of, in_autocast, in_transform, run_forward
 from .backends import Call, Projection
-from .casting import cast_frozen
-from .checks import check_options, check_seed, check_tensors, finite
+from .backends.fallback import outputs
+from .checks import check_options, check_seed, check_tensors
 from .dispatch import asked_for
 from .known import find
 from .ops import traced_linear
+from .scalings import split_scalings
 
 
 def alora_linear(
@@ -26,7 +27,7 @@ def alora_linear(
     lora_a: Tensor,
     lora_b: Tensor,
     activation: Activation,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     lora_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -39,8 +40,9 @@ def alora_linear(
 ) -> Tensor:
     """y = x Wᵀ + b + scaling · mask ⊙ ((dropout(x) Aᵀ) Bᵀ + lora_bias).
 
-    Differentiable once, in x, lora_a, lora_b and lora_bias; weight and bias are frozen. Gradients
-    are deterministic, and zero (not None) when no row is active.
+    Differentiable in x, lora_a, lora_b and lora_bias; weight and bias are frozen. Gradients are
+    deterministic, and zero (not None) when no row is active. Second derivatives, `torch.func` and
+    forward-mode AD are served by the reference, in PyTorch's own operations.
 
     Args:
         x: `[..., K]`, 1 to 4 dimensions, any strides; M is the product of all but the last. Any
@@ -50,7 +52,8 @@ def alora_linear(
         lora_a: `[R, K]`, x's dtype or float32.
         lora_b: `[N, R]`, lora_a's dtype.
         activation: which of the M rows are active (the mask).
-        scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rslora; finite.
+        scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rslora; finite. A tensor of one
+            element is read in every call; one that lies on a GPU without a synchronisation.
         lora_bias: `[N]` or None, lora_a's dtype; added on active rows, times scaling.
         dropout_p: probability in [0, 1) that an element of the adapter's input is dropped.
         seed: int64 tensor of one element on x's device, or an int; by default drawn there by
@@ -61,7 +64,8 @@ def alora_linear(
             exact for the adapter whenever nothing before the invocation is trained.
         adapter_precision: for float32 adapters over a 16-bit x. "compute" rounds the low-rank
             operands to x's dtype, as autocast does; "fp32" computes the adapter's part in float32
-            and rounds the sum once, as PEFT does. Under autocast both are "compute".
+            and rounds the sum once, as PEFT does; under autocast, where PEFT computes in the
+            autocast dtype, so does this.
         strict_inactive: inactive rows equal the base layer bit for bit and stay finite whatever
             the adapter holds (picks `delta`).
 
@@ -153,7 +157,7 @@ def alora_add(
     lora_a: Tensor,
     lora_b: Tensor,
     activation: Activation,
-    scaling: float,
+    scaling: float | Tensor,
     *,
     lora_bias: Tensor | None = None,
     dropout_p: float = 0.0,
@@ -201,7 +205,7 @@ def run(
     name: str,
     x: Tensor,
     projections: list[Projection],
-    scalings: Sequence[float],
+    scalings: Sequence[float | Tensor],
     activation: Activation,
     dropout_p: float = 0.0,
     seed: Tensor | int | None = None,
@@ -217,16 +221,18 @@ def run(
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
     # Reading the device's type takes longer than asking whether there is any autocast at all.
     autocast = (traced or torch._C._is_any_autocast_enabled()) and in_autocast(x)
+    precision = adapter_precision
     if autocast:
         x, projections = _autocast(x, projections, torch.get_autocast_dtype(x.device.type))
-        adapter_precision = "compute" if adapter_precision == "fp32" else adapter_precision
+        precision = "autocast" if adapter_precision == "fp32" else adapter_precision
         if base_outs is not None and not inplace:
             base_outs = [b.to(x.dtype) for b in base_outs]
-    numbers = tuple([s if s.__class__ is float else finite(name, s) for s in scalings])
+    numbers, projections = split_scalings(name, scalings, projections, traced)
+    transformed = not traced and in_transform()
     known = None
-    if not traced:
+    if not (traced or transformed):
         options = options_of(
-            numbers, dropout_p, prefix_grad, adapter_precision, strict_inactive, backend, strategy
+            numbers, dropout_p, prefix_grad, precision, strict_inactive, backend, strategy
         )
         known = find(x, projections, base_outs, activation, options)
     if known is None or not known.checked:
@@ -246,11 +252,15 @@ def run(
     elif not isinstance(seed, Tensor):
         seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
     call = Call(
-        activation, numbers, dropout_p, seed, prefix_grad, adapter_precision, strict_inactive,
+        activation, numbers, dropout_p, seed, prefix_grad, precision, strict_inactive,
         backend, strategy, known,
     )  # fmt: skip
-    if traced:
-        ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
+    if traced or transformed:
+        if traced:
+            ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                ys = tuple(outputs(call, x, projections, base_outs))
         if inplace and base_outs is not None:
             return tuple([base_out.copy_(y) for base_out, y in zip(base_outs, ys)])
         return ys
@@ -273,35 +283,6 @@ def options_of(
     return (
         scalings, dropout_p, prefix_grad, adapter_precision, strict_inactive,
         asked_for(backend, strategy),
-    )  # fmt: skip
-
-
-def run_again(
-    call: Call,
-    x: Tensor,
-    projections: list[Projection],
-    activation: Activation,
-    base_outs: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """`run` for eager calls that are mostly alike; `call` has their options, without dropout.
-
-    A layer in decoding spends more time on reading its arguments than on its products. What is
-    added to `base_outs` is added in place.
-    """
-    _, scalings, _, _, prefix_grad, precision, strict, backend, strategy, _ = call
-    inplace = base_outs is not None
-    if not (torch.is_grad_enabled() or torch._C._is_any_autocast_enabled()):
-        options = options_of(scalings, 0.0, prefix_grad, precision, strict, backend, strategy)
-        known = find(x, projections, base_outs, activation, options)
-        if known is not None and known.checked:
-            call = Call(
-                activation, scalings, 0.0, None, prefix_grad, precision, strict, backend, strategy,
-                known,
-            )  # fmt: skip
-            return _eager(call, x, projections, base_outs, inplace, False)
-    return run(
-        "alora_linear_group", x, projections, scalings, activation, 0.0, None, prefix_grad,
-        precision, strict, backend, strategy, base_outs, inplace,
     )  # fmt: skip
 
 
@@ -341,14 +322,15 @@ def _autocast(
 ) -> tuple[Tensor, list[Projection]]:
     """x and the frozen weights in the autocast dtype; adapters are rounded by the kernels.
 
-    float64 is left alone, as autocast leaves it.
+    Weights are cast in every call, as autocast itself casts frozen weights: a weight can change in
+    ways that leave no trace on the tensor. float64 is left alone, as autocast leaves it.
     """
     if x.dtype == torch.float64:
         return x, projections
     return x.to(dtype), [
         Projection(
-            None if p.weight is None else cast_frozen(p.weight, dtype),
-            None if p.bias is None else cast_frozen(p.bias, dtype),
+            None if p.weight is None else p.weight.to(dtype),
+            None if p.bias is None else p.bias.to(dtype),
             *p[2:],
         )
         if p.weight is None or not p.weight.requires_grad

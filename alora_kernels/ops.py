@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .autograd import projections_of, run_backward, run_forward
+from .autograd import projections_of, run_backward, run_forward, shaped
 from .backends import Call, Needs, Projection, saved_columns, saved_dtype
+from .backends.fallback import gradients
 from .dispatch import choose, problem_of
 
 NAMESPACE = "alora_kernels"
@@ -78,6 +79,12 @@ def _call(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Call, list[Pr
     return call, projections_of(flat, count)
 
 
+def _needs(needs: Sequence[bool], count: int) -> Needs:
+    """Which gradients are wanted: of x, then of lora_a…, lora_b…, lora_bias…."""
+    groups = [tuple(needs[1 + i * count : 1 + (i + 1) * count]) for i in range(3)]
+    return Needs(needs[0], *groups)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
@@ -93,7 +100,7 @@ def _forward(*args: Any) -> list[Tensor]:
         _, columns = saved_columns([p.lora_a.shape[0] for p in projections])
         dtype = saved_dtype(x.dtype, call.adapter_precision)
         xa = x.new_empty(x.shape[:-1].numel() if save else 0, columns, dtype=dtype)
-    return [*(y.view(*x.shape[:-1], y.shape[-1]) for y in ys), xa]
+    return [*(shaped(y, (*x.shape[:-1], y.shape[-1])) for y in ys), xa]
 
 
 def _forward_fake(*args: Any) -> list[Tensor]:
@@ -110,7 +117,6 @@ def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
     x = tensors[0]
     call, projections = _call(tensors, options)
     count = len(projections)
-    groups = [tuple(needs[1 + i * count : 1 + (i + 1) * count]) for i in range(3)]
     # The backend that ran forward is found again by the same rule.
     given = projections[0].weight is None
     problem = problem_of(call, _rows(x), projections, given, backward=False)
@@ -122,7 +128,7 @@ def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
         xa,
         backend.name,
         [_rows(dy) for dy in dys],
-        Needs(needs[0], *groups),
+        _needs(needs, count),
     )
     dx = None if grads.x is None else grads.x.view(x.shape)
     found = [dx, *grads.lora_a, *grads.lora_b, *grads.lora_bias]
@@ -166,8 +172,13 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         x.new_zeros(*x.shape[:-1], b.shape[0]) if dy is None else dy
         for dy, b in zip(grads[:count], lora_b)
     ]
-    found = torch.ops.alora_kernels.linear_backward(dys, xa, *tensors, *ctx.options, needs)
-    got = [g if need else None for g, need in zip(found, needs)]
+    if torch.is_grad_enabled():  # a graph of this backward is wanted
+        call, projections = _call(tensors, ctx.options)
+        again = gradients(call, x, projections, dys, _needs(needs, count), create_graph=True)
+        got = [again.x, *again.lora_a, *again.lora_b, *again.lora_bias]
+    else:
+        found = torch.ops.alora_kernels.linear_backward(dys, xa, *tensors, *ctx.options, needs)
+        got = [g if need else None for g, need in zip(found, needs)]
     da, db, dbias = (got[1 + i * count : 1 + (i + 1) * count] for i in range(3))
     return (
         got[0],

@@ -36,6 +36,7 @@ class Call(NamedTuple):
     dropout_p: float = 0.0
     seed: Tensor | None = None  # int64 [1] on x's device, read there; None without dropout
     prefix_grad: bool = True
+    # "compute", "fp32", or "autocast": rounded to x's dtype after each product, as torch rounds
     adapter_precision: str = "compute"
     strict_inactive: bool = False
     backend: str = "auto"

@@ -34,10 +34,6 @@ class Adopted:
     def disable_adapters(self) -> bool:
         return self._disable_adapters or chosen_for(self) == ()
 
-    def delete_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        self.__dict__.get("alora_ready", {}).clear()  # which would keep the weights
-        return self.alora_kind.delete_adapter(self, *args, **kwargs)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         return reduced(self, protocol)
 

@@ -17,7 +17,7 @@ from . import watch
 from .adopted import FIELDS, OURS, Adopted, remove_hooks
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated, plain_class
-from .eligibility import strange_adapters, why_not_served
+from .eligibility import why_not_served
 from .groups import Group, find_groups
 from .layers import AcceleratedLayer
 from .refusal import check_config, invocation_of
@@ -99,7 +99,7 @@ def why_unserved(module: Any) -> str | None:
 
 
 def is_served(module: nn.Module) -> bool:
-    return "alora_ready" in module.__dict__
+    return "alora_index" in module.__dict__
 
 
 def _serve(owner: LiveModel, layer: Any, indices: Iterator[int]) -> None:
@@ -109,7 +109,7 @@ def _serve(owner: LiveModel, layer: Any, indices: Iterator[int]) -> None:
         fused = kind.__name__ == "Linear"
         layer.__dict__.update(alora_group=None, alora_index=next(indices), alora_fused=fused)
         layer.__class__ = accelerated_class(kind, Adopted, AcceleratedLayer)
-    layer.__dict__.update(alora_owner=owner, alora_strange=strange_adapters(layer), alora_ready={})
+    layer.__dict__["alora_owner"] = owner
 
 
 def _keep_pefts(owner: LiveModel, module: Any) -> None:

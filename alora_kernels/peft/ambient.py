@@ -10,7 +10,7 @@ import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -122,16 +122,26 @@ class Pending:
         self, group: Group, names: tuple[str, ...], x: Tensor, outputs: dict[int, Tensor]
     ) -> None:
         self.group, self.names, self.x, self.outputs = group, names, x, outputs
-        self.version = _version(x)
+        self.mode = _mode(x)
 
     def fits(self, x: Tensor, names: tuple[str, ...]) -> bool:
-        """Whether `names` are asked for on the tensor that the group read, not written since."""
-        return x is self.x and names == self.names and _version(x) == self.version
+        """Whether `names` are asked for in the mode and on the tensor that the group read, and it
+        has not been written since."""
+        return x is self.x and names == self.names and _mode(x) == self.mode
 
 
-def _version(x: Tensor) -> int:
-    # A compiler follows writes by itself; inference tensors count none.
-    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What beside x decides a layer's output: what was written to x, and the modes of torch."""
+    if torch.compiler.is_compiling():
+        return ()  # a compiler follows them by itself
+    autocast = torch._C._is_any_autocast_enabled()
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(x.device.type)
+        if autocast and torch.is_autocast_enabled(x.device.type)
+        else None,
+    )
 
 
 def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -> Activation:

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..backends import Projection
-from ..functional import alora_add, alora_linear, alora_linear_group
+from ..functional import run
 from .ambient import ForwardState, Pending, current_state
 from .groups import Group
-from .parts import adapter_parts, plain_base
-from .ready import Ready
+from .parts import Step, runs_plainly, steps_of
 from .unserved import peft_arguments
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
-
-
-KEPT = 64  # prepared calls of one layer
 
 
 class AcceleratedLayer:
@@ -35,18 +30,14 @@ class AcceleratedLayer:
     _disable_adapters: bool
     _active_adapter: str | list[str]
     merged_adapters: list[str]
-    scaling: dict[str, float]
 
     alora_owner: Acceleration
     alora_group: Group | None
     alora_index: int
     alora_fused: bool  # the class's base may be computed together with the adapter
-    # By adapters: what a call without gradient needs not do again.
-    alora_ready: dict[tuple[str, ...], Ready]
-    alora_strange: dict[str, str]  # adapters that keep PEFT's arithmetic, and why
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if "alora_ready" not in self.__dict__:  # held by what was put on the layer before `restore`
+        if "alora_index" not in self.__dict__:  # held by what was put on the layer before `restore`
             return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
@@ -61,153 +52,111 @@ class AcceleratedLayer:
         if asked is None:
             active = self._active_adapter
             asked = (active,) if isinstance(active, str) else tuple(active)
-        pending = state.pending
-        if pending is not None and self.alora_index in pending.outputs:
-            waiting = pending.outputs.pop(self.alora_index)
-            if not pending.outputs:
-                state.pending = None
-            if pending.fits(x, asked):
-                return waiting
-            state.pending = None
-            pending.group.dissolve("they were given different inputs")
-        quick = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if quick:
-            ready = self.alora_ready.get(asked)
-            if ready is not None:
-                first = self._at_once(x, asked, state, ready)
-                if first is not None:
-                    return first
+        waiting = self._waiting(x, asked, state)
+        if waiting is not None:
+            return waiting
         modules = self._modules
-        adapters, base = modules["lora_A"]._modules, modules["base_layer"]
+        adapters = modules["lora_A"]._modules
         names = [name for name in asked if name in adapters]
         if not names:
-            return base(x)  # type: ignore[misc]
-        together = self._together(x, asked, names, state, quick)
-        if together is not None:
-            return together
-        y: Tensor | None = None
-        options = self.alora_owner.options
-        weights = plain_base(self, base) if self.alora_fused else None
-        for name in names:
-            parts = adapter_parts(self, name, x)
-            if parts is None:
-                return self._by_peft(x, state, names)
-            lora_a, lora_b, lora_bias, dropout_p = parts
-            activation = state.activation_for(name, x)
-            if y is None and weights is not None:
-                y = alora_linear(
-                    x,
-                    *weights,
-                    lora_a,
-                    lora_b,
-                    activation,
-                    self.scaling[name],
-                    lora_bias=lora_bias,
-                    dropout_p=dropout_p,
-                    **options,
-                )
-                continue
-            if y is None:
-                y = base(x)  # type: ignore[misc]
-            same = y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
-            add = alora_add(
-                y if same else y.to(x.dtype),
-                x,
-                lora_a,
-                lora_b,
-                activation,
-                self.scaling[name],
-                lora_bias=lora_bias,
-                dropout_p=dropout_p,
-                **options,
-            )
-            y = add if same else add.to(y.dtype)
-        return y
-
-    def _together(
-        self,
-        x: Tensor,
-        asked: tuple[str, ...],
-        names: list[str],
-        state: ForwardState,
-        quick: bool,
-    ) -> Tensor | None:
-        """My output, with all of my group where they can be computed in one call; else None.
-
-        Without gradient a call serves several adapters, and the next one like it is short.
-        """
-        found = None
-        group = self.alora_group
-        if group is not None and group.enabled and (quick or len(asked) == 1):
-            found = self._find_projections(x, names, self._members(asked, names, state, group))
-        if found is None and quick:
-            found = self._find_projections(x, names, [self])
-        if found is None:
-            return None
-        members, projections, probability = found
-        options = self.alora_owner.options
-        if quick and probability == 0.0:
-            ready = Ready(names, members, projections, options)
-            weights = [layer._modules["base_layer"]._parameters["weight"] for layer in members]
-            # (What shards or shares weights may make them anew, as views, for every call.)
-            if not any(weight._is_view() for weight in weights):
-                if len(self.alora_ready) >= KEPT:
-                    self.alora_ready.clear()
-                self.alora_ready[asked] = ready
-            return self._at_once(x, asked, state, ready)
-        if len(members) == 1 or len(names) > 1:
-            return None
-        scalings = [layer.scaling[names[0]] for layer in members]
-        outputs = alora_linear_group(
-            x,
-            [
-                (p.weight, p.bias, p.lora_a, p.lora_b, scaling, p.lora_bias)
-                for p, scaling in zip(projections[0], scalings)
-            ],
-            state.activation_for(names[0], x),
-            dropout_p=probability,
-            **options,
-        )
+            return modules["base_layer"](x)
+        plan = self._plan(x, asked, names, state)
+        if plan is None:
+            return self._by_peft(x, state, names)
+        members, steps = plan
+        fused = steps[0].projections[0].weight is not None
+        outputs = self._run(x, state, steps, None if fused else (modules["base_layer"](x),))
+        if len(outputs) == 1:
+            return outputs[0]
         return self._hand_out(x, asked, state, [m.alora_index for m in members], outputs)
 
-    def _members(
-        self, asked: tuple[str, ...], names: list[str], state: ForwardState, group: Group
-    ) -> list[AcceleratedLayer]:
-        """The layers of my group that have the same ones of the adapters; none if I am alone."""
+    def _waiting(self, x: Tensor, asked: tuple[str, ...], state: ForwardState) -> Tensor | None:
+        """My output, if the call of another layer of my group has computed it."""
+        pending = state.pending
+        if pending is None or self.alora_index not in pending.outputs:
+            return None
+        waiting = pending.outputs.pop(self.alora_index)
+        if not pending.outputs:
+            state.pending = None
+        if pending.fits(x, asked):
+            return waiting
+        state.pending = None
+        pending.group.dissolve("they were given different inputs")
+        return None
+
+    def _plan(
+        self, x: Tensor, asked: tuple[str, ...], names: list[str], state: ForwardState
+    ) -> tuple[list[Any], list[Step]] | None:
+        """The layers that are computed now and how: my group, me, or my adapters alone.
+
+        None: PEFT must compute me.
+        """
+        ways: list[tuple[list[Any], bool]] = [([self], False)]
+        if self.alora_fused:
+            ways.insert(0, ([self], True))
+            together = self._together(x, asked, names, state)
+            if together:
+                ways.insert(0, (together, True))
+        for layers, fused in ways:
+            steps = steps_of(layers, names, x, fused)
+            if steps is not None:
+                return layers, steps
+        return None
+
+    def _together(
+        self, x: Tensor, asked: tuple[str, ...], names: list[str], state: ForwardState
+    ) -> list[Any]:
+        """The layers of my group that can be computed with me; none if I am alone.
+
+        Another layer's output would wait for its call. So it is left out where its call may do more
+        than run its forward, and there is no group where a write to x could not be noticed.
+        """
+        group = self.alora_group
+        if group is None or not group.enabled:
+            return []
+        if not torch.compiler.is_compiling() and x.is_inference():
+            return []
         members = []
         for layer in group.members:
             if layer._disable_adapters or layer.merged_adapters:
                 return []
             if state.names is None and layer._active_adapter != self._active_adapter:
                 return []
+            if layer is not self and not runs_plainly(layer):  # type: ignore[arg-type]
+                continue
             adapters = layer._modules["lora_A"]._modules
             if [name for name in asked if name in adapters] == names:
                 members.append(layer)
         return members if len(members) > 1 else []
 
-    def _find_projections(
-        self, x: Tensor, names: list[str], members: list[AcceleratedLayer]
-    ) -> tuple[list[AcceleratedLayer], list[list[Projection]], float] | None:
-        """The projections of each name in each member, and their dropout; None if PEFT, or each
-        layer alone, must compute them."""
-        if not members or not self.alora_fused:
-            return None
-        rows, probabilities = [], set()
-        for name in names:
-            row = []
-            for layer in members:
-                parts = adapter_parts(layer, name, x)
-                weights = plain_base(layer, layer._modules["base_layer"])
-                if parts is None or weights is None:
-                    return None
-                lora_a, lora_b, lora_bias, dropout_p = parts
-                probabilities.add(dropout_p)
-                weight, bias = weights if name == names[0] else (None, None)
-                row.append(Projection(weight, bias, lora_a, lora_b, lora_bias))
-            rows.append(row)
-        if len(probabilities) != 1:
-            return None
-        return members, rows, probabilities.pop()
+    def _run(
+        self, x: Tensor, state: ForwardState, steps: list[Step], outputs: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """The outputs after all steps, one after the other; `outputs`: the base's, if computed."""
+        options, kind = self.alora_owner.options, x.device.type
+        inplace = False
+        for step in steps:
+            dtype = None if outputs is None else outputs[0].dtype
+            foreign = not (dtype is None or dtype is x.dtype or torch.is_autocast_enabled(kind))
+            if outputs is not None and foreign:
+                outputs = tuple([y.to(x.dtype) for y in outputs])
+            outputs = run(
+                "alora_linear_group",
+                x,
+                step.projections,
+                step.scalings,
+                state.activation_for(step.name, x),
+                step.dropout_p,
+                base_outs=outputs,
+                inplace=inplace,
+                **options,
+            )
+            if foreign:
+                outputs = tuple([y.to(dtype) for y in outputs])
+            # Where no gradient needs what a step has made, the next one adds to it in place.
+            inplace = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        assert outputs is not None
+        return outputs
 
     def _hand_out(
         self,
@@ -220,26 +169,11 @@ class AcceleratedLayer:
         """My output; the others wait in the state for their layers."""
         waiting = dict(zip(indices, outputs))
         y = waiting.pop(self.alora_index)
-        if waiting:
-            assert self.alora_group is not None
-            if state.pending is not None:
-                state.pending.group.dissolve("not all of them are called")
-            state.pending = Pending(self.alora_group, asked, x, waiting)
+        assert self.alora_group is not None
+        if state.pending is not None:
+            state.pending.group.dissolve("not all of them are called")
+        state.pending = Pending(self.alora_group, asked, x, waiting)
         return y
-
-    def _at_once(
-        self, x: Tensor, asked: tuple[str, ...], state: ForwardState, ready: Ready
-    ) -> Tensor | None:
-        """My output by the short way, or None when something has changed."""
-        group = self.alora_group
-        if len(ready.indices) > 1 and (group is None or not group.enabled):
-            return None
-        outputs = ready.run(x, state)
-        if outputs is None:
-            return None
-        if len(outputs) == 1:
-            return outputs[0]
-        return self._hand_out(x, asked, state, ready.indices, outputs)
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""

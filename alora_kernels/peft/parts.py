@@ -1,26 +1,99 @@
-"""The tensors of a LoRA layer, where PEFT keeps them."""
+"""The tensors of a LoRA layer, read where PEFT keeps them, in every call.
+
+Nothing is remembered of a layer: its modules, weights, scalings, hooks and forwards may be changed
+between two calls in ways that leave no trace.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from ..backends import Projection
 
-def adapter_parts(
+
+class Step(NamedTuple):
+    """What one adapter does in layers that read the same x."""
+
+    name: str
+    projections: list[Projection]  # one for each layer; the first step's have the base's weights
+    scalings: list[float | Tensor]
+    dropout_p: float
+
+
+def runs_plainly(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else: no hook, no other one."""
+    return not (
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+        or "forward" in module.__dict__
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_backward_pre_hooks
+        or nn_module._global_backward_hooks
+    )
+
+
+def steps_of(
+    layers: Sequence[Any], names: Sequence[str], x: Tensor, fused: bool
+) -> list[Step] | None:
+    """The steps of `names` in `layers`; None when they cannot be computed in one call.
+
+    Args:
+        layers: LoRA layers that read the same x.
+        names: adapters that each of them has.
+        fused: the first step computes the bases too.
+    """
+    bases: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
+    if fused:
+        for i, layer in enumerate(layers):
+            base = base_of(layer)
+            if base is None:
+                return None
+            bases[i] = base
+    steps = []
+    for name in names:
+        projections, scalings, dropout_p = [], [], -1.0
+        for layer, (weight, bias) in zip(layers, bases):
+            adapter = adapter_of(layer, name, x)
+            if adapter is None:
+                return None
+            lora_a, lora_b, lora_bias, p = adapter
+            if dropout_p not in (-1.0, p):
+                return None
+            dropout_p = p
+            projections.append(Projection(weight, bias, lora_a, lora_b, lora_bias))
+            scalings.append(layer.scaling[name])
+        steps.append(Step(name, projections, scalings, dropout_p))
+        bases = [(None, None)] * len(layers)
+    return steps
+
+
+def adapter_of(
     layer: Any, name: str, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
     """lora_a, lora_b, lora_bias and the dropout of this call; None when PEFT must compute it.
 
-    The modules are read, not called: if someone hooked them, PEFT's forward calls them.
+    The modules are read, not called. PEFT's forward calls them where a call would be more than
+    their own forward.
     """
     modules = layer._modules
     a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
-    if type(a) is not nn.Linear or type(b) is not nn.Linear or name in layer.alora_strange:
+    drop = modules["lora_dropout"]._modules[name]
+    if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return None
-    if a._forward_pre_hooks or a._forward_hooks or b._forward_pre_hooks or b._forward_hooks:
+    if not (runs_plainly(a) and runs_plainly(b) and runs_plainly(drop)):
+        return None
+    variant = layer.lora_variant.get(name)
+    if variant is not None and not isinstance(variant, ALoraLinearVariant):
         return None
     lora_a = a._parameters.get("weight")
     lora_b = b._parameters.get("weight")
@@ -32,26 +105,31 @@ def adapter_parts(
         and not (x.dtype is torch.float32 and torch.is_autocast_enabled(x.device.type))
     ) or lora_a.dtype is not lora_b.dtype:
         return None
-    drop = modules["lora_dropout"]._modules[name]
-    dropout_p = drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+    dropout_p = 0.0
+    if type(drop) is nn.Dropout:
+        if drop.training:
+            dropout_p = drop.p
+            if dropout_p >= 1.0:
+                return None
+    elif type(drop) is not nn.Identity:
+        return None
     return lora_a, lora_b, b._parameters.get("bias"), dropout_p
 
 
-def plain_base(layer: Any, base: Any) -> tuple[Tensor, Tensor | None] | None:
+def base_of(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     """weight `[N, K]` and bias of a base that is a frozen plain linear layer; else None."""
+    base = layer._modules["base_layer"]
     kind = type(base)
-    if kind is nn.Linear:
-        weight = base._parameters.get("weight")
-    elif kind is Conv1D:
-        weight = base._parameters.get("weight")
-        weight = None if weight is None else weight.t()
-    else:
-        return None
-    if weight is None or weight.requires_grad or base._forward_pre_hooks or base._forward_hooks:
-        return None
-    bias = base._parameters.get("bias")
-    if (bias is not None and bias.requires_grad) or "forward" in base.__dict__:
+    weight = base._parameters.get("weight")
+    if weight is None or weight.requires_grad or not runs_plainly(base):
         return None
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return None  # quantised or sharded: its own forward knows how to multiply it
+    if kind is Conv1D:
+        weight = weight.t()
+    elif kind is not nn.Linear:
+        return None
+    bias = base._parameters.get("bias")
+    if bias is not None and bias.requires_grad:
+        return None
     return weight, bias

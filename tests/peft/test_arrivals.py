@@ -15,6 +15,7 @@ from torch import nn
 
 from alora_kernels import Activation
 from alora_kernels.peft import accelerate, adapter_scope, restore
+from alora_kernels.peft.adoption import is_served
 
 from .models import ASK, SUM, adapted, base_model, lora, prompt, put, twins
 
@@ -64,7 +65,7 @@ def check(model, ids=None, offsets=(9, None)):
     torch.testing.assert_close(logits(model, ids), expected)
     base = by_definition(model, ids, [None] * len(ids))
     assert not torch.allclose(expected, base)
-    assert all(layer.alora_ready is not None for layer in lora_layers(model))
+    assert all(is_served(layer) for layer in lora_layers(model))
     return expected
 
 

@@ -107,21 +107,15 @@ def test_a_group_reads_x_once(monkeypatch):
     from alora_kernels.peft import layers
 
     model, _ = twins()
-    calls = {"alone": 0, "together": []}
-    alone, together = layers.alora_linear, layers.alora_linear_group
+    counts, run = [], layers.run
 
-    def count_alone(*args, **kwargs):
-        calls["alone"] += 1
-        return alone(*args, **kwargs)
+    def counted(name, x, projections, *args, **kwargs):
+        counts.append(len(projections))
+        return run(name, x, projections, *args, **kwargs)
 
-    def count_together(x, projections, *args, **kwargs):
-        calls["together"].append(len(projections))
-        return together(x, projections, *args, **kwargs)
-
-    monkeypatch.setattr(layers, "alora_linear", count_alone)
-    monkeypatch.setattr(layers, "alora_linear_group", count_together)
+    monkeypatch.setattr(layers, "run", counted)
     model(input_ids=put(prompt(2, 12), 0, 3, ASK))
-    assert calls == {"alone": 4, "together": [3, 2, 3, 2]}
+    assert counts == [3, 1, 2, 1] * 2
 
 
 # ---------------------------------------------------------------------- torch.compile

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...casting import cast_frozen
 from .. import Call, Gradients, Needs, Projection, saved_columns, saved_dtype
 from .rows import (
     Part,
@@ -103,7 +102,7 @@ def _dya(
     if not parts or not (needs.x or needs.lora_a[i]):
         return None
     dtype = saved_dtype(dy.dtype, call.adapter_precision)
-    b = cast_frozen(projections[i].lora_b, dtype, cache=False)
+    b = projections[i].lora_b.to(dtype)
     dya = dy.new_empty(parts[-1].end, _rank(projections[i]), dtype=dtype)
     factor = call.scalings[i] / (1.0 - call.dropout_p)
     for part in parts:
@@ -165,7 +164,7 @@ def _grad_a_and_dx(
     if dx is not None and not dropout:
         _add_to_dx(dx, projections, parts, dya, dtype)
     elif dx is not None:
-        lora_a = [cast_frozen(p.lora_a, dtype, cache=False) for p in projections]
+        lora_a = [p.lora_a.to(dtype) for p in projections]
     for part, drop in chunks(call, x, parts):
         lows = [None if whole is None else whole[part.begin : part.end] for whole in dya]  # [n, R]
         for a, low in zip(lora_a, lows):
@@ -192,7 +191,7 @@ def _add_to_dx(
 ) -> None:
     """dx += dya·lora_a on active rows."""
     for p, low in zip(projections, dya):
-        a = cast_frozen(p.lora_a, dtype, cache=False)
+        a = p.lora_a.to(dtype)
         for part in parts:
             assert low is not None
             add_product(dx, part.rows, low[part.begin : part.end], a)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...casting import cast_frozen
 from .. import Call, Projection, saved_columns, saved_dtype
 from .rows import WHOLE, add_product, block_of, chunks, dropped, parts_of, scaled_product
 
@@ -22,6 +21,7 @@ def run_forward(
 ) -> tuple[list[Tensor], Tensor | None]:
     parts = parts_of(call.activation)
     whole = len(parts) == 1 and parts[0].rows is WHOLE
+    rounded = call.adapter_precision == "autocast"
     one_dtype = saved_dtype(x.dtype, call.adapter_precision) == x.dtype
     if whole and one_dtype and not save and call.dropout_p == 0.0:
         return _all_rows(call, x, projections, base_outs), None
@@ -29,20 +29,23 @@ def run_forward(
     begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
     dtype = saved_dtype(x.dtype, call.adapter_precision)
     known = call.activation.num_active
-    xa = x.new_empty(x.shape[0] if known is None else known, columns, dtype=dtype)
+    # Zeros, for the padding between projections: on a CPU with AMX, torch's 16-bit products read
+    # one element past a row of odd length, and 0 · NaN would spoil the row.
+    xa = x.new_zeros(x.shape[0] if known is None else known, columns, dtype=dtype)
     if not parts:
         return ys, xa if save else None
-    lora_a = [cast_frozen(p.lora_a, dtype, cache=not save) for p in projections]
+    lora_a = [p.lora_a.to(dtype) for p in projections]
     for part, drop in chunks(call, x, parts):
         rows_x = dropped(x, part.rows, drop, dtype)
         for a, column, scaling in zip(lora_a, begins, call.scalings):
             out = block_of(xa, part, column, a.shape[0])
             scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
     for p, y, column, scaling in zip(projections, ys, begins, call.scalings):
-        b = cast_frozen(p.lora_b, dtype, cache=not save).t()  # [R, N]
+        b = p.lora_b.to(dtype).t()  # [R, N]
         offset = None if p.lora_bias is None else p.lora_bias.detach().to(dtype) * scaling
         for part in parts:
-            add_product(y, part.rows, block_of(xa, part, column, b.shape[0]), b, offset)
+            low = block_of(xa, part, column, b.shape[0])
+            add_product(y, part.rows, low, b, offset, rounded=rounded)
     return ys, xa if save else None
 
 
@@ -65,9 +68,11 @@ def _all_rows(
     for p, y, scaling in zip(projections, ys, call.scalings):
         a, b = p.lora_a, p.lora_b
         if a.dtype != dtype:
-            a, b = cast_frozen(a, dtype), cast_frozen(b, dtype)
+            a, b = a.to(dtype), b.to(dtype)
         if vector:
             y.addmv_(b, a.mv(row), alpha=scaling)
+        elif call.adapter_precision == "autocast":
+            add_product(y, WHOLE, torch.mm(x, a.t()).mul_(scaling), b.t(), rounded=True)
         else:
             y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)
         if p.lora_bias is not None:

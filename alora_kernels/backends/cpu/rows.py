@@ -16,6 +16,8 @@ from ..philox import DropMask
 SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
 FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
 
+ROUNDED_ROWS = 128  # rows of a product that is rounded apart: it stays in the cache
+
 WHOLE = slice(None)
 
 
@@ -98,11 +100,25 @@ def scaled_product(left: Tensor, right: Tensor, factor: float, out: Tensor) -> N
 
 
 def add_product(
-    out: Tensor, rows: slice | Tensor, left: Tensor, right: Tensor, offset: Tensor | None = None
+    out: Tensor,
+    rows: slice | Tensor,
+    left: Tensor,
+    right: Tensor,
+    offset: Tensor | None = None,
+    *,
+    rounded: bool = False,
 ) -> None:
-    """out[rows] += left · right + offset, in place, added in the operands' dtype."""
+    """out[rows] += left · right + offset, in place, added in the operands' dtype.
+
+    `rounded`: the product is rounded to the operands' dtype before it is added.
+    """
     if isinstance(rows, slice) and out.dtype == left.dtype and offset is None:
-        take(out, rows).addmm_(left, right)
+        here = take(out, rows)
+        if not rounded:
+            here.addmm_(left, right)
+            return
+        for piece, low in zip(here.split(ROUNDED_ROWS), left.split(ROUNDED_ROWS)):
+            piece.add_(low @ right)
         return
     product = left @ right if offset is None else torch.addmm(offset, left, right)
     add_rows(out, rows, product)

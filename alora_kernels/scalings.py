@@ -1,0 +1,69 @@
+"""Scalings: numbers that kernels take by value, or factors of lora_b where the host has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.experimental import symbolic_shapes
+
+from .backends import Projection
+from .checks import finite
+
+
+def split_scalings(
+    name: str,
+    scalings: Sequence[float | Tensor],
+    projections: list[Projection],
+    traced: bool,
+) -> tuple[tuple[float, ...], list[Projection]]:
+    """The scalings as floats, and the projections to use with them.
+
+    A scaling whose value the host cannot read (a tensor on a GPU, a tensor that a graph or a
+    derivative goes through, a number that a compiler keeps open) is multiplied into lora_b and
+    lora_bias, and counts as 1. Nothing waits for a device, and nothing is compiled anew when the
+    value changes.
+
+    Raises:
+        ValueError: a number that is not finite, or a tensor of more than one element.
+    """
+    if not traced and all(s.__class__ is float for s in scalings):
+        return tuple([finite(name, s) for s in scalings]), projections  # type: ignore[arg-type]
+    numbers, used = [], []
+    for scaling, p in zip(scalings, projections):
+        if isinstance(scaling, Tensor):
+            if scaling.numel() != 1:
+                raise ValueError(
+                    f"{name}: a scaling that is a tensor must have one element, got shape "
+                    f"{tuple(scaling.shape)}"
+                )
+            known = not traced and scaling.device.type == "cpu" and _is_constant(scaling)
+        else:
+            known = not traced or _is_static(scaling)
+        numbers.append(finite(name, float(scaling)) if known else 1.0)
+        used.append(p if known else _scaled(p, scaling))
+    return tuple(numbers), used
+
+
+def _is_constant(scaling: Tensor) -> bool:
+    """Whether nothing but its value counts."""
+    from .autograd import in_transform
+
+    return not (scaling.requires_grad or in_transform())
+
+
+def _is_static(scaling: float) -> bool:
+    """Whether a compiler takes `scaling` as a constant of its graph."""
+    static = getattr(symbolic_shapes, "has_static_value", None)  # torch 2.6 lacks it
+    return static is None or static(scaling)
+
+
+def _scaled(p: Projection, scaling: float | Tensor) -> Projection:
+    """`p` with `scaling` in lora_b and lora_bias, in float32 or better: rounded once, as before."""
+    dtype = torch.promote_types(p.lora_b.dtype, torch.float32)
+    factor = scaling
+    if isinstance(scaling, Tensor):
+        factor = scaling.reshape(()).to(p.lora_b.device, dtype)
+    bias = None if p.lora_bias is None else p.lora_bias.to(dtype) * factor
+    return p._replace(lora_a=p.lora_a.to(dtype), lora_b=p.lora_b.to(dtype) * factor, lora_bias=bias)
