@@ -6,6 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -141,8 +142,12 @@ def release(module: Any) -> None:
     remove_hooks(module)
     for name in [name for name in module.__dict__ if name.startswith(FIELDS)]:
         del module.__dict__[name]
-    if is_accelerated(module):
-        module.__class__ = plain_class(type(module))
+    if not is_accelerated(module):
+        return
+    module.__class__ = plain_class(type(module))
+    for name, value in list(module.__dict__.items()):  # where accelerate keeps a former forward
+        if isinstance(value, MethodType) and value.__self__ is module:
+            module.__dict__[name] = getattr(type(module), value.__name__).__get__(module)
 
 
 def detach(owner: LiveModel) -> None:
