@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import PeftMixedModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import LoraLayer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from alora_kernels.peft import accelerate, adapter_scope, restore
 
@@ -146,6 +148,30 @@ def test_one_of_two_models_around_a_base_may_be_restored():
     assert owner is model.get_base_model().__dict__["_alora_acceleration"]
     assert owner.options["adapter_precision"] == "compute"
     torch.testing.assert_close(logits(model, ids), expected)
+
+
+def test_classes_that_others_made_of_ours_are_made_anew():
+    """FSDP2 gives every module that it shards a subclass of the class that it finds."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model, stock = twins()
+        ids = two_rows()
+        expected = logits(stock, ids)
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        for module in (layer, *model.get_base_model().model.layers, model):
+            fully_shard(module, mesh=mesh)
+        torch.testing.assert_close(logits(model, ids), expected)
+        restore(model)
+        for module in (model, layer):
+            assert isinstance(module, FSDPModule) and not hasattr(type(module), "alora_kind")
+        torch.testing.assert_close(logits(model, ids), expected)
+        torch.testing.assert_close(logits(accelerate(model), ids), expected)
+        torch.testing.assert_close(logits(restore(model), ids), expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_refusal_leaves_an_accelerated_model_as_it_is():

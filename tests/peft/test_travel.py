@@ -206,7 +206,7 @@ def test_it_is_an_argument_of_a_spawned_process():
     torch.testing.assert_close(torch.tensor(queue.get()), logits(stock, ids))
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "compiled"])
+@pytest.mark.parametrize("wrapper", ["ddp", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_in_a_wrapper_it_travels_as_pefts_does(wrapper):
     """What torch puts around a model: what can be saved there can be saved with us inside."""
     model, stock = twins()
@@ -230,6 +230,7 @@ def test_in_a_wrapper_it_travels_as_pefts_does(wrapper):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_it_is_accelerated_through_a_wrapper():
     """The forward of a wrapper has no argument names, so what is inside is accelerated."""
     stock = adapted(base_model())
