@@ -6,7 +6,6 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -144,10 +143,13 @@ def release(module: Any) -> None:
         del module.__dict__[name]
     if not is_accelerated(module):
         return
-    module.__class__ = plain_class(type(module))
+    ours = type(module)
+    module.__class__ = plain_class(ours)
     for name, value in list(module.__dict__.items()):  # where accelerate keeps a former forward
-        if isinstance(value, MethodType) and value.__self__ is module:
-            module.__dict__[name] = getattr(type(module), value.__name__).__get__(module)
+        method = getattr(value, "__func__", None)
+        called = getattr(method, "__name__", "")
+        if method is not None and getattr(ours, called, None) is method:
+            module.__dict__[name] = getattr(type(module), called).__get__(module)
 
 
 def detach(owner: LiveModel) -> None:
@@ -209,9 +211,16 @@ def check_names(owner: LiveModel, names: Sequence[str], where: str) -> None:
 def configs_of(root: nn.Module) -> dict[str, Any]:
     """The configurations of all adapters in `root`, wherever in it they were injected."""
     found: dict[str, Any] = {}
-    for module in reversed(list(root.modules())):
+    for path, module in root.named_modules():
         configs = module.__dict__.get("peft_config")
-        found |= configs if isinstance(configs, dict) else {}
+        for name, config in (configs if isinstance(configs, dict) else {}).items():
+            known = invocation_of(found.setdefault(name, config))
+            if invocation_of(config) != known:
+                raise ValueError(
+                    f"adapter {name!r}: its alora_invocation_tokens are {known}, but those of the "
+                    f"adapter of that name in {path!r} are {invocation_of(config)}; give adapters "
+                    "that begin at different tokens names of their own"
+                )
     return found
 
 

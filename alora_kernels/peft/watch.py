@@ -64,8 +64,8 @@ def begin() -> None:
 
 
 def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    if _inside.get(id(parent)) is not parent:
-        return
+    if torch.compiler.is_compiling() or _inside.get(id(parent)) is not parent:
+        return  # (A compiler follows models that slice their list of layers in every forward.)
     # PEFT parametrizes experts for the length of a forward.
     if name != "parametrizations" and not isinstance(parent, ParametrizationList):
         note_change()

@@ -312,6 +312,12 @@ def test_an_activated_lora_without_its_configuration_is_refused():
     check(accelerate(shaken(inner)))  # the configuration lies on a part of the model
 
 
+def test_two_adapters_of_one_name_in_two_parts_are_refused(root):
+    inject_adapter_in_model(lora(ASK, target_modules=["up_proj"]), root.model.layers[1], "sum")
+    with pytest.raises(ValueError, match=r"'sum': .* in 'model.layers.1' are \[5, 6, 7\]"):
+        logits(root, two_rows())
+
+
 def test_new_layers_that_are_not_served_are_said(root, caplog):
     inject_adapter_in_model(
         LoraConfig(r=4, target_modules=["embed_tokens"], init_lora_weights=False), root, "table"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 
 import pytest
 import torch
@@ -158,6 +159,22 @@ def test_a_closure_that_holds_a_forward_outlives_restore():
     torch.testing.assert_close(logits(model, ids), expected)
     with adapter_scope(model, None), stock.disable_adapter():
         torch.testing.assert_close(logits(model, ids), logits(stock, ids))
+
+
+def test_a_forward_of_the_users_own_stays_on_the_layer():
+    model, stock = twins()
+    ids = two_rows()
+
+    def forward(self, x, *args, **kwargs):
+        return self.base_layer(x) * 2
+
+    for m in (model, stock):
+        layer = m.get_base_model().model.layers[0].self_attn.k_proj
+        layer.forward = types.MethodType(forward, layer)
+    expected = logits(stock, ids)
+    torch.testing.assert_close(logits(model, ids), expected)
+    torch.testing.assert_close(logits(restore(model), ids), expected)
+    torch.testing.assert_close(logits(accelerate(model), ids), expected)
 
 
 def test_a_copy_of_an_offloaded_model(tmp_path):
