@@ -1,7 +1,4 @@
-"""AloraFunction: the eager path, from checked tensors straight to a backend.
-
-`run_forward` and `run_backward` are the one implementation that the registered op shares.
-"""
+"""AloraFunction: the eager path, from checked tensors straight to a backend."""
 
 from __future__ import annotations
 
@@ -12,67 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import Call, Gradients, Needs, Projection
-from .backends.fallback import gradients
-from .dispatch import choose, problem_of
-
-
-def run_forward(
-    call: Call,
-    x: Tensor,  # [M, K]
-    projections: Sequence[Projection],
-    base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
-    save: bool,
-) -> tuple[list[Tensor], Tensor | None, str]:
-    """Choose and run: the outputs `[M, N]`, xa when `save`, and the backend's name."""
-    known = call.known
-    chosen = None if known is None else known.forward
-    if chosen is None:
-        problem = problem_of(call, x, projections, base_outs is not None, backward=False)
-        chosen = choose(problem, call.backend, call.strategy)
-        if known is not None:
-            known.forward = chosen
-    backend, strategy = chosen
-    ys, xa = backend.forward(call, strategy, x, projections, base_outs, save)
-    return ys, xa, backend.name
-
-
-def run_backward(
-    call: Call,
-    x: Tensor,
-    projections: Sequence[Projection],
-    xa: Tensor | None,
-    ran: str,
-    dys: Sequence[Tensor],
-    needs: Needs,
-) -> Gradients:
-    """The wanted gradients, by the backend `ran`, which ran forward and made `xa`."""
-    known = call.known
-    chosen = None if known is None else known.backward
-    if chosen is None:
-        problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
-        try:
-            chosen = choose(problem, ran, call.strategy)
-        except RuntimeError:
-            # A strategy forced for forward need not exist in backward; the backend's others do.
-            chosen = choose(problem, ran, "auto")
-        if known is not None:
-            known.backward = chosen
-    backend, strategy = chosen
-    if torch._C._is_any_autocast_enabled() and in_autocast(x):
-        with torch.autocast(x.device.type, enabled=False):
-            return backend.backward(call, strategy, x, projections, xa, dys, needs)
-    return backend.backward(call, strategy, x, projections, xa, dys, needs)
-
-
-def in_autocast(x: Tensor) -> bool:
-    """Whether PyTorch would compute with x in the autocast dtype."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+from .backends.reference import gradients
+from .contract import Call, Gradients, Needs, Projection
+from .run import run_backward, run_forward
 
 
 def in_transform() -> bool:
     """Whether torch.func or forward-mode AD is at work: they follow PyTorch's own operations."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def beyond_backends(dys: Sequence[Tensor]) -> bool:
+    """Whether a backward must consist of PyTorch's own operations.
+
+    Its own graph is wanted (`create_graph`), or it serves many gradients at once
+    (`is_grads_batched`, a transform of torch.func).
+    """
+    if torch.is_grad_enabled() or in_transform():
+        return True
+    return any(torch._C._functorch.is_legacy_batchedtensor(dy) for dy in dys)
 
 
 def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -151,8 +106,10 @@ class AloraFunction(torch.autograd.Function):
         needs = Needs(wanted[2], wanted[a:b], wanted[b:bias], wanted[bias:end])
         if not (needs.x or any(wanted[a:end])):
             grads = Gradients(None, [None] * count, [None] * count, [None] * count)
-        elif torch.is_grad_enabled():  # a graph of this backward is wanted
-            grads = gradients(call, rows, projections, dy_rows, needs, create_graph=True)
+        elif beyond_backends(dy_rows):
+            grads = gradients(
+                call, rows, projections, dy_rows, needs, create_graph=torch.is_grad_enabled()
+            )
         else:
             grads = run_backward(call, rows, projections, xa, ctx.backend, dy_rows, needs)
         dx = grads.x

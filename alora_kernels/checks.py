@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .backends import STRATEGIES, Projection
+from .contract import STRATEGIES, Options, Projection
 from .dispatch import BACKENDS
 
 PRECISIONS = ("compute", "fp32")
@@ -24,17 +24,10 @@ def finite(name: str, scaling: float) -> float:
     return float(scaling)
 
 
-def check_options(
-    name: str,
-    scalings: tuple[float, ...],
-    dropout_p: float,
-    adapter_precision: str,
-    backend: str,
-    strategy: str,
-) -> None:
+def check_options(name: str, options: Options) -> None:
     """Refuse what no tensors would make right."""
-    for scaling in scalings:
-        finite(name, scaling)
+    dropout_p, adapter_precision = options.dropout_p, options.adapter_precision
+    backend, strategy = options.backend, options.strategy
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{name}: dropout_p must be in [0, 1), got {dropout_p}")
     if backend != "auto" and backend not in BACKENDS:

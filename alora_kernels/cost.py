@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .backends import Problem
+from .contract import Problem
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import known, tuning
-from .backends import STRATEGIES, Backend, Call, Problem, Projection
+from . import tuning
 from .backends.cpu import CpuBackend
 from .backends.cuda import CudaBackend
-from .backends.fallback import ReferenceBackend
+from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
+from .contract import STRATEGIES, Backend, Call, Problem, Projection
 from .cost import seconds
 
 logger = logging.getLogger("alora_kernels")
@@ -59,9 +59,9 @@ def problem_of(
         _arch(device) if kind == "cuda" else 0,
         backward,
         base_given,
-        call.dropout_p > 0.0,
-        call.adapter_precision,
-        call.strict_inactive,
+        call.options.dropout_p > 0.0,
+        call.options.adapter_precision,
+        call.options.strict_inactive,
     )
 
 
@@ -173,9 +173,8 @@ def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
     return seconds(problem, strategy, known or None)
 
 
-def forget() -> None:
+def forget_choices() -> None:
     """Choose anew: what the choice depends on besides the problem has changed."""
-    known.forget()
     _choose.cache_clear()
     _expected_seconds.cache_clear()
     tuning.read.cache_clear()

@@ -10,13 +10,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .autograd import AloraFunction, as_rows, flat_of, in_autocast, in_transform, run_forward
-from .backends import Call, Projection
-from .backends.fallback import outputs
+from .autograd import AloraFunction, as_rows, flat_of, in_transform
+from .backends.reference import outputs
 from .checks import check_options, check_seed, check_tensors
-from .dispatch import asked_for
-from .known import find
+from .contract import Call, Options, Projection
 from .ops import traced_linear
+from .run import entry_of, in_autocast, run_forward
 from .scalings import split_scalings
 
 
@@ -86,13 +85,15 @@ def alora_linear(
         [projection],
         [scaling],
         activation,
-        dropout_p,
-        seed,
-        prefix_grad,
-        adapter_precision,
-        strict_inactive,
-        backend,
-        strategy,
+        Options(
+            dropout_p=dropout_p,
+            prefix_grad=prefix_grad,
+            adapter_precision=adapter_precision,
+            strict_inactive=strict_inactive,
+            backend=backend,
+            strategy=strategy,
+        ),
+        seed=seed,
     )
     return y
 
@@ -141,13 +142,15 @@ def alora_linear_group(
         fields,
         [p[4] for p in projections],
         activation,
-        dropout_p,
-        seed,
-        prefix_grad,
-        adapter_precision,
-        strict_inactive,
-        backend,
-        strategy,
+        Options(
+            dropout_p=dropout_p,
+            prefix_grad=prefix_grad,
+            adapter_precision=adapter_precision,
+            strict_inactive=strict_inactive,
+            backend=backend,
+            strategy=strategy,
+        ),
+        seed=seed,
     )
 
 
@@ -188,15 +191,17 @@ def alora_add(
         [projection],
         [scaling],
         activation,
-        dropout_p,
-        seed,
-        prefix_grad,
-        adapter_precision,
-        strict_inactive,
-        backend,
-        strategy,
-        [base_out],
-        inplace,
+        Options(
+            dropout_p=dropout_p,
+            prefix_grad=prefix_grad,
+            adapter_precision=adapter_precision,
+            strict_inactive=strict_inactive,
+            backend=backend,
+            strategy=strategy,
+        ),
+        seed=seed,
+        base_outs=[base_out],
+        inplace=inplace,
     )
     return y
 
@@ -207,13 +212,9 @@ def run(
     projections: list[Projection],
     scalings: Sequence[float | Tensor],
     activation: Activation,
-    dropout_p: float = 0.0,
+    options: Options,
+    *,
     seed: Tensor | int | None = None,
-    prefix_grad: bool = True,
-    adapter_precision: str = "compute",
-    strict_inactive: bool = False,
-    backend: str = "auto",
-    strategy: str = "auto",
     base_outs: Sequence[Tensor] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -221,46 +222,34 @@ def run(
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
     # Reading the device's type takes longer than asking whether there is any autocast at all.
     autocast = (traced or torch._C._is_any_autocast_enabled()) and in_autocast(x)
-    precision = adapter_precision
+    asked = options
     if autocast:
         x, projections = _autocast(x, projections, torch.get_autocast_dtype(x.device.type))
-        precision = "autocast" if adapter_precision == "fp32" else adapter_precision
+        if options.adapter_precision == "fp32":
+            options = options._replace(adapter_precision="autocast")
         if base_outs is not None and not inplace:
             base_outs = [b.to(x.dtype) for b in base_outs]
     numbers, projections = split_scalings(name, scalings, projections, traced)
-    transformed = not traced and in_transform()
-    known = None
+    transformed = in_transform()
+    entry = None
     if not (traced or transformed):
-        options = options_of(
-            numbers, dropout_p, prefix_grad, precision, strict_inactive, backend, strategy
-        )
-        known = find(x, projections, base_outs, activation, options)
-    if known is None or not known.checked:
-        check_options(name, numbers, dropout_p, adapter_precision, backend, strategy)
+        entry = entry_of(x, projections, base_outs, activation, numbers, options)
+    if entry is None or not entry.checked:
+        check_options(name, asked)
         check_tensors(name, x, projections, activation, base_outs)
         needs_grad = _needs_grad(x, projections, base_outs)
-        if known is not None:
-            known.checked, known.needs_grad = True, needs_grad
+        if entry is not None:
+            entry.checked, entry.needs_grad = True, needs_grad
     else:
-        needs_grad = known.needs_grad
-    if isinstance(seed, Tensor):
-        check_seed(name, seed, x)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.tensor([seed], dtype=torch.int64, device=x.device)
-    call = Call(
-        activation, numbers, dropout_p, seed, prefix_grad, precision, strict_inactive,
-        backend, strategy, known,
-    )  # fmt: skip
+        needs_grad = entry.needs_grad
+    drawn = None if options.dropout_p == 0.0 else _seed(name, seed, x)
+    call = Call(activation, numbers, options, drawn, entry)
     if traced or transformed:
-        if traced:
-            ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
-        else:
+        if transformed:
             with torch.autocast(x.device.type, enabled=False):
                 ys = tuple(outputs(call, x, projections, base_outs))
+        else:
+            ys = traced_linear(call, x, flat_of(projections, base_outs), needs_grad)
         if inplace and base_outs is not None:
             return tuple([base_out.copy_(y) for base_out, y in zip(base_outs, ys)])
         return ys
@@ -270,20 +259,14 @@ def run(
     return _eager(call, x, projections, base_outs, inplace, needs_grad)
 
 
-def options_of(
-    scalings: tuple[float, ...],
-    dropout_p: float,
-    prefix_grad: bool,
-    adapter_precision: str,
-    strict_inactive: bool,
-    backend: str,
-    strategy: str,
-) -> tuple[Any, ...]:
-    """What a call asks for beside its tensors, for its signature."""
-    return (
-        scalings, dropout_p, prefix_grad, adapter_precision, strict_inactive,
-        asked_for(backend, strategy),
-    )  # fmt: skip
+def _seed(name: str, seed: Tensor | int | None, x: Tensor) -> Tensor:
+    """The seed as a tensor on x's device; drawn there when none is given."""
+    if isinstance(seed, Tensor):
+        check_seed(name, seed, x)
+        return seed
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+    return torch.tensor([seed], dtype=torch.int64, device=x.device)
 
 
 def _needs_grad(

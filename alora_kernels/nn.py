@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .activation import Activation, current_activation
-from .backends import Projection
+from .contract import Options, Projection
 from .functional import run
 
 
@@ -139,7 +139,6 @@ class AloraLinear(nn.Module):
             activation = current_activation()
         if activation is None:
             return nn.functional.linear(x, self.weight, self.bias)
-        dropout_p = self.lora_dropout if self.training else 0.0
         own = self._parameters
         try:  # reading them as attributes takes five times as long
             tensors: Any = (
@@ -153,13 +152,14 @@ class AloraLinear(nn.Module):
             [Projection(*tensors)],
             [self.scaling],
             activation,
-            dropout_p,
-            None,
-            self.prefix_grad,
-            self.adapter_precision,
-            False,
-            self.backend,
-            self.strategy,
+            Options(
+                dropout_p=self.lora_dropout if self.training else 0.0,
+                prefix_grad=self.prefix_grad,
+                adapter_precision=self.adapter_precision,
+                strict_inactive=False,
+                backend=self.backend,
+                strategy=self.strategy,
+            ),
         )
         return y
 

@@ -8,16 +8,17 @@ and constants alone: nothing that the host knows of an activation enters a graph
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .activation import Activation
-from .autograd import projections_of, run_backward, run_forward, shaped
-from .backends import Call, Needs, Projection, saved_columns, saved_dtype
-from .backends.fallback import gradients
+from .autograd import beyond_backends, projections_of, shaped
+from .backends.reference import gradients
+from .contract import Call, Needs, Options, Projection, saved_columns, saved_dtype
 from .dispatch import choose, problem_of
+from .run import run_backward, run_forward
 
 NAMESPACE = "alora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -29,9 +30,11 @@ _TENSORS = (
     "Tensor[] lora_b, Tensor[] lora_bias, Tensor row_adapter, Tensor active_rows, "
     "Tensor active_count, Tensor? seed, "
 )
-_OPTIONS = (
-    "bool[] has_bias, bool[] has_lora_bias, float[] scalings, float dropout_p, bool prefix_grad, "
-    "str adapter_precision, bool strict_inactive, str backend, str strategy"
+_OPTIONS = ", ".join(
+    [
+        "bool[] has_bias, bool[] has_lora_bias, float[] scalings",
+        *(f"{kind.__name__} {name}" for name, kind in get_type_hints(Options).items()),
+    ]
 )
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # forward returns the outputs [..., N], then xa [M, C].
@@ -43,7 +46,6 @@ _library.define(
 )
 
 TENSOR_ARGS = 11  # arguments of _TENSORS
-PRECISION = 5  # adapter_precision within _OPTIONS
 
 
 def _spread(present: Sequence[Any], has: Sequence[bool]) -> list[Any]:
@@ -57,18 +59,7 @@ def _call(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Call, list[Pr
     _, _, weights, biases, lora_a, lora_b, lora_bias, *activation, seed = tensors
     has_bias, has_lora_bias, scalings, *rest = options
     count = len(scalings)
-    dropout_p, prefix_grad, precision, strict, backend, strategy = rest
-    call = Call(
-        Activation(*activation),
-        tuple(scalings),
-        dropout_p,
-        seed,
-        prefix_grad,
-        precision,
-        strict,
-        backend,
-        strategy,
-    )
+    call = Call(Activation(*activation), tuple(scalings), Options(*rest), seed)
     flat = [
         *(weights or [None] * count),
         *_spread(biases, has_bias),
@@ -98,7 +89,7 @@ def _forward(*args: Any) -> list[Tensor]:
     ys, xa, _ = run_forward(call, _rows(x), projections, given, save)
     if xa is None or not save:
         _, columns = saved_columns([p.lora_a.shape[0] for p in projections])
-        dtype = saved_dtype(x.dtype, call.adapter_precision)
+        dtype = saved_dtype(x.dtype, call.options.adapter_precision)
         xa = x.new_empty(x.shape[:-1].numel() if save else 0, columns, dtype=dtype)
     return [*(shaped(y, (*x.shape[:-1], y.shape[-1])) for y in ys), xa]
 
@@ -109,7 +100,8 @@ def _forward_fake(*args: Any) -> list[Tensor]:
     ys = [x.new_empty(*x.shape[:-1], b.shape[0]) for b in lora_b]
     _, columns = saved_columns([a.shape[0] for a in lora_a])
     rows = _rows(x).shape[0] if save else 0
-    return [*ys, x.new_empty(rows, columns, dtype=saved_dtype(x.dtype, options[PRECISION]))]
+    dtype = saved_dtype(x.dtype, Options(*options[3:]).adapter_precision)
+    return [*ys, x.new_empty(rows, columns, dtype=dtype)]
 
 
 def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
@@ -120,7 +112,7 @@ def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
     # The backend that ran forward is found again by the same rule.
     given = projections[0].weight is None
     problem = problem_of(call, _rows(x), projections, given, backward=False)
-    backend, _ = choose(problem, call.backend, call.strategy)
+    backend, _ = choose(problem, call.options.backend, call.options.strategy)
     grads = run_backward(
         call,
         _rows(x),
@@ -172,9 +164,16 @@ def _autograd_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, .
         x.new_zeros(*x.shape[:-1], b.shape[0]) if dy is None else dy
         for dy, b in zip(grads[:count], lora_b)
     ]
-    if torch.is_grad_enabled():  # a graph of this backward is wanted
+    if beyond_backends(dys):
         call, projections = _call(tensors, ctx.options)
-        again = gradients(call, x, projections, dys, _needs(needs, count), create_graph=True)
+        again = gradients(
+            call,
+            x,
+            projections,
+            dys,
+            _needs(needs, count),
+            create_graph=torch.is_grad_enabled(),
+        )
         got = [again.x, *again.lora_a, *again.lora_b, *again.lora_bias]
     else:
         found = torch.ops.alora_kernels.linear_backward(dys, xa, *tensors, *ctx.options, needs)
@@ -218,12 +217,7 @@ def traced_linear(
         [bias is not None for bias in groups[2]],
         [bias is not None for bias in groups[5]],
         list(call.scalings),
-        call.dropout_p,
-        call.prefix_grad,
-        call.adapter_precision,
-        call.strict_inactive,
-        call.backend,
-        call.strategy,
+        *call.options,
         save,
     )
     return tuple(ys)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental import symbolic_shapes
 
-from .backends import Projection
+from .autograd import in_transform
 from .checks import finite
+from .contract import Projection
 
 
 def split_scalings(
@@ -48,8 +49,6 @@ def split_scalings(
 
 def _is_constant(scaling: Tensor) -> bool:
     """Whether nothing but its value counts."""
-    from .autograd import in_transform
-
     return not (scaling.requires_grad or in_transform())
 
 

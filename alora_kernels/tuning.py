@@ -7,12 +7,10 @@ another GPU or another version are never used.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .backends import STRATEGIES, Problem
+from .contract import STRATEGIES, Problem
+from .files import write_whole
 
 FORMAT = 1
 VARIABLE = "ALORA_TUNING_FILE"
@@ -158,14 +157,5 @@ def write(file: Path, key: str, measurements: Sequence[Measurement]) -> None:
         "format": FORMAT,
         "gpus": {k: [asdict(m) for m in entries] for k, entries in sorted(gpus.items())},
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=file.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            json.dump(content, out, indent=1)
-        os.replace(name, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    write_whole(file, json.dumps(content, indent=1).encode())
     read.cache_clear()

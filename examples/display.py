@@ -95,7 +95,7 @@ def plot_losses(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 def _machine() -> str:
     """Machine, versions and commit, as under the plots of bench/; nothing where that is missing."""
-    file = Path(__file__).parents[1] / "bench" / "machine.py"
+    file = Path(__file__).parents[1] / "bench" / "common" / "machine.py"
     if not file.is_file():
         return ""
     spec = importlib.util.spec_from_file_location("bench_machine", file)

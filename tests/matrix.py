@@ -54,7 +54,7 @@ ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "newest": ("peft", "transformers", "trl"),
 }
 SHOWN = ("peft", "transformers", "trl")
-TESTS = ("tests/peft", "tests/training", "tests/inference")
+TESTS = ("tests/peft", "tests/training", "tests/inference", "tests/examples", "tests/bench")
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = ("passed", "failed", "errors", "error", "skipped", "xfailed")
 

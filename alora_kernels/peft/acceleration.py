@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
 
 from ..activation import Activation, current_activation, find_invocation_starts
+from ..contract import Options
 from . import checkpointing, records
 from .ambient import ForwardState, Request, current_request, current_state, set_state
 from .live import LiveModel
@@ -34,7 +35,7 @@ ARGUMENTS = (
 class Acceleration(LiveModel):
     """Hooks of one accelerated model. Attached to `root`, the model whose forward takes tokens."""
 
-    def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, root: nn.Module, options: Options) -> None:
         super().__init__(root, options)
         self.places = self._argument_places()
         self.recent: dict[Any, Activation] = {}

@@ -133,11 +133,13 @@ class AcceleratedLayer:
         self, x: Tensor, state: ForwardState, steps: list[Step], outputs: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
         """The outputs after all steps, one after the other; `outputs`: the base's, if computed."""
-        options, kind = self.alora_owner.options, x.device.type
+        options = self.alora_owner.options
         inplace = False
         for step in steps:
             dtype = None if outputs is None else outputs[0].dtype
-            foreign = not (dtype is None or dtype is x.dtype or torch.is_autocast_enabled(kind))
+            foreign = not (
+                outputs is None or dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
+            )
             if outputs is not None and foreign:
                 outputs = tuple([y.to(x.dtype) for y in outputs])
             outputs = run(
@@ -146,10 +148,9 @@ class AcceleratedLayer:
                 step.projections,
                 step.scalings,
                 state.activation_for(step.name, x),
-                step.dropout_p,
+                options if step.dropout_p == 0.0 else options._replace(dropout_p=step.dropout_p),
                 base_outs=outputs,
                 inplace=inplace,
-                **options,
             )
             if foreign:
                 outputs = tuple([y.to(dtype) for y in outputs])

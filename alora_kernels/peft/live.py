@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..contract import Options
 from . import adoption, watch
 from .adopted import OURS
 from .generation import CHUNKING, Called, generation, skips_hooks
@@ -31,7 +32,7 @@ class LiveModel:
     before_forward: Any
     after_forward: Any
 
-    def __init__(self, root: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, root: nn.Module, options: Options) -> None:
         self.root, self.options = root, options
         self.layers: dict[str, Any] = {}
         self.served: set[str] = set()

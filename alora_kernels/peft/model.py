@@ -10,6 +10,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from ..activation import Activation
+from ..contract import Options
 from .acceleration import Acceleration
 from .adopted import OURS
 from .adoption import check_configs, check_names, detach, look_again, refusals, table
@@ -57,16 +58,18 @@ def accelerate(
     refused = refusals(layers)
     if strict and refused:
         raise RuntimeError("accelerate: layers that cannot be served:\n" + table(refused))
+    options = Options(
+        dropout_p=0.0,  # each layer has its own
+        prefix_grad=prefix_grad,
+        adapter_precision=adapter_precision,
+        strict_inactive=False,
+        backend=backend,
+        strategy=strategy,
+    )
     wrappers = [unwrap(model)]
     if OURS in root.__dict__:
         wrappers += root.__dict__[OURS].wrappers
         detach(root.__dict__[OURS])
-    options = {
-        "adapter_precision": adapter_precision,
-        "backend": backend,
-        "strategy": strategy,
-        "prefix_grad": prefix_grad,
-    }
     owner = Acceleration(root, options)
     owner.attach()
     look_again(owner)

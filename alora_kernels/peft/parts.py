@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from ..backends import Projection
+from ..contract import Projection
 
 
 class Step(NamedTuple):
@@ -27,15 +27,20 @@ class Step(NamedTuple):
     dropout_p: float
 
 
-def runs_plainly(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hook, no other one."""
+def runs_plainly(*modules: nn.Module) -> bool:
+    """Whether calling each module runs its class's forward alone: no hook, no other forward."""
+    for module in modules:
+        own = module.__dict__
+        if (
+            own["_forward_pre_hooks"]
+            or own["_forward_hooks"]
+            or own["_backward_pre_hooks"]
+            or own["_backward_hooks"]
+            or "forward" in own
+        ):
+            return False
     return not (
-        module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_pre_hooks
-        or module._backward_hooks
-        or "forward" in module.__dict__
-        or nn_module._global_forward_pre_hooks
+        nn_module._global_forward_pre_hooks
         or nn_module._global_forward_hooks
         or nn_module._global_backward_pre_hooks
         or nn_module._global_backward_hooks
@@ -90,7 +95,7 @@ def adapter_of(
     drop = modules["lora_dropout"]._modules[name]
     if type(a) is not nn.Linear or type(b) is not nn.Linear:
         return None
-    if not (runs_plainly(a) and runs_plainly(b) and runs_plainly(drop)):
+    if not runs_plainly(a, b, drop):
         return None
     variant = layer.lora_variant.get(name)
     if variant is not None and not isinstance(variant, ALoraLinearVariant):

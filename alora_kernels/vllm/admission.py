@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from ..invocation import last_occurrence
 from . import invocation
 from .adapter import Adapters
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 MISSING = "ALORA_VLLM_MISSING"
 BEAM_KEY = "alora_prompt_length"
@@ -99,7 +100,7 @@ def admit(vllm_config: Any, request: Any, prompt_length: int | None = None) -> N
             f"{lora_request.lora_name!r} is an Activated LoRA, which does not work with {reason}",
             parameter="model",
         )
-    start = invocation.last_occurrence(_token_ids(request)[:prompt_length], adapter.tokens)
+    start = last_occurrence(_token_ids(request)[:prompt_length], adapter.tokens)
     if start is not None:
         invocation.put(params, invocation.Invocation(start, adapter.identity))
     elif error_when_missing():

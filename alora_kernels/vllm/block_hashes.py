@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from . import invocation
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 UPDATE = Touch(
     "vllm.v1.request.Request.update_block_hashes",

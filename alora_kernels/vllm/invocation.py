@@ -7,7 +7,6 @@ requests and stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 KEY = "alora_kernels_invocation"
@@ -18,21 +17,6 @@ class Invocation(NamedTuple):
 
     start: int
     identity: str
-
-
-def last_occurrence(token_ids: list[int], tokens: Sequence[int]) -> int | None:
-    """The first position of the last occurrence of `tokens` in `token_ids`, or None."""
-    # list.index runs at C speed, so the list is turned round rather than walked.
-    turned, wanted, count = token_ids[::-1], list(tokens)[::-1], len(tokens)
-    position = 0
-    while True:
-        try:
-            position = turned.index(wanted[0], position)
-        except ValueError:
-            return None
-        if turned[position : position + count] == wanted:
-            return len(token_ids) - position - count
-        position += 1
 
 
 def put(sampling_params: Any, invocation: Invocation) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import invocation
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 ACTIVE = Touch(
     "vllm.v1.worker.lora_model_runner_mixin.LoRAModelRunnerMixin.set_active_loras",

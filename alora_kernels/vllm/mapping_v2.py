@@ -14,7 +14,7 @@ import numpy as np
 
 from . import invocation
 from .mapping import mapped
-from .touch import Touch, mismatches, wrap
+from .patch import Touch, mismatches, wrap
 
 ADD = Touch(
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner.add_requests",

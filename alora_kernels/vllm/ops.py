@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 VARIABLE = "ALORA_VLLM_OPS"
 
@@ -87,7 +87,7 @@ def _cpu_wrapper(function: Callable[[Any], str]) -> Callable[[Any], str]:
 
 
 def _with_rows(function: Callable[..., None]) -> Callable[..., None]:
-    from .device_ops import DeviceRows
+    from .lora_gpu import DeviceRows
 
     def __init__(
         self: Any, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .adapter import invocation_tokens
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 FEATURES = Touch(
     "vllm.lora.peft_helper.PEFTHelper._validate_features",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .adapter import invocation_tokens
-from .touch import MARK, Touch, find, function_of, mismatches
+from .patch import MARK, Touch, find, function_of, mismatches
 
 logger = logging.getLogger("alora_kernels.vllm")
 

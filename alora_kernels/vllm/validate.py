@@ -18,7 +18,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from .touch import Touch, wrap
+from .patch import Touch, wrap
 
 logger = logging.getLogger("alora_kernels.vllm")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-from .grouped import Group, Slots, add_linear, expand, group_rows, shrink
+from .lora_cpu import Group, Slots, add_linear, expand, group_rows, shrink
 
 
 class AloraWrapperCPU(PunicaWrapperCPU):

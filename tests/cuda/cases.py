@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Backend, Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.contract import Backend, Call, Needs, Projection
 from alora_kernels.reference import alora_linear_reference
 
 from ..oracle import Change, assert_error, errors_of_pytorch

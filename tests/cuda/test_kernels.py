@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Projection
 from alora_kernels.backends.cuda import CudaBackend, launch
 from alora_kernels.backends.cuda.plan import Plan
+from alora_kernels.contract import Call, Projection
 
 from .cases import Case, run
 from .covering import Row, chosen

@@ -11,10 +11,10 @@ import torch
 
 import alora_kernels
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Projection
 from alora_kernels.backends.cuda import CudaBackend, launch
 from alora_kernels.backends.cuda.layouts import LAYOUTS
 from alora_kernels.backends.cuda.plan import TensorMap
+from alora_kernels.contract import Call, Projection
 
 
 class Recorder:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from alora_kernels.backends import Problem
 from alora_kernels.backends.cuda import CudaBackend, plan_grads
 from alora_kernels.backends.cuda import plan as planning
 from alora_kernels.backends.cuda.backend import why_no_kernel
 from alora_kernels.backends.cuda.layouts import LAYOUTS
 from alora_kernels.backends.cuda.plan import Operand
+from alora_kernels.contract import Problem
 
 from .ptx_sender import CSRC
 

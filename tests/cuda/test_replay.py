@@ -13,9 +13,9 @@ from torch import Tensor
 
 import alora_kernels
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend, launch, replay
 from alora_kernels.backends.cuda.layouts import LAYOUTS
+from alora_kernels.contract import Call, Needs, Projection
 
 Launches = list[tuple[Any, ...]]
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from alora_kernels import Activation, alora_add, alora_linear, dispatch
-from alora_kernels.backends import Problem
 from alora_kernels.backends.cuda import CudaBackend, launch, replay
 from alora_kernels.backends.cuda.layouts import LAYOUTS
+from alora_kernels.contract import Problem
+from alora_kernels.run import forget
 
 from .test_replay import Extension, extension, symbolic  # noqa: F401
 
@@ -77,9 +78,9 @@ def twin(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Twin
 
     monkeypatch.setattr(launch, "send_to_gpu", sent)
     monkeypatch.setattr(replay, "play", played)
-    dispatch.forget()
+    forget()
     yield found
-    dispatch.forget()
+    forget()
 
 
 def layer(dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Needs, Projection
 from alora_kernels.backends.cuda import CudaBackend, launch
 from alora_kernels.backends.cuda.plan import Plan
+from alora_kernels.contract import Call, Needs, Projection
 
 from ..ptx import PtxError
 from .ptx_sender import PtxSender, Sent

@@ -146,7 +146,7 @@ def test_one_of_two_models_around_a_base_may_be_restored():
     assert hasattr(type(model), "alora_kind")
     owner = model.__dict__["_alora_acceleration"]
     assert owner is model.get_base_model().__dict__["_alora_acceleration"]
-    assert owner.options["adapter_precision"] == "compute"
+    assert owner.options.adapter_precision == "compute"
     torch.testing.assert_close(logits(model, ids), expected)
 
 

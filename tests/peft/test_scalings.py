@@ -76,7 +76,8 @@ def test_scalings_of_one_group_differ(ids):
 @pytest.mark.parametrize("dynamic", [None, True], ids=str)
 def test_no_more_graphs_than_peft(ids, dynamic):
     """A plain LoRA, which PEFT compiles as one graph; its scale changes between the calls."""
-    stock = get_peft_model(base_model(), lora(None)).eval()
+    base = base_model(num_hidden_layers=1)
+    stock = get_peft_model(base, lora(None, target_modules=["q_proj", "up_proj"])).eval()
     counts = []
     for model in (stock, accelerate(copy.deepcopy(stock), strict=True)):
         torch._dynamo.reset()
@@ -88,7 +89,7 @@ def test_no_more_graphs_than_peft(ids, dynamic):
 
         compiled = torch.compile(model, backend=backend, dynamic=dynamic, fullgraph=True)
         with torch.no_grad():
-            for scale, length in ((1.0, 12), (0.5, 12), (2.0, 9), (3.0, 7)):
+            for scale, length in ((1.0, 12), (0.5, 12), (2.0, 9)):
                 with rescale_adapter_scale(model, scale):
                     got = compiled(input_ids=ids[:, :length], use_cache=False).logits
                     wanted = model(input_ids=ids[:, :length], use_cache=False).logits

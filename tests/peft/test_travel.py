@@ -63,7 +63,7 @@ def test_what_is_loaded_is_accelerated_and_right(way):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
     owner = loaded.__dict__["_alora_acceleration"]
     assert owner is not model.__dict__["_alora_acceleration"]
-    assert owner.root is loaded.get_base_model() and owner.options["backend"] == "auto"
+    assert owner.root is loaded.get_base_model() and owner.options.backend == "auto"
     assert len(owner.served) == 14 and not owner.refused
     with adapter_scope(loaded, "sum"):
         stock.set_adapter("sum")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from alora_kernels.peft import accelerate, restore, wrappers
 
+from ..matrix import ENVIRONMENTS
 from .models import ASK, adapted, base_model, prompt, put, twins
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,11 +50,6 @@ def test_a_chunked_prefill_that_calls_forward_past_the_hooks():
 
 
 def test_the_floors_are_those_that_the_matrix_runs():
-    sys.path.insert(0, str(ROOT / "tests"))
-    try:
-        from matrix import ENVIRONMENTS
-    finally:
-        sys.path.pop(0)
     pins = dict(pin.split("==") for pin in ENVIRONMENTS["floor"] if "==" in pin)
     project = (ROOT / "pyproject.toml").read_text()
     for name in ("peft", "transformers", "trl"):

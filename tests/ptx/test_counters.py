@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from . import Machine, Module
+from .l2_traffic import Tile, replay
 from .nvcc import WHY_NOT, module_of
 from .report import efficiency, row
 
 pytestmark = pytest.mark.ptx
-
-
-def model() -> Any:
-    """bench/model.py, which is a script and no package."""
-    path = Path(__file__).resolve().parents[2] / "bench" / "model.py"
-    spec = importlib.util.spec_from_file_location("bench_model", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_model"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def strided(step: int, space: str) -> str:
@@ -92,9 +77,8 @@ def test_matmul_moves_what_the_traffic_model_says(rng: np.random.Generator) -> N
         matmul_kernel[(2, 3)](a, b, c, M, N, K, block, block, block, num_warps=4)
     machine = driver.machine
     assert machine is not None
-    m = model()
-    tile = m.Tile(block, block, block, 8)
-    expected = m.replay(M, N, K, tile, 40 << 20, 108)
+    tile = Tile(block, block, block, 8)
+    expected = replay(M, N, K, tile, 40 << 20, 108)
     assert machine.last["gl_ld_bytes"] == expected.l2
     assert expected.dram == 2 * (M * K + K * N)  # everything fits: each operand once
     assert machine.last["gl_st_bytes"] == 2 * M * N
@@ -105,22 +89,8 @@ def test_matmul_moves_what_the_traffic_model_says(rng: np.random.Generator) -> N
 
 
 def test_a_small_cache_reloads_and_a_large_one_does_not() -> None:
-    m = model()
     shape = (4096, 4096, 1024)
-    large = m.replay(*shape, m.Tile(), 1 << 40, 4)
-    small = m.replay(*shape, m.Tile(), 1 << 20, 4)
+    large = replay(*shape, Tile(), 1 << 40, 4)
+    small = replay(*shape, Tile(), 1 << 20, 4)
     assert large.dram == 2 * (4096 * 1024 + 1024 * 4096)
     assert large.dram < small.dram <= small.l2 == large.l2
-
-
-@pytest.mark.parametrize("gpu", ["A100", "H100", "B200"])
-def test_estimates_are_bounded_by_the_base(gpu: str) -> None:
-    m = model()
-    for rows, f in ((16, 1.0), (8192, 0.1), (8192, 1.0)):
-        s = m.Shape(rows, 4096, 4096, 32, f)
-        base = m.estimate("base", s, m.GPUS[gpu])
-        times = {q: m.estimate(q, s, m.GPUS[gpu]) for q in ("delta", "tail", "onepass")}
-        assert all(base < t < 1.5 * base for t in times.values())
-        assert times["tail"] < times["delta"]
-    with pytest.raises(ValueError, match="strategy 'both'"):
-        m.estimate("both", s, m.GPUS[gpu])

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call
 from alora_kernels.backends.triton import configs, launch, target
+from alora_kernels.contract import DEFAULTS, Call
 
 from .compile_only import Compiled, compile_only
 from .conftest import CHOSEN
@@ -48,7 +48,9 @@ class Tensors:
         self.low = torch.empty(rows, rank, dtype=dtype)
         activation = Activation.all(rows)
         self.call = Call(activation, (1.0,))
-        self.dropped = Call(activation, (1.0,), 0.1, torch.zeros(1, dtype=torch.int64))
+        self.dropped = Call(
+            activation, (1.0,), DEFAULTS._replace(dropout_p=0.1), torch.zeros(1, dtype=torch.int64)
+        )
 
     def gemms(self) -> dict[str, Callable[[], None]]:
         """The uses of `gemm` that reach every compile-time switch of it."""

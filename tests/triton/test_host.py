@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from alora_kernels.backends import Problem
 from alora_kernels.backends.triton import TritonBackend, configs, target, tune
 from alora_kernels.backends.triton.configs import Config
+from alora_kernels.contract import Problem
 
 from .conftest import CHOSEN
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Needs, Projection
 from alora_kernels.backends.triton import TritonBackend
+from alora_kernels.contract import DEFAULTS, Call, Needs, Projection
 from alora_kernels.functional import alora_linear
 from alora_kernels.reference import keep_mask
 
@@ -97,7 +97,7 @@ def test_dropout_in_dx_on_every_strategy(strategy: str, place: Place, seed: int)
         problem = Problem(Case("tail", dtype=dtype, p=0.4), place.device, seed)
         expected = problem.run()
         w, bias, a, b, s, c = problem.layers[0]
-        call = Call(problem.activation, (s,), 0.4, problem.key)
+        call = Call(problem.activation, (s,), DEFAULTS._replace(dropout_p=0.4), problem.key)
         projections = [Projection(w, bias, a, b, c)]
         backend = TritonBackend()
         _, xa = backend.forward(call, "tail", problem.x, projections, None, True)

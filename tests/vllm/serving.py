@@ -28,11 +28,8 @@ RANK = 8
 
 def make_model(folder: Path) -> Path:
     """The tiny model of the examples."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from tiny_model import make_tiny_model
-    finally:
-        sys.path.pop(0)
+    from tiny_model import make_tiny_model
+
     return make_tiny_model(folder)
 
 

@@ -12,17 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alora_kernels.vllm import adapter, invocation, touch
+from alora_kernels.vllm import adapter, invocation, patch
 from alora_kernels.vllm.mapping import mapped, starts_of_prefills
-from alora_kernels.vllm.touch import Touch
-
-few = st.integers(0, 2)
-
-
-@given(st.lists(few, max_size=40), st.lists(few, min_size=1, max_size=4))
-def test_last_occurrence(ids, tokens):
-    places = [i for i in range(len(ids)) if ids[i : i + len(tokens)] == tokens]
-    assert invocation.last_occurrence(ids, tokens) == (places[-1] if places else None)
+from alora_kernels.vllm.patch import Touch
 
 
 @given(st.data())
@@ -162,7 +154,7 @@ def test_files_that_are_gone_are_not_taken_for_a_plain_lora(known, tmp_path):
     ],
 )
 def test_places_that_are_not_as_expected_are_named(name, signature, found):
-    (line,) = touch.mismatches([Touch(name, signature, "")])
+    (line,) = patch.mismatches([Touch(name, signature, "")])
     assert found in line
 
 
@@ -181,14 +173,14 @@ def test_wrapping_twice_wraps_once_and_comes_off():
     prefix = f"{__name__}.Example."
     made = Touch(prefix + "made", "(cls, number=1)", "")
     plain = Touch(prefix + "plain", "(self, *, word='a')", "")
-    assert touch.mismatches([made, plain]) == []
+    assert patch.mismatches([made, plain]) == []
     for _ in range(2):
-        touch.wrap(made, lambda function: lambda cls, number=1: (*function(cls, number), "ours"))
-        touch.wrap(plain, lambda function: lambda self, *, word="a": function(self, word=word) * 2)
+        patch.wrap(made, lambda function: lambda cls, number=1: (*function(cls, number), "ours"))
+        patch.wrap(plain, lambda function: lambda self, *, word="a": function(self, word=word) * 2)
     assert Example.made(3) == (Example, 3, "ours")
     assert Example().plain(word="b") == "bb"
-    assert touch.mismatches([made, plain]) == []  # what was there before is what is compared
-    touch.unwrap(made)
-    touch.unwrap(plain)
+    assert patch.mismatches([made, plain]) == []  # what was there before is what is compared
+    patch.unwrap(made)
+    patch.unwrap(plain)
     assert Example.made(3) == (Example, 3)
     assert Example().plain() == "a"

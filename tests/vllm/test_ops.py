@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from alora_kernels.vllm import ops
-from alora_kernels.vllm.device_ops import DeviceRows
-from alora_kernels.vllm.grouped import Slots, add_linear, expand, group_rows, shrink
+from alora_kernels.vllm.lora_cpu import Slots, add_linear, expand, group_rows, shrink
+from alora_kernels.vllm.lora_gpu import DeviceRows
 
 from ..oracle import assert_error, errors_of_pytorch
 from .layout import BATCHES, Layer, make_layer, poison_unused

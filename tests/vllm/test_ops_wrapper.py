@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm.lora.layers import LoRAMapping
 
 from alora_kernels.vllm import ops
-from alora_kernels.vllm.touch import find, mismatches, unwrap
+from alora_kernels.vllm.patch import find, mismatches, unwrap
 from alora_kernels.vllm.wrappers import AloraWrapperCPU
 
 from ..oracle import assert_error, errors_of_pytorch

@@ -19,7 +19,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 
 from alora_kernels.vllm import peft_config, validate
-from alora_kernels.vllm.touch import mismatches
+from alora_kernels.vllm.patch import mismatches
 
 from .bad_adapters import BAD, CONFIG, TENSORS, make_bad
 from .serving import INVOCATION, RANK, make_adapter, make_model

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .. import Call, Gradients, Needs, Problem, Projection
+from ...contract import Call, Gradients, Needs, Problem, Projection
 from .backward import run_backward
 from .forward import run_forward
 

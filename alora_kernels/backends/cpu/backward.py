@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import Call, Gradients, Needs, Projection, saved_columns, saved_dtype
+from ...contract import Call, Gradients, Needs, Projection, saved_columns, saved_dtype
 from .rows import (
     Part,
     add_product,
@@ -43,7 +43,7 @@ def run_backward(
 
     # dB needs room for its transpose, and dropout for masked rows: each while the other
     # gradient does not exist yet.
-    if call.dropout_p == 0.0:
+    if call.options.dropout_p == 0.0:
         lora_b = grads_of_b()
         lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
     else:
@@ -101,10 +101,10 @@ def _dya(
     """scaling · dy · lora_b on active rows, `[n, R]`, where something is computed from it."""
     if not parts or not (needs.x or needs.lora_a[i]):
         return None
-    dtype = saved_dtype(dy.dtype, call.adapter_precision)
+    dtype = saved_dtype(dy.dtype, call.options.adapter_precision)
     b = projections[i].lora_b.to(dtype)
     dya = dy.new_empty(parts[-1].end, _rank(projections[i]), dtype=dtype)
-    factor = call.scalings[i] / (1.0 - call.dropout_p)
+    factor = call.scalings[i] / (1.0 - call.options.dropout_p)
     for part in parts:
         rows = take(dy, part.rows).to(dtype)
         scaled_product(rows, b, factor, dya[part.begin : part.end])
@@ -139,7 +139,7 @@ def _grad_bias(
 ) -> Tensor | None:
     if p.lora_bias is None:
         return None
-    dtype = saved_dtype(dy.dtype, call.adapter_precision)
+    dtype = saved_dtype(dy.dtype, call.options.adapter_precision)
     total = _Sum()
     for part in parts:
         rows = take(dy, part.rows).to(dtype)
@@ -157,9 +157,9 @@ def _grad_a_and_dx(
     needs: Needs,
 ) -> list[Tensor | None]:
     """What pairs dya with the inputs: dA = dyaᵀ·x, and the adapter's part of dx, added to it."""
-    dtype = saved_dtype(x.dtype, call.adapter_precision)
+    dtype = saved_dtype(x.dtype, call.options.adapter_precision)
     totals = [_Sum() for _ in projections]
-    dropout = call.dropout_p > 0.0
+    dropout = call.options.dropout_p > 0.0
     lora_a: list[Tensor | None] = [None] * len(projections)
     if dx is not None and not dropout:
         _add_to_dx(dx, projections, parts, dya, dtype)
@@ -208,7 +208,7 @@ def _base_dx(
     weights = [p.weight for p in projections if p.weight is not None]
     if not weights:
         return x.new_zeros(x.shape)
-    if call.prefix_grad:
+    if call.options.prefix_grad:
         dx = dys[0] @ weights[0]
         for dy, weight in zip(dys[1:], weights[1:]):
             dx.addmm_(dy, weight)

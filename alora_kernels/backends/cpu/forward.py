@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import Call, Projection, saved_columns, saved_dtype
+from ...contract import Call, Projection, saved_columns, saved_dtype
 from .rows import WHOLE, add_product, block_of, chunks, dropped, parts_of, scaled_product
 
 
@@ -21,13 +21,13 @@ def run_forward(
 ) -> tuple[list[Tensor], Tensor | None]:
     parts = parts_of(call.activation)
     whole = len(parts) == 1 and parts[0].rows is WHOLE
-    rounded = call.adapter_precision == "autocast"
-    one_dtype = saved_dtype(x.dtype, call.adapter_precision) == x.dtype
-    if whole and one_dtype and not save and call.dropout_p == 0.0:
+    rounded = call.options.adapter_precision == "autocast"
+    one_dtype = saved_dtype(x.dtype, call.options.adapter_precision) == x.dtype
+    if whole and one_dtype and not save and call.options.dropout_p == 0.0:
         return _all_rows(call, x, projections, base_outs), None
     ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
     begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
-    dtype = saved_dtype(x.dtype, call.adapter_precision)
+    dtype = saved_dtype(x.dtype, call.options.adapter_precision)
     known = call.activation.num_active
     # Zeros, for the padding between projections: on a CPU with AMX, torch's 16-bit products read
     # one element past a row of odd length, and 0 · NaN would spoil the row.
@@ -39,7 +39,7 @@ def run_forward(
         rows_x = dropped(x, part.rows, drop, dtype)
         for a, column, scaling in zip(lora_a, begins, call.scalings):
             out = block_of(xa, part, column, a.shape[0])
-            scaled_product(rows_x, a.t(), scaling / (1.0 - call.dropout_p), out)
+            scaled_product(rows_x, a.t(), scaling / (1.0 - call.options.dropout_p), out)
     for p, y, column, scaling in zip(projections, ys, begins, call.scalings):
         b = p.lora_b.to(dtype).t()  # [R, N]
         offset = None if p.lora_bias is None else p.lora_bias.detach().to(dtype) * scaling
@@ -71,7 +71,7 @@ def _all_rows(
             a, b = a.to(dtype), b.to(dtype)
         if vector:
             y.addmv_(b, a.mv(row), alpha=scaling)
-        elif call.adapter_precision == "autocast":
+        elif call.options.adapter_precision == "autocast":
             add_product(y, WHOLE, torch.mm(x, a.t()).mul_(scaling), b.t(), rounded=True)
         else:
             y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...activation import Activation, segments_of
-from .. import Call
+from ...contract import Call
 from ..philox import DropMask
 
 SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
@@ -72,12 +72,12 @@ def chunks(call: Call, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Part,
     Without dropout these are the parts. With dropout parts come in cache-sized chunks, and a mask
     lives until the next one.
     """
-    if call.dropout_p == 0.0:
+    if call.options.dropout_p == 0.0:
         for part in parts:
             yield part, None
         return
     assert call.seed is not None
-    mask = DropMask(int(call.seed), call.dropout_p, x.shape[1])
+    mask = DropMask(int(call.seed), call.options.dropout_p, x.shape[1])
     for part in parts:
         rows = slice(0, x.shape[0]) if part.rows is WHOLE else part.rows
         numbers = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows

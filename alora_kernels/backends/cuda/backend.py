@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...contract import Call, Gradients, Needs, Problem, Projection, saved_columns
 from ...cost import Schedule, rates_of
-from .. import Call, Gradients, Needs, Problem, Projection, saved_columns
 from .launch import Column, Launcher, Send, send_to_gpu
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES, Plan
 from .replay import Replays, layouts
@@ -146,8 +146,8 @@ class CudaBackend:
             outs, xa = self._forward(send, call, strategy, x, projections, base_outs, save)
             return [*outs, xa]
 
-        if call.known is not None and base_outs is None:
-            key: Hashable = (call.known, strategy, save)
+        if call.memory is not None and base_outs is None:
+            key: Hashable = (call.memory, strategy, save)
         else:
             key = (_facts(call), strategy, save, base_outs is None, layouts(inputs))
         *outs, xa = self._replays.run(key, [*inputs, *_plain(call)], run)
@@ -189,7 +189,7 @@ class CudaBackend:
         xa = _low(launch, strategy, x, total) if save or not onepass else None
         if not onepass:
             assert xa is not None
-            scales = [s / (1.0 - call.dropout_p) for s in call.scalings]
+            scales = [s / (1.0 - call.options.dropout_p) for s in call.scalings]
             _shrink_group(launch, x, [p.lora_a for p in projections], scales, xa)
         outs = []
         for i, p in enumerate(projections):
@@ -230,7 +230,7 @@ class CudaBackend:
         if strategy == "tail" and needs.x:
             fused = [
                 launch.plan_fused(
-                    dy, p.weight, p.lora_a, p.lora_b.t(), total, i > 0, not call.prefix_grad
+                    dy, p.weight, p.lora_a, p.lora_b.t(), total, i > 0, not call.options.prefix_grad
                 )
                 for i, (p, dy) in enumerate(zip(projections, dys))
             ]
@@ -241,7 +241,7 @@ class CudaBackend:
             for i, (p, dy) in enumerate(zip(projections, dys)):
                 if fused[i] is not None:
                     continue
-                scale = call.scalings[i] / (1.0 - call.dropout_p)
+                scale = call.scalings[i] / (1.0 - call.options.dropout_p)
                 if needs.lora_b[i]:
                     assert xa is not None
                     low, out = xa[:, begins[i] :], dya[:, begins[i] :]
@@ -279,7 +279,7 @@ class CudaBackend:
         dya: Tensor, dys: Sequence[Tensor], onepass: bool, persistent: Sequence[Plan | None],
     ) -> Tensor:  # fmt: skip
         begins, _ = saved_columns([p.lora_a.shape[0] for p in projections])
-        prefix = not launch.call.prefix_grad
+        prefix = not launch.call.options.prefix_grad
         dx = x.new_zeros(x.shape) if projections[0].weight is None else x.new_empty(x.shape)
         for i, (p, dy) in enumerate(zip(projections, dys)):
             low = dya[:, begins[i] :]

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...contract import Call
 from ...reference import dropout_threshold
-from .. import Call
 from . import plan as planning
 from . import plan_grads
 from .layouts import LAYOUTS, MAX_COLUMN_BLOCKS
@@ -105,8 +105,8 @@ class Launcher:
         return function(*operands) if watched is None else watched(function, *operands)
 
     def _drop(self, wanted: bool) -> tuple[bool, Tensor | None, int]:
-        on = wanted and self.call.dropout_p > 0.0
-        return on, self.call.seed if on else None, dropout_threshold(self.call.dropout_p)
+        on = wanted and self.call.options.dropout_p > 0.0
+        return on, self.call.seed if on else None, dropout_threshold(self.call.options.dropout_p)
 
     def shrink(self, left: Tensor, columns: Sequence[Column], out: Tensor, dropout: bool) -> None:
         """out[active, 16·b + j] = scale_b · left · right_b[row_b + j]; left `[M, K]`.
@@ -199,7 +199,7 @@ class Launcher:
     ) -> Plan | None:  # fmt: skip
         """The plan of `fused` with a fresh low `[M, columns]` and out, if it takes the problem."""
         m, k = left.shape
-        if self.arch != 90 or self.call.dropout_p > 0.0 or right is None:
+        if self.arch != 90 or self.call.options.dropout_p > 0.0 or right is None:
             return None
         n, rank = right.shape[1], up.shape[0]
         if 0 in (m, n, self.call.activation.max_active):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...activation import Activation
+from ...contract import Backend, Call, Needs, Problem, Projection, saved_columns
 from ...cost import OLD_INSTRUCTIONS, Schedule
-from .. import Backend, Call, Needs, Problem, Projection, saved_columns
 from .plan import Plan
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...contract import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
 from ...cost import Schedule
-from .. import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
 from . import target
 from .configs import MAX_ONEPASS_RANK, MAX_RANK, both_in_one_pass
 from .schedule import schedules
@@ -132,11 +132,11 @@ def _forward(
     compact = strategy == "delta" and not save
     xa = torch.empty(
         call.activation.max_active if compact else x.shape[0], total,
-        dtype=saved_dtype(x.dtype, call.adapter_precision), device=x.device,
+        dtype=saved_dtype(x.dtype, call.options.adapter_precision), device=x.device,
     )  # fmt: skip
     launch.shrink(
         call, x, [p.lora_a for p in projections],
-        [s / (1.0 - call.dropout_p) for s in call.scalings], begins, xa, dropout=True,
+        [s / (1.0 - call.options.dropout_p) for s in call.scalings], begins, xa, dropout=True,
         compact=compact,
     )  # fmt: skip
     outs = []
@@ -184,7 +184,7 @@ def _backward(
     from . import launch
 
     columns, _, total = _layout(projections)
-    dtype = saved_dtype(x.dtype, call.adapter_precision)
+    dtype = saved_dtype(x.dtype, call.options.adapter_precision)
     dya = None
     if needs.x or any(needs.lora_a):
         dya = torch.empty(x.shape[0], total, dtype=dtype, device=x.device)
@@ -192,7 +192,7 @@ def _backward(
     dx = x.new_empty(x.shape) if needs.x else None
     for i, (p, dy) in enumerate(zip(projections, dys)):
         scaling = call.scalings[i]
-        scale = scaling / (1.0 - call.dropout_p)
+        scale = scaling / (1.0 - call.options.dropout_p)
         low = None if dya is None or not (needs.x or needs.lora_a[i]) else dya[:, columns[i]]
         wants_bias = needs.lora_bias[i] and p.lora_bias is not None
         da = p.lora_a.new_empty(p.lora_a.shape) if needs.lora_a[i] else None
@@ -229,7 +229,7 @@ def _dx(
     """dx (+)= dy · weight + keep ⊙ (dya · lora_a); `onepass` computes dya and stores it."""
     from . import launch
 
-    prefix = not call.prefix_grad
+    prefix = not call.options.prefix_grad
     if p.weight is None:
         if not add:
             dx.zero_()

@@ -10,8 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...contract import Call
 from ...reference import dropout_threshold
-from .. import Call
 from . import configs, target, tune
 from .configs import Config, rank_block
 from .expand_add import masked_lora_expand_add_kernel
@@ -45,8 +45,8 @@ def _options(cfg: Config) -> dict[str, Any]:
 
 
 def _drop(call: Call, wanted: bool) -> tuple[bool, Tensor | None, int]:
-    on = wanted and call.dropout_p > 0.0
-    return on, call.seed if on else None, dropout_threshold(call.dropout_p) if on else 0
+    on = wanted and call.options.dropout_p > 0.0
+    return on, call.seed if on else None, dropout_threshold(call.options.dropout_p) if on else 0
 
 
 def _parts(steps: int, wanted: int) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def gemm(
     arch, precision = target.arch(), target.float32_precision()
     lora = "none" if up is None else "tail" if down is None else "onepass"
     rank = 0 if up is None else up.shape[0]
-    dropout = dropout and call.dropout_p > 0.0 and up is not None
+    dropout = dropout and call.options.dropout_p > 0.0 and up is not None
 
     def run(cfg: Config) -> None:
         _gemm(

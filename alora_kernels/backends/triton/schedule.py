@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from ...contract import Problem
 from ...cost import Schedule, rates_of
-from .. import Problem
 from . import configs, target
 
 

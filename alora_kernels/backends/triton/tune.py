@@ -7,19 +7,18 @@ graph is captured.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ...files import write_whole
 from .configs import Config
 
 logger = logging.getLogger("alora_kernels")
@@ -67,17 +66,8 @@ def _remembered(path: Path) -> dict[str, Config]:
 
 
 def _write(path: Path, entries: dict[str, Config]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({k: dataclasses.asdict(c) for k, c in sorted(entries.items())}, indent=1)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    write_whole(path, text.encode())
 
 
 def best(

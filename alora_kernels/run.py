@@ -1,0 +1,136 @@
+"""A call: which backend runs it, and what is remembered of the calls that are like it.
+
+Checks and choices depend on options and on how tensors are laid out, not on what they hold nor on
+where they lie. All of that is the call's signature. What was found out about one call holds for
+every call of the same signature, so it is found out once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .activation import Activation
+from .contract import Backend, Call, Gradients, Needs, Options, Projection
+from .dispatch import asked_for, choose, forget_choices, problem_of
+
+KEPT = 4096  # signatures
+PLAIN = (Tensor, torch.nn.Parameter)
+
+_memory: dict[tuple[Any, ...], Entry] = {}
+
+
+class Entry:
+    """What is known of the calls of one signature. Compared by identity: one for a signature."""
+
+    __slots__ = ("backward", "checked", "forward", "needs_grad")
+
+    def __init__(self) -> None:
+        self.checked = False  # no argument was refused
+        self.needs_grad = False
+        self.forward: tuple[Backend, str] | None = None  # the choice
+        self.backward: tuple[Backend, str] | None = None
+
+
+def entry_of(
+    x: Tensor,
+    projections: Sequence[Projection],
+    base_outs: Sequence[Tensor] | None,
+    activation: Activation,
+    scalings: tuple[float, ...],
+    options: Options,
+) -> Entry | None:
+    """The entry of these calls; None where a signature does not describe them."""
+    tensors = (x, *chain.from_iterable(projections), *(base_outs or ()))
+    try:
+        mask = activation.row_adapter
+        signature = (
+            options,
+            asked_for(options.backend, options.strategy),  # the environment may say more
+            scalings,
+            activation.__class__,
+            mask.shape,
+            mask.device,
+            activation.num_active,
+            activation.max_active,
+            activation.expected_active,
+            *[
+                None if t is None else (t.__class__, t.shape, t.stride(), t.dtype, t.device)
+                for t in tensors
+            ],
+        )
+        if torch.is_grad_enabled():
+            signature += tuple([t is not None and t.requires_grad for t in tensors])
+        found = _memory.get(signature)
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+    if found is None:
+        if any(t is not None and t.__class__ not in PLAIN for t in tensors):
+            return None  # a subclass may be more than its layout says
+        if len(_memory) >= KEPT:
+            _memory.clear()
+        found = _memory[signature] = Entry()
+    return found
+
+
+def forget() -> None:
+    """Find out anew: something beside the signature has changed."""
+    _memory.clear()
+    forget_choices()
+
+
+def run_forward(
+    call: Call,
+    x: Tensor,  # [M, K]
+    projections: Sequence[Projection],
+    base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
+    save: bool,
+) -> tuple[list[Tensor], Tensor | None, str]:
+    """Choose and run: the outputs `[M, N]`, xa when `save`, and the backend's name."""
+    entry: Entry | None = call.memory
+    chosen = None if entry is None else entry.forward
+    if chosen is None:
+        problem = problem_of(call, x, projections, base_outs is not None, backward=False)
+        chosen = choose(problem, call.options.backend, call.options.strategy)
+        if entry is not None:
+            entry.forward = chosen
+    backend, strategy = chosen
+    ys, xa = backend.forward(call, strategy, x, projections, base_outs, save)
+    return ys, xa, backend.name
+
+
+def run_backward(
+    call: Call,
+    x: Tensor,
+    projections: Sequence[Projection],
+    xa: Tensor | None,
+    ran: str,
+    dys: Sequence[Tensor],
+    needs: Needs,
+) -> Gradients:
+    """The wanted gradients, by the backend `ran`, which ran forward and made `xa`."""
+    entry: Entry | None = call.memory
+    chosen = None if entry is None else entry.backward
+    if chosen is None:
+        problem = problem_of(call, x, projections, projections[0].weight is None, backward=True)
+        try:
+            chosen = choose(problem, ran, call.options.strategy)
+        except RuntimeError:
+            # A strategy forced for forward need not exist in backward; the backend's others do.
+            chosen = choose(problem, ran, "auto")
+        if entry is not None:
+            entry.backward = chosen
+    backend, strategy = chosen
+    if torch._C._is_any_autocast_enabled() and in_autocast(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return backend.backward(call, strategy, x, projections, xa, dys, needs)
+    return backend.backward(call, strategy, x, projections, xa, dys, needs)
+
+
+def in_autocast(x: Tensor) -> bool:
+    """Whether PyTorch would compute with x in the autocast dtype."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

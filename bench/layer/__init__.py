@@ -1,0 +1,1 @@
+"""One adapted linear layer: timed, tuned, predicted, and what it costs the host."""

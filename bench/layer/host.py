@@ -1,0 +1,255 @@
+"""What one call costs the host, with the launch of kernels stubbed: Python and autograd alone.
+
+    python bench/run.py --mode host [--backend cuda,cpu] [--rounds 200] [--calls 20]
+
+Kernels do not run: on the cuda path the extension is replaced by one whose `launch` returns at
+once, so the tensors can lie on the CPU and no GPU is needed. What is left is what a GPU would wait
+for when its kernels are short: checking, choosing, planning, packing, autograd. Allocating the
+outputs is timed alone and subtracted; nothing else is. The stub encodes tensor maps in no time; the
+driver takes some hundred nanoseconds for each, once for each address and layout.
+
+Times are processor time of the one thread that runs, so that other work on the machine adds little.
+"forward with grad" is one call that autograd records; "forward + backward" adds PyTorch's engine
+and the second call, which the engine makes.
+The cpu backend and the vendor's GEMM in `delta` do their arithmetic, at a size where that is small:
+upper bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import alora_kernels
+from alora_kernels import Activation, AloraLinear, alora_linear, dispatch
+from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.contract import Problem
+from alora_kernels.run import forget
+from bench.common import flags, report
+from bench.common.machine import describe_machine
+from bench.common.statistics import Timing
+
+MACHINE = (132, 90)  # multiprocessors and arch that the cuda backend plans for: an H100
+BACKENDS = ("cuda", "cpu")
+
+
+class Stub(SimpleNamespace):
+    """Stands for alora_kernels._cuda; counts launches."""
+
+    def __init__(self) -> None:
+        super().__init__(launches=0)
+
+    def launch(self, *args: Any) -> None:
+        self.launches += 1
+
+    def tensor_map(self, *args: Any) -> bytes:
+        return bytes(128)
+
+
+class StubbedCuda(CudaBackend):
+    """The cuda backend, told that it can run here and on which machine."""
+
+    def __init__(self) -> None:
+        super().__init__(machine=MACHINE)
+
+    def why_not_here(self) -> str | None:
+        return None
+
+    def why_not(self, problem: Problem, strategy: str) -> str | None:
+        return super().why_not(problem._replace(device="cuda"), strategy)
+
+
+@contextmanager
+def stubbed() -> Iterator[Stub]:
+    """The cuda backend plans for an H100, takes CPU tensors, and launches nothing."""
+    stub = Stub()
+    missing = object()
+    places: list[tuple[Any, str, Any]] = [
+        (alora_kernels, "_cuda", stub),
+        (torch._C, "_cuda_getCurrentRawStream", lambda device: 0),
+    ]
+    before = [getattr(owner, name, missing) for owner, name, _ in places]
+    module, backend = sys.modules.get("alora_kernels._cuda"), dispatch.BACKENDS["cuda"]
+    for owner, name, value in places:
+        setattr(owner, name, value)
+    sys.modules["alora_kernels._cuda"] = stub  # type: ignore[assignment]
+    dispatch.BACKENDS["cuda"] = StubbedCuda()
+    forget()
+    try:
+        yield stub
+    finally:
+        for (owner, name, _), value in zip(places, before):
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+        sys.modules.pop("alora_kernels._cuda")
+        if module is not None:
+            sys.modules["alora_kernels._cuda"] = module
+        dispatch.BACKENDS["cuda"] = backend
+        forget()
+
+
+class Cell(NamedTuple):
+    """One line of the table."""
+
+    backend: str
+    strategy: str
+    rows: int
+    direction: str  # "no grad", "forward with grad", "forward + backward"
+
+
+class Cost(NamedTuple):
+    """Microseconds of a call, and of allocating its outputs."""
+
+    call: Timing
+    outputs: Timing
+    launches: int  # of one call; 0 where nothing was stubbed
+
+    @property
+    def beyond(self) -> float:
+        """Median microseconds of the call beyond its outputs."""
+        return (self.call.median - self.outputs.median) * 1e6
+
+
+# The cuda path's strategies at the sizes where each is at home; decode is onepass at M ≤ 16.
+SIZES = {
+    "cuda": (("onepass", 1), ("onepass", 128), ("tail", 128), ("delta", 4)),
+    "cpu": (("delta", 1),),
+}
+DIRECTIONS = ("no grad", "no grad, module", "forward with grad", "forward + backward")
+K, N, R = 64, 64, 16  # the host's work does not depend on the size
+
+
+def operands(rows: int, grad: bool) -> dict[str, Any]:
+    """A bfloat16 layer with a quarter of its rows active, at least one."""
+    dtype = torch.bfloat16
+    return {
+        "x": torch.randn(rows, K).to(dtype).requires_grad_(grad),
+        "weight": torch.randn(N, K).to(dtype),
+        "bias": None,
+        "lora_a": torch.randn(R, K).to(dtype).requires_grad_(grad),
+        "lora_b": torch.randn(N, R).to(dtype).requires_grad_(grad),
+        "activation": Activation.from_offsets([max(1, rows // 4)], rows),
+        "scaling": 2.0,
+    }
+
+
+def build(cell: Cell) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The call of a cell, and one that allocates its outputs alone."""
+    with_grad = cell.direction.startswith("forward")
+    given = operands(cell.rows, with_grad)
+    x, lora_a, lora_b = given["x"], given["lora_a"], given["lora_b"]
+    dy = torch.randn(cell.rows, N).to(x.dtype)
+
+    def forward() -> Tensor:
+        return alora_linear(**given, strategy=cell.strategy)
+
+    module = AloraLinear(K, N, bias=False, r=R, lora_alpha=2 * R, dtype=x.dtype)
+    module.requires_grad_(False).strategy = cell.strategy
+
+    def layer() -> Tensor:
+        return module(x, given["activation"])
+
+    def both() -> object:
+        return torch.autograd.grad(forward(), (x, lora_a, lora_b), dy)
+
+    def outputs() -> object:
+        return x.new_empty(cell.rows, N)
+
+    def gradients() -> object:
+        return outputs(), torch.empty_like(x), torch.empty_like(lora_a), torch.empty_like(lora_b)
+
+    if cell.direction == "forward + backward":
+        return both, gradients
+    calls = {"no grad": forward, "no grad, module": layer, "forward with grad": forward}
+    return calls[cell.direction], outputs
+
+
+def cells(backends: Sequence[str]) -> Iterator[Cell]:
+    """What is measured."""
+    for backend in backends:
+        for strategy, rows in SIZES[backend]:
+            for direction in DIRECTIONS:
+                yield Cell(backend, strategy, rows, direction)
+
+
+def measure(cell: Cell, rounds: int, calls: int, stub: Stub) -> Cost:
+    """Medians over `rounds` of `calls` calls, the outputs' allocation in turn with the call."""
+    # The backend is "auto", as users leave it, where the choice is between one.
+    one = {cell.backend: dispatch.BACKENDS[cell.backend]}
+    grad = torch.set_grad_enabled(cell.direction.startswith("forward"))
+    forget()
+    with mock.patch.dict(dispatch.BACKENDS, one, clear=True), grad:
+        return _measure(*build(cell), rounds, calls, stub)
+
+
+def _measure(
+    call: Callable[[], object], outputs: Callable[[], object], rounds: int, calls: int, stub: Stub
+) -> Cost:
+    for _ in range(20):  # caches of plans and choices fill
+        call()
+        outputs()
+    before = stub.launches
+    call()
+    launches = stub.launches - before
+    samples: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for function, times in zip((call, outputs), samples):
+            begin = time.thread_time()
+            for _ in range(calls):
+                function()
+            times.append((time.thread_time() - begin) / calls)
+    return Cost(Timing.of(samples[0]), Timing.of(samples[1]), launches)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    p = flags.make_parser("host", __doc__)
+    add = p.add_argument
+    known, every = flags.names_of(BACKENDS), ",".join(BACKENDS)
+    add("--backend", type=known, default=every, help="comma-separated, or all")
+    add("--rounds", type=flags.above(1), default=200, help="medians are over these")
+    add("--calls", type=flags.positive, default=20, help="timed together in a round")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    return flags.run(parser(), arguments, _print_costs)
+
+
+def _print_costs(o: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    console = report.make_console()
+    report.print_lines(console, describe_machine(torch.device("cpu")))
+    words = ("backend", "strategy", "M", "call")
+    figures = ("launches", "µs", "least", "±", "outputs µs", "beyond outputs µs")
+    title = f"Host time of one call, launches stubbed (bf16, K={K}, N={N}, R={R})"
+    table = report.make_table(title, (*words, *figures), left=words)
+    with stubbed() as stub:
+        for cell in cells(o.backend):
+            cost = measure(cell, o.rounds, o.calls, stub)
+            table.add_row(
+                cell.backend,
+                cell.strategy,
+                str(cell.rows),
+                cell.direction,
+                str(cost.launches),
+                f"{cost.call.median * 1e6:.1f}",
+                f"{cost.call.least * 1e6:.1f}",
+                f"{cost.call.spread:.0%}",
+                f"{cost.outputs.median * 1e6:.1f}",
+                f"{cost.beyond:.1f}",
+            )
+    console.print(table)
+    return 0
