@@ -14,48 +14,29 @@ from ..activation import Activation, current_activation
 from ..contract import Options
 from . import checkpointing
 from .ambient import ForwardState, current_request, current_state, set_state
-from .generation import CHUNKING, Called, Prepare, check_batching, generation, skips_hooks
+from .live import LiveModel
 from .refusal import invocation_of
 from .rows import restrict, rows_of
 from .sequences import Sequences
 
 
-class Acceleration:
+class Acceleration(LiveModel):
     """Hooks of one accelerated model. Attached to `root`, the model whose forward takes tokens.
 
     Attributes:
-        root: the transformers model (or any module) that holds the LoRA layers.
-        options: passed to every op.
         key: names this model in what it writes down with caches.
-        layers: every LoRA layer, by its name in `root`.
-        served: the names of those that run our forward.
-        auxiliary: modules that an adapter trains as a whole (`modules_to_save`).
     """
 
     def __init__(self, root: nn.Module, options: Options) -> None:
-        self.root, self.options = root, options
+        super().__init__(root, options)
         self.key = uuid.uuid4().hex
-        self.layers: dict[str, Any] = {}
-        self.served: set[str] = set()
-        self.refused: dict[str, str] = {}
-        self.beside: set[str] = set()  # layers outside the tokens that were spoken of
-        self.auxiliary: set[nn.Module] = set()
         self.parameters = self._parameters()
-        self.handles: list[Any] = []
-        self.checkpointing = [m for m in root.modules() if hasattr(m, "gradient_checkpointing")]
-        self.replaced: dict[str, Any] = {}
-        self.methods: list[str] = []
         self.sequences = Sequences(self)
-        self.prepare = Prepare(self)
 
     def _parameters(self) -> list[str]:
         """The names of the arguments that may come by position."""
         known = inspect.signature(self.root.forward).parameters.values()
         return [p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-    @property
-    def configs(self) -> dict[str, Any]:
-        return getattr(self.root, "peft_config", {})
 
     def active_names(self) -> tuple[str, ...]:
         """The active adapters, as the first LoRA layer has them; none when they are disabled."""
@@ -95,6 +76,8 @@ class Acceleration:
     def _enter_eagerly(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        if not self.refresh():
+            return  # all its adapters were merged or unloaded
         if module.training:
             checkpointing.watch(self.checkpointing)
         self._enter(args, kwargs)
@@ -195,49 +178,6 @@ class Acceleration:
                     "is not the model's own gradient_checkpointing comes here too.)"
                 )
         return state
-
-    # ------------------------------------------------------------------ generate
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`root.generate` with the starts of its prompt."""
-        with generation(self, args, kwargs) as running:
-            return running.finish(self.method("generate")(*args, **kwargs))
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """`root.init_continuous_batching`, which `generate_batch` calls too."""
-        check_batching(self)
-        return self.method("init_continuous_batching")(*args, **kwargs)
-
-    def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
-        """`root._prefill_chunking` through the hooks of `root`."""
-        return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)
-
-    def method(self, name: str) -> Any:
-        """A method of `root` as it was before `accelerate`."""
-        replaced = self.replaced.get(name)
-        return getattr(type(self.root), name).__get__(self.root) if replaced is None else replaced
-
-    def replace_methods(self) -> None:
-        """Put ours in the place of those methods of `root` that have to be told something."""
-        ours = {
-            "generate": self.generate,
-            "prepare_inputs_for_generation": self.prepare,
-            "init_continuous_batching": self.init_continuous_batching,
-        }
-        if skips_hooks(getattr(type(self.root), CHUNKING, None)):
-            ours[CHUNKING] = self.prefill_in_chunks
-        for name, method in ours.items():
-            if hasattr(type(self.root), name):
-                if name in self.root.__dict__:
-                    self.replaced[name] = self.root.__dict__[name]
-                self.methods.append(name)
-                self.root.__dict__[name] = method
-
-    def restore_methods(self) -> None:
-        """Undo `replace_methods`."""
-        for name in self.methods:
-            self.root.__dict__.pop(name, None)
-        self.root.__dict__.update(self.replaced)
 
 
 # torch.compile of `root` itself runs its hooks outside the graph, and would compile each of them as

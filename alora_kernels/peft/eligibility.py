@@ -25,7 +25,7 @@ FOREIGN = (
 
 def why_not_served(layer: Any) -> str | None:
     """Why this LoRA layer keeps PEFT's forward, or None."""
-    kind = type(layer)
+    kind = getattr(type(layer), "alora_kind", type(layer))
     if not isinstance(layer, LoraLayer):
         return "it is not a LoRA layer"
     if kind is not LoraLinear and kind.__name__ not in FOREIGN:

@@ -15,6 +15,7 @@ from .stream import BESIDE, CACHE, EXPERT, HEAD
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
+    from .live import LiveModel
 
 logger = logging.getLogger("alora_kernels")
 
@@ -129,8 +130,9 @@ class WholeSequence(View):
         lead = tuple(x.shape[:-1])
         length = lead[-1]
         if lead in ((batch, length), (batch, 1, length)):
-            first = self._first(length)
             starts = state.starts.get(name)
+            whole = starts is not None and not any(starts)  # rows that are active throughout
+            first = 0 if whole else self._first(length)
             if first is not None and starts is not None:
                 return _from_starts(starts, length, first, x.device)
             fresh = not isinstance(past, Tensor) and not past
@@ -187,7 +189,7 @@ def _from_starts(
 VIEWS = {BESIDE: Beside, CACHE: WholeSequence, EXPERT: Routed, HEAD: Heads}
 
 
-def say_beside(owner: Acceleration, places: dict[str, str]) -> None:
+def say_beside(owner: LiveModel, places: dict[str, str]) -> None:
     """Say once of every layer outside the tokens that an activated LoRA is off there."""
     alora = {n for n, config in owner.configs.items() if invocation_of(config) is not None}
     new = [

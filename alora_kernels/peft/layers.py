@@ -40,6 +40,8 @@ class AcceleratedLayer:
     alora_fused: bool  # the class's base may be computed together with the adapter
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if "alora_index" not in self.__dict__:  # held by what was put on the layer before `restore`
+            return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
         if x.dim() > MAX_DIM:  # the tiles of an image, in a tower

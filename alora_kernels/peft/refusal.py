@@ -138,6 +138,26 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(config)
 
 
+def check_arriving(name: str, folder: Any, configs: Mapping[str, Any]) -> None:
+    """Refuse the adapter in `folder` before it is loaded as `name` beside the adapters `configs`.
+
+    An adapter of a name that is there already brings weights alone: it would run at the old one's
+    invocation. A folder that is not on this machine is not looked at.
+
+    Raises:
+        ValueError: as `check_adapter_folder`, or another invocation than the adapter of that name.
+    """
+    if folder is None or not os.path.isfile(os.path.join(str(folder), "adapter_config.json")):
+        return
+    new = check_adapter_folder(str(folder)).get("alora_invocation_tokens")
+    if name in configs and new != invocation_of(configs[name]):
+        raise ValueError(
+            f"adapter {name!r}: the one in {folder} has alora_invocation_tokens={new}, but the "
+            f"model's adapter of that name has {invocation_of(configs[name])}, and its "
+            "configuration would stay; load it under another name, or delete the old one first"
+        )
+
+
 def _old_format(where: str, key: str) -> str:
     return (
         f"{where}: {key!r} marks an adapter in the older aLoRA format, which PEFT runs on every "

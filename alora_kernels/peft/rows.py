@@ -10,6 +10,14 @@ from .ambient import ForwardState, Names
 BASE = "__base__"  # PEFT's word for a row of the base model
 
 
+class BlockState(ForwardState):
+    """The state of layers that are called on their own inside an `adapter_scope`.
+
+    It lasts as long as the block, in which PEFT may be asked which adapters are active, so layers
+    that keep PEFT's forward are told by arguments alone what to run.
+    """
+
+
 def rows_of(names: Names, batch: int) -> tuple[tuple[str, ...], list[str | None] | None]:
     """The adapters that are named, and the one of each of `batch` rows where rows differ."""
     if names is None:
@@ -22,6 +30,8 @@ def rows_of(names: Names, batch: int) -> tuple[tuple[str, ...], list[str | None]
             f"{len(rows)} adapter names were given for a batch of {batch} rows; give one for "
             "each row (generate repeats them for beams and return sequences)"
         )
+    if len(set(rows)) == 1:
+        return rows_of(rows[0], batch)  # one for all rows, however it was said
     rows = [n for n in rows for _ in range(batch // len(rows))]
     return tuple(dict.fromkeys(n for n in rows if n is not None)), rows
 

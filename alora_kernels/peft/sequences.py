@@ -58,7 +58,7 @@ class Sequences:
         told = {name: self._told(state, name, request) for name in names}
         if all(t is None and told[n] is None for n, t in invocations.items()):
             for name in names:  # no place to find, so the cache is not asked for anything
-                rows = starts_of(state, name, [0] * state.batch)
+                rows = state.starts[name] = starts_of(state, name, [0] * state.batch)
                 state.activations[name] = self._from_starts(rows, state, 0, tokens.device)
             self._note(state, Note(ids, plain=True))
             return

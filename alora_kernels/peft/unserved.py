@@ -5,41 +5,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .ambient import ForwardState, current_state
 from .elsewhere import elsewhere
 from .refusal import invocation_of
-from .rows import BASE
+from .rows import BASE, BlockState
 from .stream import BESIDE
 
 if TYPE_CHECKING:
     from .acceleration import Acceleration
 
+SERVED_HERE = object()  # in place of alora_offsets: PEFT then neither searches nor sets hooks
+
 
 def peft_arguments(
-    owner: Acceleration, layer: Any, state: ForwardState, names: tuple[str, ...], x: Tensor
+    owner: Acceleration,
+    layer: Any,
+    state: ForwardState,
+    names: tuple[str, ...],
+    x: Tensor,
 ) -> dict[str, Any]:
-    """The keyword arguments with which PEFT's forward does the same for `layer` and its input."""
+    """The keyword arguments with which PEFT's forward does the same for `layer`.
+
+    One adapter for all rows needs none: the layer's class answers with it when PEFT asks which
+    adapters are active (`Adopted`), so that layers which cannot mix adapters can run it.
+    """
+    if state.names is not None:
+        refuse_merged(layer)
     offsets: list[int | None] | None = None
-    batch = x.shape[0]
     for name in names:
         if invocation_of(owner.configs.get(name)) is None or name not in layer.lora_A:
             continue
-        activation = state.activation_for(name, x)
-        if x.dim() != 3 and activation.num_active != 0:
-            raise NotImplementedError(
-                f"adapter {name!r}: a layer that keeps PEFT's forward got an input of shape "
-                f"{tuple(x.shape)}; PEFT's activated LoRA takes [batch, tokens, features] alone"
-            )
-        mask = activation.mask.view(batch, -1).cpu()
-        counts = mask.sum(1)
-        position = torch.arange(mask.shape[1])
-        if not torch.equal(mask, position >= (mask.shape[1] - counts).unsqueeze(1)):
-            raise NotImplementedError(
-                f"adapter {name!r}: a layer that keeps PEFT's forward cannot run packed rows"
-            )
-        mine = [int(c) or None for c in counts]
+        mine = _offsets(state, name, x)
         if offsets is None:
             offsets = mine
         elif state.row_names is not None:
@@ -49,72 +47,154 @@ def peft_arguments(
                 "two activated LoRAs with different invocations are active in a layer that "
                 "keeps PEFT's forward, which knows one start for each row"
             )
-    arguments: dict[str, Any] = {"alora_offsets": offsets}
-    if state.names is not None:
-        rows = state.row_names or [*(state.names or (None,))] * state.batch
+    arguments: dict[str, Any] = {} if offsets is None else {"alora_offsets": offsets}
+    rows = _row_names(state, x)
+    if rows is not None and (names or isinstance(state, BlockState)):
         arguments["adapter_names"] = [BASE if n is None else n for n in rows]
     return arguments
 
 
-def beside_arguments(
-    owner: Acceleration, layer: Any, state: ForwardState, names: tuple[str, ...], x: Tensor
-) -> dict[str, Any]:
-    """The same for a layer outside the tokens, whatever its kind: activated LoRAs are off."""
-    names = tuple(n for n in names if n in {*layer.lora_A, *layer.lora_embedding_A})
-    plain = [n for n in names if invocation_of(owner.configs.get(n)) is None]
-    for name in plain:
-        state.activation_for(name, x)  # refuses rows that run different adapters
-    if len(plain) == len(names) and state.names is None:
-        return {}
-    if len(plain) > 1 or (plain and len(names) > 1 and state.names is None):
-        raise NotImplementedError(
-            f"adapters {', '.join(map(repr, names))} are active in a layer outside the tokens that "
-            "keeps PEFT's forward, which runs one of them alone; activate one adapter"
+def refuse_merged(module: Any) -> None:
+    """Refuse to choose an adapter where another is merged into the base."""
+    if module.merged_adapters:
+        raise ValueError(
+            f"an adapter cannot be chosen for a layer that has merged adapters "
+            f"({', '.join(module.merged_adapters)}): call unmerge_adapter first"
         )
-    return {"adapter_names": [plain[0] if plain else BASE] * len(x)}
 
 
-class Unserved:
-    """The hooks of the modules of one model that keep PEFT's forward."""
+def _row_names(state: ForwardState, x: Any) -> list[str | None] | None:
+    """The adapters by rows, of which PEFT has to be told by an argument; None where it asks."""
+    if state.row_names is not None or not isinstance(state, BlockState):
+        return state.row_names
+    return [state.names[0] if state.names else None] * (len(x) if isinstance(x, Tensor) else 1)
 
-    def __init__(self, owner: Acceleration, place: str | None = None) -> None:
-        self.owner, self.place = owner, place
 
-    def before_forward(
-        self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of the layer: hand it what PEFT would."""
-        state: Any = current_state()
-        if state is not None and state.owner is not self.owner:
-            state = None
-        if self.place is not None:
-            state = elsewhere(self.owner, self.place, state)
-        if state is None or layer._disable_adapters:
-            return None
-        names = state.names
-        if names is None:
-            active: Any = layer._active_adapter
-            names = (active,) if isinstance(active, str) else tuple(active)
-        if self.place == BESIDE:
-            return args, {**kwargs, **beside_arguments(self.owner, layer, state, names, args[0])}
-        known = getattr(layer, "lora_A", {})
-        names = tuple(n for n in names if n in known)
-        extra = peft_arguments(self.owner, layer, state, names, args[0])
-        if extra["alora_offsets"] is None:
-            del extra["alora_offsets"]
-        return args, {**kwargs, **extra}
+def _offsets(state: ForwardState, name: str, x: Tensor) -> list[int | None]:
+    """PEFT's `alora_offsets` for the rows of x `[B, T, K]`."""
+    activation = state.activation_for(name, x)
+    if x.dim() != 3 and activation.num_active != 0:
+        raise NotImplementedError(
+            f"adapter {name!r}: a layer that keeps PEFT's forward got an input of shape "
+            f"{tuple(x.shape)}; PEFT's activated LoRA takes [batch, tokens, features] alone"
+        )
+    mask = activation.mask.view(x.shape[0], -1).cpu()
+    counts = mask.sum(1)
+    position = torch.arange(mask.shape[1])
+    if not torch.equal(mask, position >= (mask.shape[1] - counts).unsqueeze(1)):
+        raise NotImplementedError(
+            f"adapter {name!r}: a layer that keeps PEFT's forward cannot run packed rows"
+        )
+    return [int(c) or None for c in counts]
 
-    def before_auxiliary(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Forward pre-hook of a `modules_to_save` or trainable tokens: the adapter of each row."""
-        state = current_state()
-        if state is None or state.owner is not self.owner or state.names is None:
-            return None
-        active = list(module.active_adapters)
-        if state.row_names is None and active == list(state.names):
-            return None
-        one = state.names[0] if state.names else None
-        rows = [one] * len(args[0]) if state.row_names is None else state.row_names
-        names = [BASE if n is None or n not in module._adapters else n for n in rows]
-        return args, {**kwargs, "adapter_names": names}
+
+def chosen_for(module: Any) -> tuple[str, ...] | None:
+    """The adapters of `module` that the current forward runs, whatever is active.
+
+    None where none were chosen, and where an argument tells them (see `peft_arguments`).
+    """
+    state = current_state()
+    if module.__dict__.get("alora_rows") == BESIDE:
+        return _chosen_beside(module, state)
+    if state is None or state.names is None or isinstance(state, BlockState):
+        return None
+    mine = _there(module, state.names)
+    return None if mine and state.row_names is not None else mine
+
+
+def _chosen_beside(module: Any, state: ForwardState | None) -> tuple[str, ...] | None:
+    """The same for a layer outside the tokens, where activated LoRAs are off."""
+    chosen = None if state is None else state.names
+    asked = _there(module, _active(module) if chosen is None else chosen)
+    configs = module.alora_owner.configs
+    plain = tuple([name for name in asked if invocation_of(configs.get(name)) is None])
+    return None if chosen is None and plain == asked else plain
+
+
+def _active(module: Any) -> tuple[str, ...]:
+    active: Any = module._active_adapter
+    return (active,) if isinstance(active, str) else tuple(active)
+
+
+def _there(module: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `names` that `module` has."""
+    there = module._get_available_adapters()
+    return tuple([name for name in names if name in there])
+
+
+class OneAtATime:
+    """Experts with LoRA: PEFT changes the base's parameter for the length of the forward.
+
+    Another thread must not see it, so the forwards of layers around one base wait for each other.
+    """
+
+    alora_kind: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lock = None if torch.compiler.is_compiling() else self.__dict__.get("alora_lock")
+        if lock is None:
+            kind = getattr(type(self), "alora_kind", type(self))
+            return kind.forward(self, x, *args, **kwargs)
+        with lock:
+            return self.alora_kind.forward(self, x, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- forward pre-hooks
+
+
+def before_layer(
+    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a LoRA layer: hand it what PEFT would."""
+    state, place = current_state(), layer.alora_rows
+    if place is not None:
+        state = elsewhere(layer.alora_owner, place, state)
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if state is None or x is None or layer._disable_adapters:
+        return None
+    if place == BESIDE:
+        for name in _chosen_beside(layer, state) or ():
+            state.activation_for(name, x)  # refuses rows that run different adapters
+        return None
+    mine = _there(layer, _active(layer) if state.names is None else state.names)
+    return args, {**kwargs, **peft_arguments(state.owner, layer, state, mine, x)}
+
+
+def before_auxiliary(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a `modules_to_save` or trainable tokens: the adapter of each row, where rows differ."""
+    state = current_state()
+    if state is None or state.names is None or chosen_for(module) is not None:
+        return None
+    rows = _row_names(state, args[0] if args else None)
+    if rows is None:
+        return None
+    names = [BASE if n is None or n not in module._adapters else n for n in rows]
+    return args, {**kwargs, "adapter_names": names}
+
+
+def before_foreign(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Of the layer of another method than LoRA, which PEFT cannot tell what to run."""
+    state = current_state()
+    if state is None or state.names is None or module._disable_adapters:
+        return
+    refuse_merged(module)
+    if chosen_for(module) is None:
+        raise ValueError(
+            f"{type(module).__module__}.{type(module).__name__} runs one adapter for the whole "
+            "batch, inside a forward of its model: it can neither mix adapters nor be called on "
+            "its own under adapter_scope"
+        )
+
+
+def before_model(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Of a PeftModel whose forward holds PEFT's own: keep that from searching by itself."""
+    if kwargs.get("alora_offsets") is not None:
+        return None
+    return args, {**kwargs, "alora_offsets": SERVED_HERE}
+
+
+PRE_HOOKS = (before_layer, before_auxiliary, before_foreign, before_model)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft.tuners.tuners_utils import BaseTuner
 
-from alora_kernels.peft import accelerate, model, restore
+from alora_kernels.peft import accelerate, restore, wrappers
 
 from ..matrix import ENVIRONMENTS
 from .models import ASK, adapted, base_model, prompt, put, twins
@@ -22,7 +22,7 @@ def test_a_tuner_that_calls_forward_past_the_hooks(monkeypatch):
     """PEFT before 0.21 does not call its model but the model's `forward`."""
     _, stock = twins(layers=1)
     monkeypatch.setattr(BaseTuner, "forward", lambda self, *a, **k: self.model.forward(*a, **k))
-    monkeypatch.setattr(model, "SKIPS_HOOKS", True)
+    monkeypatch.setattr(wrappers, "SKIPS_HOOKS", True)
     fast = accelerate(copy.deepcopy(stock))
     ids = put(prompt(2, 12), 0, 3, ASK)
     with torch.no_grad():

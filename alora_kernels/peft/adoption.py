@@ -1,0 +1,250 @@
+"""Which modules of a model are ours to run, and how they are taken over and given back."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.lora.variants import ALoraLinearVariant
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from . import watch
+from .adopted import FIELDS, OURS, Adopted, remove_hooks
+from .checkpointing import unwatch
+from .classes import accelerated_class, is_accelerated, plain_class
+from .eligibility import why_not_served
+from .elsewhere import say_beside
+from .groups import Group, find_groups
+from .layers import AcceleratedLayer
+from .refusal import check_config, invocation_of, why_unsuited
+from .rows import BASE
+from .stream import find_places
+from .unserved import OneAtATime, before_auxiliary, before_foreign, before_layer
+
+if TYPE_CHECKING:
+    from .live import LiveModel
+
+logger = logging.getLogger("alora_kernels")
+
+_lock = threading.RLock()  # one look at a time: another thread's forward waits for it
+
+
+def look_again(owner: LiveModel) -> None:
+    """Take over what came, and let go of what went, since the model was last looked at.
+
+    Raises:
+        ValueError: an adapter came that would be silently wrong (see `check_config`).
+    """
+    with _lock:
+        seen = watch.changes()
+        if owner.seen == seen:  # another thread has looked
+            return
+        owner.complete()
+        before = owner.refused
+        watch.look_inside(owner.root)
+        adopt(owner)
+        if not owner.adopted:  # merged or unloaded: nothing of the model is ours any more
+            detach(owner)
+            return
+        came = {path: reason for path, reason in owner.refused.items() if path not in before}
+        if came:
+            warn_of_refusals(owner, came)
+        owner.seen = seen
+
+
+def adopt(owner: LiveModel) -> None:
+    """Serve every LoRA layer of the model that can be; the others are handed what PEFT would."""
+    modules: dict[str, Any] = {
+        path: module
+        for path, module in owner.root.named_modules()
+        if isinstance(module, watch.ADAPTED)
+    }
+    layers: dict[str, Any] = {p: m for p, m in modules.items() if isinstance(m, LoraLayer)}
+    check_configs(owner.root, layers)
+    here: set[nn.Module] = set(modules.values())
+    for module in owner.adopted - here:
+        release(module)
+    owner.layers, owner.adopted = layers, here
+    owner.checkpointing = [m for m in owner.root.modules() if hasattr(m, "gradient_checkpointing")]
+    owner.refused = {}
+    own = getattr(owner.root, "peft_config", {})
+    owner.inner_configs = {n: c for n, c in configs_of(owner.root).items() if n not in own}
+    taken = [layer.alora_index for layer in layers.values() if is_served(layer)]
+    indices = itertools.count(max(taken, default=-1) + 1)
+    locks: dict[int, threading.RLock] = {}
+    places = find_places(owner.root, layers)
+    say_beside(owner, places)
+    for path, module in modules.items():
+        reason = why_unserved(module)
+        if reason is None:
+            _serve(owner, module, indices)
+        else:
+            _keep_pefts(owner, module)
+        module.__dict__["alora_rows"] = places.get(path)
+        if reason is None:
+            continue
+        if path in layers:
+            owner.refused[path] = reason
+        if isinstance(module, ParamWrapper):
+            mine = module.__dict__.get("alora_lock") or threading.RLock()
+            module.__dict__["alora_lock"] = locks.setdefault(id(module.get_base_layer()), mine)
+    owner.served = set(layers) - set(owner.refused)
+    _regroup(owner)
+
+
+def why_unserved(module: Any) -> str | None:
+    """Why a module that holds adapters keeps PEFT's forward, or None.
+
+    A layer that is served stays so: a forward that has been put on it since holds ours.
+    """
+    return None if is_served(module) else why_not_served(module)
+
+
+def is_served(module: nn.Module) -> bool:
+    return "alora_index" in module.__dict__
+
+
+def _serve(owner: LiveModel, layer: Any, indices: Iterator[int]) -> None:
+    if not is_served(layer):
+        release(layer)
+        kind = type(layer)
+        fused = kind.__name__ == "Linear"
+        layer.__dict__.update(alora_group=None, alora_index=next(indices), alora_fused=fused)
+        layer.__class__ = accelerated_class(kind, Adopted, AcceleratedLayer)
+    layer.__dict__["alora_owner"] = owner
+
+
+def _keep_pefts(owner: LiveModel, module: Any) -> None:
+    hook: Any = before_foreign
+    if isinstance(module, LoraLayer):
+        hook = before_layer
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        hook = before_auxiliary
+    if not is_accelerated(module):
+        methods = (Adopted, OneAtATime) if isinstance(module, ParamWrapper) else (Adopted,)
+        module.__class__ = accelerated_class(type(module), *methods)
+    if hook not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(hook, with_kwargs=True)
+    module.__dict__["alora_owner"] = owner
+
+
+def _regroup(owner: LiveModel) -> None:
+    grouped: dict[Any, Group | None] = {}
+    for group in find_groups(owner.root, {path: owner.layers[path] for path in owner.served}):
+        before = group.members[0].alora_group
+        same = before is not None and before.members == group.members
+        grouped |= dict.fromkeys(group.members, before if same else group)
+    for path in owner.served:
+        owner.layers[path].__dict__["alora_group"] = grouped.get(owner.layers[path])
+
+
+def release(module: Any) -> None:
+    """Make one module PEFT's own again."""
+    remove_hooks(module)
+    for name in [name for name in module.__dict__ if name.startswith(FIELDS)]:
+        del module.__dict__[name]
+    if not is_accelerated(module):
+        return
+    ours = type(module)
+    module.__class__ = plain_class(ours)
+    for name, value in list(module.__dict__.items()):  # where accelerate keeps a former forward
+        method = getattr(value, "__func__", None)
+        called = getattr(method, "__name__", "")
+        if method is not None and getattr(ours, called, None) is method:
+            module.__dict__[name] = getattr(type(module), called).__get__(module)
+
+
+def detach(owner: LiveModel) -> None:
+    """Undo an acceleration: its model, and the PeftModels around it, are as before."""
+    with _lock:
+        root = owner.root
+        if root.__dict__.get(OURS) is not owner:
+            return
+        owner.complete()
+        del root.__dict__[OURS]
+        for handle in owner.handles:
+            handle.remove()
+        owner.give_back_methods()
+        for module in {*owner.adopted, *root.modules()}:
+            if isinstance(module, watch.ADAPTED):
+                release(module)
+        unwatch(root.modules())
+        for model in list(owner.wrappers):
+            model.__dict__.pop(OURS, None)
+            release(model)
+        owner.layers, owner.adopted, owner.served = {}, set(), set()
+        watch.note_change()  # for another accelerated model that shares layers with this one
+
+
+# ---------------------------------------------------------------------- refusals
+
+
+def check_configs(root: nn.Module, layers: dict[str, Any]) -> None:
+    """Refuse the model if one of its adapters cannot be right."""
+    configs = configs_of(root)
+    unsuited = why_unsuited(root)
+    for name, config in configs.items():
+        check_config(name, config, unsuited)
+    for path, layer in layers.items():
+        for name, variant in layer.lora_variant.items():
+            if isinstance(variant, ALoraLinearVariant) and invocation_of(configs.get(name)) is None:
+                raise ValueError(
+                    f"adapter {name!r}: layer {path!r} is part of an activated LoRA, but no "
+                    f"module of {type(root).__name__} has a peft_config with its "
+                    "alora_invocation_tokens; accelerate the model that the adapter was added to"
+                )
+
+
+def check_names(owner: LiveModel, names: Sequence[str], where: str) -> None:
+    """Refuse adapters that no layer has."""
+    owner.refresh()
+    known = set(owner.configs)
+    for layer in owner.layers.values():
+        known |= set(layer.lora_A) | set(layer.lora_embedding_A)
+    unknown = sorted({n for n in names if n != BASE} - known)
+    if unknown:
+        raise ValueError(
+            f"{where}: unknown adapter {', '.join(map(repr, unknown))}; the model has "
+            f"{', '.join(map(repr, sorted(known)))}"
+        )
+
+
+def configs_of(root: nn.Module) -> dict[str, Any]:
+    """The configurations of all adapters in `root`, wherever in it they were injected."""
+    found: dict[str, Any] = {}
+    for path, module in root.named_modules():
+        configs = module.__dict__.get("peft_config")
+        for name, config in (configs if isinstance(configs, dict) else {}).items():
+            known = invocation_of(found.setdefault(name, config))
+            if invocation_of(config) != known:
+                raise ValueError(
+                    f"adapter {name!r}: its alora_invocation_tokens are {known}, but those of the "
+                    f"adapter of that name in {path!r} are {invocation_of(config)}; give adapters "
+                    "that begin at different tokens names of their own"
+                )
+    return found
+
+
+def refusals(layers: dict[str, Any]) -> dict[str, str]:
+    """The LoRA layers that cannot be served, with the reasons."""
+    reasons = {path: why_unserved(layer) for path, layer in layers.items()}
+    return {path: reason for path, reason in reasons.items() if reason is not None}
+
+
+def table(refused: dict[str, str]) -> str:
+    width = max(map(len, refused))
+    return "\n".join(f"  {path:<{width}}  {reason}" for path, reason in refused.items())
+
+
+def warn_of_refusals(owner: LiveModel, refused: dict[str, str]) -> None:
+    logger.warning(
+        "alora_kernels serves %d of %d LoRA layers; these keep PEFT's path:\n%s",
+        len(owner.served),
+        len(owner.layers),
+        table(refused),
+    )

@@ -1,0 +1,100 @@
+"""Notice that adapters came, changed or went in an accelerated model, in whatever way.
+
+PEFT, transformers and users put LoRA layers into models, new adapters into layers, and merged
+layers back, by setting modules as attributes. torch calls a hook for each such registration. Those
+inside of accelerated models are counted; a model that has looked at its layers at another count
+looks again before its next forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import hotswap
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.utils.parametrize import ParametrizationList
+
+from .ambient import current_state
+
+ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+TOKENS = "alora_invocation_tokens"
+
+_changes = 0
+_watching = False
+# The modules of accelerated models, by their ids. (Models are sliced and wrapped in every forward:
+# only what is put into one of these changes a model.)
+_inside: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def changes() -> int:
+    """How often the modules of accelerated models have changed since the process began."""
+    return _changes
+
+
+def look_inside(root: nn.Module) -> None:
+    """Watch all modules that are in `root` now."""
+    for module in root.modules():
+        _inside[id(module)] = module
+
+
+def note_change() -> None:
+    global _changes
+    _changes += 1
+
+
+def begin() -> None:
+    """Watch from now on; once for the process."""
+    global _watching
+    if _watching:
+        return
+    _watching = True
+    register_module_module_registration_hook(_registered)
+    _guard_forwards()
+    compared = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
+    if TOKENS not in compared:  # PEFT would run the new weights at the old adapter's invocation
+        compared.append(TOKENS)
+
+
+def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    if torch.compiler.is_compiling() or _inside.get(id(parent)) is not parent:
+        return  # (A compiler follows models that slice their list of layers in every forward.)
+    # PEFT parametrizes experts for the length of a forward.
+    if name != "parametrizations" and not isinstance(parent, ParametrizationList):
+        note_change()
+
+
+def _guard_forwards() -> None:
+    """Let a LoRA layer that nobody noticed raise, rather than run without its invocation.
+
+    Only what writes into `_modules` past torch's registration comes here (`ModuleList.insert`).
+    """
+    check = LoraLayer._check_forward_args
+
+    @functools.wraps(check)
+    def checked(layer: Any, x: Any, *args: Any, **kwargs: Any) -> None:
+        state = current_state()
+        if state is not None and "alora_owner" not in layer.__dict__:
+            _refuse_unnoticed(layer, state)
+        check(layer, x, *args, **kwargs)
+
+    LoraLayer._check_forward_args = checked  # type: ignore[method-assign, assignment]
+
+
+@torch.compiler.disable
+def _refuse_unnoticed(layer: Any, state: Any) -> None:
+    for path, module in state.owner.root.named_modules():
+        if module is layer:
+            note_change()
+            raise RuntimeError(
+                f"LoRA layer {path!r} was put into an accelerated model past torch's registration "
+                "of modules (ModuleList.insert, or a write into _modules), so it runs without its "
+                "invocation; run the forward again, or call accelerate(model) after such a change"
+            )

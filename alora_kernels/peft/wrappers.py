@@ -1,0 +1,174 @@
+"""PeftModel and the tuner in it, around an accelerated model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .adopted import OURS, reduced
+from .adoption import check_names, detach, release
+from .ambient import Request, current_request, requesting
+from .classes import accelerated_class, is_accelerated
+from .refusal import check_arriving, check_config, why_unsuited
+from .unserved import SERVED_HERE, before_model
+
+if TYPE_CHECKING:
+    from .acceleration import Acceleration
+
+# Before 0.21 PEFT calls its model's `forward`, past every hook on the model, ours among them.
+SKIPS_HOOKS = "forward" in BaseTuner.forward.__code__.co_names
+
+
+def unwrap(model: Any) -> Any:
+    """The model in what torch has put around it."""
+    while isinstance(model, OptimizedModule | DataParallel | DistributedDataParallel):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+def root_of(model: Any) -> nn.Module:
+    """The module whose forward takes the tokens."""
+    model = unwrap(model)
+    if isinstance(model, PeftModel):
+        return model.get_base_model()  # type: ignore[no-any-return]
+    if isinstance(model, PeftMixedModel):
+        model = model.base_model
+    return model.model if isinstance(model, BaseTuner) else model  # type: ignore[no-any-return]
+
+
+def tuner_of(model: Any) -> BaseTuner | None:
+    """The tuner that `model` is or holds."""
+    model = unwrap(model)
+    tuner = model.base_model if isinstance(model, PeftModel | PeftMixedModel) else model
+    return tuner if isinstance(tuner, BaseTuner) else None
+
+
+def wrap(model: Any, owner: Acceleration) -> None:
+    """Let a model around the root of `owner` know of it."""
+    model, tuner = unwrap(model), tuner_of(model)
+    if tuner is not None and not is_accelerated(tuner):
+        kinds = (PassingHooks,) if SKIPS_HOOKS else ()
+        tuner.__class__ = accelerated_class(type(tuner), *kinds, AcceleratedTuner)
+    if tuner is not None:
+        owner.wrappers.add(tuner)
+    if not isinstance(model, PeftModel):
+        return
+    model.__dict__[OURS] = owner
+    owner.wrappers.add(model)
+    if not is_accelerated(model):
+        model.__class__ = accelerated_class(type(model), AcceleratedModel)
+    if "forward" in model.__dict__ and before_model not in model._forward_pre_hooks.values():
+        # What was put on the instance calls PEFT's forward, past that of our class.
+        model.register_forward_pre_hook(before_model, with_kwargs=True)
+
+
+class PassingHooks:
+    """What the class of a tuner gets where PEFT skips hooks."""
+
+    model: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class AcceleratedTuner:
+    """What the class of the tuner in a PeftModel gets: it is what merges and unloads."""
+
+    alora_kind: Any  # PEFT's class
+    model: nn.Module
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        root = self.model
+        result = self.alora_kind._unload_and_optionally_merge(self, *args, **kwargs)
+        owner = root.__dict__.get(OURS)
+        if owner is not None:  # (When merging raises, the model stays accelerated.)
+            detach(owner)
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return reduced(self, protocol)
+
+
+class AcceleratedModel:
+    """What the class of an accelerated PeftModel gets, as `AcceleratedLayer` in `layers`.
+
+    It travels (pickle, torch.save, deepcopy) as it is, and serves its layers again on arrival.
+    """
+
+    alora_kind: Any  # PEFT's class
+
+    training: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.__dict__.get(OURS)
+        if owner is None:  # held by what was put on the instance before `restore`
+            return type(self).forward(self, *args, **kwargs)
+        offsets = kwargs.pop("alora_offsets", None)
+        names = kwargs.pop("adapter_names", None)
+        with self._requesting(owner, names, offsets):
+            return self.alora_kind.forward(self, *args, alora_offsets=SERVED_HERE, **kwargs)
+
+    def _requesting(self, owner: Acceleration, names: Any, offsets: Any) -> Any:
+        offsets = None if offsets is SERVED_HERE else offsets
+        if names is None and offsets is None:
+            return nullcontext()
+        outer = current_request(owner)
+        if names is not None:
+            if self.training:
+                raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+            check_names(owner, names, "adapter_names")
+            return requesting(Request(owner, True, list(names), offsets=offsets))
+        if outer is not None and outer.chosen:
+            return requesting(Request(owner, True, outer.names, offsets=offsets))
+        return requesting(Request(owner, offsets=offsets))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        owner = self.__dict__.get(OURS)
+        if owner is None or not owner.refresh():
+            return type(self).generate(self, *args, **kwargs)
+        names = kwargs.pop("adapter_names", None)
+        offsets = kwargs.pop("alora_offsets", None)
+        with self._requesting(owner, names, offsets):
+            return self.alora_kind.generate(self, *args, alora_offsets=SERVED_HERE, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        with self._requesting(self.__dict__[OURS], names, offsets):
+            yield
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        check_config(adapter_name, peft_config, why_unsuited(self.__dict__[OURS].root))
+        self.alora_kind.add_adapter(self, adapter_name, peft_config, *args, **kwargs)
+        self.__dict__[OURS].refresh()
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        owner = self.__dict__[OURS]
+        check_arriving(adapter_name, model_id, owner.configs)
+        result = self.alora_kind.load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        owner.refresh()
+        return result
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, state, *rest = reduced(self, protocol)
+        return accelerated_model, (self.alora_kind,), state, *rest
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.alora_kind.__setstate__(self, state)
+        owner = self.__dict__[OURS]
+        if owner.refresh():
+            wrap(self, owner)
+        else:
+            release(self)
+
+
+def accelerated_model(kind: type) -> Any:
+    """An empty object of the accelerated class of `kind`, for what loads one."""
+    return object.__new__(accelerated_class(kind, AcceleratedModel))
