@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .few_rows import few_rows
 from .shared_prefix import SharedPrefixCache, SharedPrefixError, attending, sharing_problem
 from .views import shared_layers, view_of
 
@@ -71,7 +70,6 @@ def _batched(session: Session, calls: Sequence[Call], options: dict[str, Any]) -
     with (
         torch.no_grad(),
         attending(session.base, shared),
-        few_rows(session.base),
         session.adapters.scope(names, starts),
     ):
         out = session.base.generate(
