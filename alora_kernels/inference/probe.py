@@ -21,8 +21,9 @@ from .calls import Call
 from .options import Settings
 from .shared_prefix import SharedPrefixError
 
-_EPSILONS = 4096  # of the model's dtype: how far apart two orders of the same sums may be
-_COARSE = 0.05  # the same for dtypes in which those are nearly everything
+# How far apart two orders of the same sums may be. float64 models have parts in float32, too.
+_FINE = 4096 * torch.finfo(torch.float32).eps
+_COARSE = 0.05
 
 _lock = threading.Lock()
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[Any, str | None]] = weakref.WeakKeyDictionary()
@@ -120,7 +121,7 @@ def _tolerance(model: Any) -> float:
         exact = exact and torch.get_float32_matmul_precision() == "highest"
     if not exact or model.dtype not in (torch.float32, torch.float64):
         return _COARSE
-    return _EPSILONS * torch.finfo(model.dtype).eps
+    return _FINE
 
 
 def _autocast(device: str) -> str:

@@ -83,10 +83,20 @@ def small_config(model_type: str, **changes: Any) -> Any:
     """The config of an architecture with the sizes above, as far as it knows them."""
     default = AutoConfig.for_model(model_type)
     sizes = {name: value for name, value in _SIZES.items() if hasattr(default, name)}
+    if "qk_rope_head_dim" in sizes:  # latent attention
+        sizes.update(head_dim=sizes["qk_rope_head_dim"], num_key_value_heads=4)
     if getattr(default, "layer_types", None) is not None:
         kinds = list(dict.fromkeys(default.layer_types))
         sizes["layer_types"] = [kinds[i % len(kinds)] for i in range(4)]
-    return type(default)(**{**sizes, **changes})
+    while True:
+        try:
+            return type(default)(**{**sizes, **changes})
+        except AttributeError as error:  # one that is computed from others
+            name = str(error).partition("property '")[2].partition("'")[0]
+            name = "layer_types" if name == "layers_block_type" else name
+            if name not in sizes:
+                raise
+            del sizes[name]
 
 
 def small_model(model_type: str, seed: int = 0, **changes: Any) -> Any:
