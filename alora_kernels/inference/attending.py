@@ -57,7 +57,9 @@ def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
         return "its attention is bidirectional"
     if padded:
         if getattr(config, "attn_temperature_tuning", None):
-            return "its queries are scaled by their place in the cache, and the rows differ in length"
+            return (
+                "its queries are scaled by their place in the cache, and the rows differ in length"
+            )
         for kind in _rope_types(getattr(config, "rope_parameters", None) or {}):
             if kind in _BY_LONGEST_ROW:
                 return f"its rotary embedding ({kind}) depends on the longest row of a batch"

@@ -136,7 +136,7 @@ class Settings:
 
     def keywords(self) -> dict[str, Any]:
         """The call's options as transformers is to get them."""
-        given = {k: v for k, v in self.options.items() if k not in OWN_OPTIONS}
+        given = {k: v for k, v in self.options.items() if k not in OWN_OPTIONS and k != "keep"}
         for name in OWN_OPTIONS:
             value = self._configured(name)
             if name not in _IDLE and value is not None:  # off, or it would have been refused

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alora_kernels.inference import Session
+from alora_kernels.inference import Session, storage
 from alora_kernels.inference.views import tensors_of
 
-from .tiny import WINDOW, context, peft_model, tokenizer
+from .tiny import WINDOW, base_model, context, peft_model, tokenizer
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
@@ -38,6 +39,51 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
         Session.load(tmp_path / "a", peft_model("gemma3", 10), tokenizer())
     with pytest.raises(ValueError, match="model_type is 'llama', saved 'gemma3_text'"):
         Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
+
+
+def test_one_changed_element_of_the_weights_is_another_model(tmp_path: Path) -> None:
+    """Whatever the element, and whichever way it changed."""
+    Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    for path in ("model.layers.1.mlp.down_proj.base_layer.weight", "model.norm.weight"):
+        model = peft_model("llama", 8)
+        weight = model.get_base_model().get_parameter(path)
+        weight.data.view(-1)[7] += 1e-3
+        with pytest.raises(ValueError, match="another base model: weights is"):
+            Session.load(tmp_path / "a", model, tokenizer())
+        weight.data.view(-1)[7] *= -1  # a sum of sizes would not tell
+        with pytest.raises(ValueError, match="another base model: weights is"):
+            Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_adapters_are_not_the_base_model(tmp_path: Path) -> None:
+    """A session moves between the base alone and whatever adapters it has."""
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+    session.save(tmp_path / "a")
+    bare = Session.load(tmp_path / "a", base_model("llama", 8), tokenizer())
+    assert bare.generate(**GREEDY).token_ids == session.generate(**GREEDY).token_ids
+    model = peft_model("llama", 8, plain=True)
+    model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_B.red").weight.data += 1
+    assert Session.load(tmp_path / "a", model, tokenizer()).token_ids == session.token_ids
+
+
+def test_a_folder_of_the_first_format_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+    session.save(tmp_path / "a")
+    header = tmp_path / "a" / "session.json"
+    data = json.loads(header.read_text())
+    del data["context"]
+    data["format"] = "alora_kernels.session.1"
+    data["base"]["weights"] = storage._sampled_weights(session)
+    header.write_text(json.dumps(data))
+    with caplog.at_level(logging.WARNING, "alora_kernels"):
+        other = Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
+    assert "older version" in caplog.text and other.token_ids == session.token_ids
+    assert other.generate("red", **GREEDY) == session.generate("red", **GREEDY)
+    other.extend("more")
+    with pytest.raises(ValueError, match="another base model: weights is"):
+        Session.load(tmp_path / "a", peft_model("llama", 10), tokenizer())
 
 
 def test_another_config_over_the_same_weights_is_refused(tmp_path: Path) -> None:
