@@ -20,6 +20,7 @@ from .chat import Message
 from .context import Context, kind_of
 from .endings import check_stop_strings, until_end
 from .options import Settings
+from .planning import plan
 from .streaming import stream_answer
 from .text import Encoder
 from .views import CacheError, check_cache, check_model, is_recurrent, view_of
@@ -206,7 +207,9 @@ class Session:
         if not adapters:
             raise ValueError("Session.ask: adapters is empty")
         prompts: Sequence[Any]
-        if not prompt or isinstance(prompt, str) or isinstance(prompt[0], int):
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
+        if not prompt or isinstance(prompt, str) or hasattr(prompt[0], "__index__"):
             prompts = [prompt] * len(adapters)
         else:
             prompts = prompt
@@ -248,34 +251,10 @@ class Session:
 
     # ------------------------------------------------------------------ how
 
-    def _plan(self, adapter: str | None, prompt: str | Sequence[int] | None) -> Call:
-        """The row of one call: which tokens run, and from where on the adapter is on."""
+    def _plan(self, adapter: str | None, prompt: Any) -> Call:
         with self._lock:
             context, cache = self._context, self._cache
-        ids = list(context.ids)
-        if not ids:
-            raise ValueError("Session: the context is empty; call extend() first")
-        cached = cache.get_seq_length()
-        if prompt is None or isinstance(prompt, str):
-            added = context.prompt(prompt or "", self._encoder)
-        else:
-            added = self._encoder.check_ids(prompt, "Session")
-        suffix = [*ids[cached:], *added]
-        if adapter is None:
-            return Call(None, cache, ids[:cached], suffix, added, None)
-        tokens = self.adapters.tokens(adapter)
-        start = _last(suffix, tokens)
-        if start is None:
-            if not added and ids[-len(tokens) :] == tokens:
-                raise ValueError(
-                    f"Session: the context ends with the invocation of {adapter!r}, but the base "
-                    "model has read it already; load adapters before extend(), or leave the "
-                    "invocation out of the context"
-                )
-            start = len(suffix)
-            added = [*added, *tokens]
-            suffix = [*suffix, *tokens]
-        return Call(adapter, cache, ids[:cached], suffix, added, cached + start)
+        return plan(context, cache, self._encoder, self.adapters, adapter, prompt)
 
     def _generate(
         self,
@@ -389,11 +368,3 @@ class Session:
                 f"{where}: {length} tokens, but the model has {limit} positions; "
                 "shorten the context, the prompt or max_new_tokens"
             )
-
-
-def _last(ids: list[int], tokens: list[int]) -> int | None:
-    """Index of the last occurrence of `tokens` in `ids`."""
-    for i in range(len(ids) - len(tokens), -1, -1):
-        if ids[i : i + len(tokens)] == tokens:
-            return i
-    return None

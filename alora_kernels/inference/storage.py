@@ -53,6 +53,28 @@ _DECIDING = (
     "attention_multiplier",
     "residual_multiplier",
 )
+# What a config says that decides nothing about them, and what stands in the settings already.
+_INDIFFERENT = (
+    *_DECIDING,
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("initializer_range", "use_cache", "return_dict", "tie_word_embeddings", "id2label"),
+    *(
+        "label2id",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+        "problem_type",
+    ),
+    *(
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "quantization_config",
+        "chunk_size_feed_forward",
+    ),
+    *("router_aux_loss_coef", "is_encoder_decoder", "model_type", "max_position_embeddings"),
+)
 
 
 def save_session(session: Session, folder: Path) -> Path:
@@ -82,6 +104,7 @@ def save_session(session: Session, folder: Path) -> Path:
         "cached_length": session.cached_length,
         "context": _written(session._context),
         "base": {**_settings(session), "weights": _weights(session)},
+        "config": _config(session),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -115,6 +138,12 @@ def load_session(session: Session, folder: Path) -> None:
     here = {**_settings(session), "weights": weights}
     saved = header["base"]
     differ = [k for k in {**here, **saved} if saved.get(k) != here.get(k)]
+    # Another version of transformers may know settings that the saved config does not have.
+    other, config = header.get("config", {}), _config(session)
+    unlike = {
+        name: config[name] for name in config if other.get(name, config[name]) != config[name]
+    }
+    here, saved, differ = {**here, **unlike}, {**saved, **other}, [*differ, *unlike]
     if differ:
         raise ValueError(
             f"Session.load: {folder} was saved for another base model: "
@@ -164,7 +193,7 @@ def _written(context: Context) -> dict[str, Any]:
 def _settings(session: Session) -> dict[str, Any]:
     """What the keys and values depend on, beside the weights."""
     config = session.base.config.get_text_config(decoder=True)
-    deciding = {name: getattr(config, name, None) for name in _DECIDING}
+    deciding = {name: _value(config, name) for name in _DECIDING}
     settings = {
         "model_type": session.base.config.model_type,
         "dtype": str(session.base.dtype),
@@ -172,6 +201,20 @@ def _settings(session: Session) -> dict[str, Any]:
         "rope": _rope(config),
     }
     return dict(json.loads(json.dumps(settings)))  # as it is read again
+
+
+def _config(session: Session) -> dict[str, Any]:
+    """All else that the decoder's config says, and that is not known to decide nothing."""
+    config = session.base.config.get_text_config(decoder=True).to_dict()
+    kept = {name: value for name, value in config.items() if name not in _INDIFFERENT}
+    return dict(json.loads(json.dumps(kept, default=str)))
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # one that differs from layer to layer: the weights' shapes tell
+        return None
 
 
 def _weights(session: Session) -> str:

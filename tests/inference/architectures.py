@@ -82,7 +82,11 @@ _SIZES: dict[str, Any] = {
 def small_config(model_type: str, **changes: Any) -> Any:
     """The config of an architecture with the sizes above, as far as it knows them."""
     default = AutoConfig.for_model(model_type)
-    sizes = {name: value for name, value in _SIZES.items() if hasattr(default, name)}
+    known = default.to_dict()
+    sizes = {name: value for name, value in _SIZES.items() if name in known}
+    if "text_config" in known:  # the decoder of a model of several parts
+        inner = small_config(default.text_config.model_type)
+        return type(default)(**{"text_config": inner.to_dict(), **changes})
     if "qk_rope_head_dim" in sizes:  # latent attention
         sizes.update(head_dim=sizes["qk_rope_head_dim"], num_key_value_heads=4)
     if getattr(default, "layer_types", None) is not None:

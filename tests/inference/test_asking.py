@@ -16,10 +16,11 @@ from alora_kernels.inference import Session, attending
 from .architectures import Said, compare, small_model
 from .tiny import INVOCATIONS, WINDOW, base_model, context, peft_model, tokenizer
 
-BATCH = (
-    "llama mistral qwen2 qwen3 gemma3_text granite cohere cohere2 olmo2 gpt2 gpt_neox gptj phi "
-    "starcoder2 mixtral qwen3_moe olmoe stablelm opt glm"
-).split()
+BATCH = [
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "cohere", "cohere2"),
+    *("olmo2", "gpt2", "gpt_neox", "gptj", "phi", "starcoder2", "mixtral", "qwen3_moe"),
+    *("olmoe", "stablelm", "opt", "glm"),
+]
 ALONE = {
     "gemma2": "attn_logit_softcapping",
     "gemma3n_text": "not plain keys and values",

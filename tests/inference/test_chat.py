@@ -65,9 +65,11 @@ def rendered(session: Session, messages: list[Any], prompt: bool = False) -> lis
 )
 def test_messages_are_the_chat_as_a_whole(template: str, turns: list[list[Any]]) -> None:
     session = chat_session(template)
-    for i in range(len(turns)):
-        session.extend(turns[i])
-        assert list(session.token_ids) == rendered(session, sum(turns[: i + 1], []))
+    chat: list[Any] = []
+    for turn in turns:
+        session.extend(turn)
+        chat += turn
+        assert list(session.token_ids) == rendered(session, chat)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +87,7 @@ def test_messages_with_every_kind_of_tokenizer(kind: str) -> None:
 def test_a_generation_prompt_goes_on_with_the_assistant() -> None:
     session = chat_session(ALTERNATE).extend([USER], add_generation_prompt=True)
     assert list(session.token_ids) == rendered(session, [USER], True)
-    with pytest.raises(ValueError, match="roles user, user.*roles must alternate"):
+    with pytest.raises(ValueError, match=r"roles user, user.*roles must alternate"):
         session.extend([MORE])
     session.extend([ANSWER, MORE])
     assert list(session.token_ids) == rendered(session, [USER, ANSWER, MORE])

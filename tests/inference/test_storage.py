@@ -13,6 +13,7 @@ import torch
 from alora_kernels.inference import Session, storage
 from alora_kernels.inference.views import tensors_of
 
+from .architectures import small_model
 from .tiny import WINDOW, base_model, context, peft_model, tokenizer
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
@@ -96,6 +97,24 @@ def test_another_config_over_the_same_weights_is_refused(tmp_path: Path) -> None
         setattr(model.get_base_model().config, name, value)
         with pytest.raises(ValueError, match=f"another base model: {name} is {value}, saved"):
             Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_a_setting_that_no_list_names_is_compared(tmp_path: Path) -> None:
+    """Of the same weights: a dropped rotary embedding, another scale, another activation's clip."""
+    Session(small_model("smollm3"), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    model = small_model("smollm3")
+    assert len(Session.load(tmp_path / "a", model, tokenizer())) == 9
+    model.config.no_rope_layers = [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="another base model: no_rope_layers is"):
+        Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_a_config_with_settings_of_each_layer_is_saved(tmp_path: Path) -> None:
+    model = small_model("gemma4_text", num_kv_shared_layers=0)
+    session = Session(model, tokenizer()).extend(context(20, 8))
+    session.save(tmp_path / "a")
+    other = Session.load(tmp_path / "a", model, tokenizer())
+    assert other.generate(**GREEDY) == session.generate(**GREEDY)
 
 
 def test_what_does_not_change_the_cache_may_differ(tmp_path: Path) -> None:
