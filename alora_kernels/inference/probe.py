@@ -61,8 +61,9 @@ def first_use_problem(
 ) -> str | None:
     """Why the batch of `calls` does not answer as they do one by one, or None.
 
-    The verdict is kept with the model, for what it can depend on: the config, the attention, the
-    dtype, autocast, whether rows are padded, and the length of the context up to a power of two.
+    The verdict is kept with the model, for what it can depend on: the forwards of its modules, the
+    config, the attention, the dtype, autocast, whether rows are padded, and the length of the
+    context up to a power of two.
 
     Args:
         batch: answers all calls at once with the given settings, and returns the logits of each
@@ -131,6 +132,7 @@ def _autocast(device: str) -> str:
 def _key(model: Any, cache: Cache, calls: Sequence[Call]) -> Any:
     lengths = {len(call.suffix) for call in calls}
     return (
+        tuple(_forward_of(module) for module in model.modules()),
         json.dumps(model.config.to_dict(), default=str, sort_keys=True),
         implementation_of(model.config.get_text_config(decoder=True)),
         str(model.dtype),
@@ -139,3 +141,9 @@ def _key(model: Any, cache: Cache, calls: Sequence[Call]) -> Any:
         len(lengths) > 1,
         cache.get_seq_length().bit_length(),
     )
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The function that runs a module. One of its own may hold the model, so it is held weakly."""
+    own = module.__dict__.get("forward")
+    return type(module).forward if own is None else weakref.ref(own)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -221,8 +224,11 @@ def test_rows_that_change_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def mixed(self: Any, x: torch.Tensor) -> torch.Tensor:
         return forward(self, x) + 0.1 * x.mean(0, keepdim=True)
 
-    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", mixed)
     session = Session(base_model("llama", 6).double(), tokenizer()).extend(context(40, 6))
+    together, alone, said = answers(session)
+    assert together == alone and not said
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", mixed)  # after the first ask
+    session = Session(session.model, tokenizer()).extend(context(40, 6))
     together, alone, said = answers(session)
     assert together == alone and "has other logits in a batch" in said[0]
 
@@ -250,6 +256,16 @@ def test_the_verdict_is_of_the_config_and_dtype_at_hand() -> None:
     assert asked() == {1, 3}
     assert asked() == {3}
     handle.remove()
+
+
+def test_a_verdict_does_not_keep_a_model_alive() -> None:
+    model = base_model("llama", 6)
+    model.forward = functools.partial(type(model).forward, model)
+    Session(model, tokenizer()).extend(context(12, 6)).ask([None, None], max_new_tokens=1)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_model_that_fails_in_a_batch_answers_one_by_one() -> None:
