@@ -118,7 +118,9 @@ def test_lengths_ends_and_stops_mean_the_same(session: Session, way: str) -> Non
         ({"max_new_tokens": 6, "eos_token_id": 1, "stop_strings": third}, None),
         ({"max_new_tokens": 5, "eos_token_id": 1, "pad_token_id": 3}, 5),
     ):
-        fresh = Session(peft_model("llama", 7), tokenizer()).extend(context(20, 7))
+        fresh = session
+        if way in ("own", "peft"):  # which stays set
+            fresh = Session(peft_model("llama", 7), tokenizer()).extend(context(20, 7))
         options = given(fresh, way, {"do_sample": False, **settings})
         answer = fresh.generate("green", **options)
         if "max_length" in settings:
