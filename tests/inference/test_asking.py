@@ -22,7 +22,7 @@ from .tiny import INVOCATIONS, WINDOW, base_model, context, peft_model, tokenize
 BATCH = [
     *("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "granite", "cohere", "cohere2"),
     *("olmo2", "gpt2", "gpt_neox", "gptj", "phi", "starcoder2", "mixtral", "qwen3_moe"),
-    *("olmoe", "stablelm", "opt", "glm"),
+    *("olmoe", "smollm3", "opt", "glm"),
 ]
 ALONE = {
     "gemma2": "attn_logit_softcapping",
