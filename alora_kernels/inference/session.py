@@ -23,7 +23,7 @@ from .options import Settings
 from .planning import plan
 from .streaming import stream_answer
 from .text import Encoder
-from .views import CacheError, check_cache, check_model, is_recurrent, view_of
+from .views import CacheError, check_cache, check_model, check_states, is_recurrent, view_of
 
 
 class Session:
@@ -314,6 +314,7 @@ class Session:
                 f"Session: {type(self.base).__name__} does not keep what it has read in a "
                 "transformers Cache, so calls cannot share it"
             )
+        check_states(view, self.base)
         return view
 
     def _read(self, ids: list[int], view: Cache, step: int, rows: int = 1) -> None:
