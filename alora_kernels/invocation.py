@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,3 +67,44 @@ def last_occurrence(token_ids: Sequence[int], tokens: Sequence[int], begin: int 
             start = len(turned) - position - count
             return start if start >= begin else None
         position += 1
+
+
+# Ends of texts that an invocation may follow.
+_BEFORE = ("a", "a.", "a ", "a\n", "1", "… ", "</a>", "é")
+
+
+def encode_invocation(tokenizer: Any, text: str, before: str = "\n") -> list[int]:
+    """The token ids of an invocation as they stand in a prompt, behind `before`.
+
+    Many tokenizers give a text other tokens in a sentence than alone: behind a space, the first
+    token holds the space. An adapter is only found by the tokens that its prompts really have.
+
+        tokens = encode_invocation(tokenizer, "<judge>")   # prompts end with "\\n<judge>"
+
+    Args:
+        tokenizer: of transformers.
+        text: the invocation, such as "<judge>".
+        before: what every prompt has right before it, by default a line break.
+
+    Raises:
+        ValueError: the tokens depend on what is before `before`, or one of them holds a piece of
+            it; another text, or another `before`, is needed.
+    """
+    wanted = "".join(text.split())
+    if not wanted:
+        raise ValueError(f"encode_invocation: {text!r} has no text to find an adapter by")
+    rows = [tokenizer.encode(b + before + text, add_special_tokens=False) for b in _BEFORE]
+    for length in range(1, min(map(len, rows)) + 1):
+        ends = {tuple(row[-length:]) for row in rows}
+        shown = tokenizer.decode(list(rows[0][-length:]), clean_up_tokenization_spaces=False)
+        letters = "".join(shown.split())  # some tokenizers write a space behind a special token
+        if len(ends) > 1 or len(letters) > len(wanted):
+            break
+        if letters == wanted:
+            return list(rows[0][-length:])
+    named = [tokenizer.convert_ids_to_tokens(row) for row in rows[:4]]
+    raise ValueError(
+        f"encode_invocation: {text!r} behind {before!r} has no tokens of its own in this "
+        f"tokenizer, but {', '.join(map(str, named))} at the end of different texts; begin it "
+        "with a character that joins no other, or give another `before`"
+    )

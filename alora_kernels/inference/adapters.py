@@ -35,6 +35,13 @@ class AdapterTable:
         self.limits_logits = "logits_to_keep" in parameters
         self.takes_positions = "position_ids" in parameters
 
+    def own_settings(self) -> Any:
+        """The model's generation_config; a PeftModel's goes to its base, as PEFT does it."""
+        own = getattr(self.model, "generation_config", None)
+        if self.is_peft and own is not None and own is not self.base.generation_config:
+            self.base.generation_config = own
+        return own
+
     def names(self) -> list[str]:
         """Every adapter that can be invoked."""
         if not self.is_peft:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from transformers.cache_utils import Cache
 from .adapters import AdapterTable
 from .batch import ask_together
 from .calls import Answer, Call, ContextOverflow
-from .options import check_one_answer, check_options, setting
+from .chat import Message
+from .context import Context, kind_of
+from .endings import check_stop_strings, until_end
+from .options import Settings
+from .planning import plan
 from .streaming import stream_answer
 from .text import Encoder
-from .views import CacheError, check_cache, check_model, is_recurrent, view_of
-
-Message = Mapping[str, Any]
+from .views import CacheError, check_cache, check_model, check_states, is_recurrent, view_of
 
 
 class Session:
@@ -56,9 +58,9 @@ class Session:
         if self.base.training:
             raise ValueError("Session: the model is in training mode; call model.eval() first")
         self.prefill_chunk = prefill_chunk
-        self._encoder = Encoder(tokenizer, self._eos_ids())
+        self._encoder = Encoder(tokenizer)
         self._lock = threading.RLock()
-        self._ids: list[int] = []
+        self._context = Context()
         check_model(self.base)
         self._cache: Cache = DynamicCache(config=self.base.config)
         check_cache(self._cache)
@@ -68,7 +70,7 @@ class Session:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The context."""
-        return tuple(self._ids)
+        return self._context.ids
 
     @property
     def cached_length(self) -> int:
@@ -76,7 +78,7 @@ class Session:
         return self._cache.get_seq_length()
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._context.ids)
 
     def extend(
         self,
@@ -86,22 +88,46 @@ class Session:
     ) -> Session:
         """Append text, chat messages or token ids, and let the base model read them.
 
-        Text gets the tokenizer's BOS only at the start of the context. Messages go through the
-        tokenizer's chat template, as the continuation of the messages before.
+        Text goes on where the text before it ended: both get the tokens of the whole. BOS comes
+        only at the start. Messages are rendered behind the session's own by the tokenizer's chat
+        template. Tokens that came as ids, or were generated, stay as they are.
 
         Raises:
-            ValueError: nothing to append; messages without a chat template.
+            ValueError: nothing to append; messages without a chat template, or that do not go on
+                where the chat in the context ends; text that would change tokens that have been
+                read.
             ContextOverflow: the context would be longer than the model's positions.
         """
         with self._lock:
-            new = self._encoder.encode(content, self._ids, add_generation_prompt)
-            if not new:
+            context = self._extended(content, add_generation_prompt)
+            if context == self._context:
                 raise ValueError("Session.extend: nothing to append")
-            ids = [*self._ids, *new]
-            self._check_length(len(ids), "Session.extend")
-            cache = self._prefill(ids, self._cache)
-            self._ids, self._cache = ids, cache
+            self._check_length(len(context.ids), "Session.extend")
+            cache = self._prefill(list(context.ids), self._cache)
+            self._context, self._cache = context, cache
         return self
+
+    def _extended(self, content: Any, add_generation_prompt: bool) -> Context:
+        context, encoder = self._context, self._encoder
+        cached = self.cached_length
+        kind = "text"
+        if not isinstance(content, str):
+            content = content.tolist() if hasattr(content, "tolist") else list(content)
+            if not content:
+                return context
+            kind = kind_of(content)
+        if kind == "messages":
+            own = self.adapters.own_settings()
+            ends = Settings({}, own, self.tokenizer, "Session.extend").ends
+            return context.with_messages(content, add_generation_prompt, cached, encoder, ends)
+        if add_generation_prompt:
+            raise ValueError(
+                "Session.extend: add_generation_prompt belongs to messages; write the prompt into "
+                "the text"
+            )
+        if kind == "text":
+            return context.with_text(content, cached, encoder)
+        return context.with_ids(encoder.check_ids(content, "Session.extend"), encoder)
 
     # ------------------------------------------------------------------ one answer
 
@@ -131,7 +157,8 @@ class Session:
             ValueError: an unknown adapter, an empty context, an option that the session sets.
             ContextOverflow: context, prompt and answer are longer than the model's positions.
         """
-        return self._generate(adapter, prompt, options, keep)
+        settings = self._settings(options, "Session.generate")
+        return self._generate(adapter, prompt, settings, keep)
 
     def stream(
         self,
@@ -143,9 +170,20 @@ class Session:
 
         The arguments are those of `generate`; `keep=True` takes effect when the stream ends, and
         not at all when it is closed before.
+
+        Raises:
+            ValueError: as `generate`, and for options that make several rows.
         """
-        device = self.base.device.type
-        return stream_answer(self._generate, self.tokenizer, adapter, prompt, options, device)
+        keep = bool(options.pop("keep", False))
+        where = "Session.stream"
+        self._settings(options, where).check_stream()
+
+        def generate(extra: dict[str, Any], wanted: Callable[[], bool]) -> Any:
+            settings = self._settings({**options, **extra}, where)
+            return self._generate(adapter, prompt, settings, keep, wanted)
+
+        given = options.get("stopping_criteria")
+        return stream_answer(generate, self.tokenizer, given, self.base.device.type)
 
     # ------------------------------------------------------------------ many answers
 
@@ -169,7 +207,9 @@ class Session:
         if not adapters:
             raise ValueError("Session.ask: adapters is empty")
         prompts: Sequence[Any]
-        if not prompt or isinstance(prompt, str) or isinstance(prompt[0], int):
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
+        if not prompt or isinstance(prompt, str) or hasattr(prompt[0], "__index__"):
             prompts = [prompt] * len(adapters)
         else:
             prompts = prompt
@@ -178,13 +218,14 @@ class Session:
                 f"Session.ask: {len(adapters)} adapters but {len(prompts)} prompts; give one for "
                 "all, or one for each"
             )
-        check_one_answer(options, self._defaults)
+        settings = self._settings(options, "Session.ask")
+        settings.check_one_adapter()
         with self._lock:  # all rows on the same state of the session
             calls = [self._plan(a, p) for a, p in zip(adapters, prompts)]
         for call in calls:
-            self._check(call, options, "Session.ask")
-        outs = ask_together(self, calls, options)
-        return [self._answer(call, out, options) for call, out in zip(calls, outs)]
+            self._check_length(settings.length(len(call.ids)), "Session.ask")
+        outs = ask_together(self, calls, settings)
+        return [self._answer(call, out, settings) for call, out in zip(calls, outs)]
 
     # ------------------------------------------------------------------ storage
 
@@ -210,74 +251,50 @@ class Session:
 
     # ------------------------------------------------------------------ how
 
-    def _plan(self, adapter: str | None, prompt: str | Sequence[int] | None) -> Call:
-        """The row of one call: which tokens run, and from where on the adapter is on."""
+    def _plan(self, adapter: str | None, prompt: Any) -> Call:
         with self._lock:
-            ids, cache = self._ids, self._cache
-        if not ids:
-            raise ValueError("Session: the context is empty; call extend() first")
-        cached = cache.get_seq_length()
-        added = self._encoder.encode_prompt(prompt)
-        suffix = [*ids[cached:], *added]
-        if adapter is None:
-            return Call(None, cache, ids[:cached], suffix, added, None)
-        tokens = self.adapters.tokens(adapter)
-        start = _last(suffix, tokens)
-        if start is None:
-            if not added and ids[-len(tokens) :] == tokens:
-                raise ValueError(
-                    f"Session: the context ends with the invocation of {adapter!r}, but the base "
-                    "model has read it already; load adapters before extend(), or leave the "
-                    "invocation out of the context"
-                )
-            start = len(suffix)
-            added = [*added, *tokens]
-            suffix = [*suffix, *tokens]
-        return Call(adapter, cache, ids[:cached], suffix, added, cached + start)
+            context, cache = self._context, self._cache
+        return plan(context, cache, self._encoder, self.adapters, adapter, prompt)
 
     def _generate(
         self,
         adapter: str | None,
         prompt: str | Sequence[int] | None,
-        options: dict[str, Any],
+        settings: Settings,
         keep: bool,
         wanted: Callable[[], bool] = lambda: True,
     ) -> Any:
         """`generate`; an answer to keep is kept if it is still wanted when it is there."""
         call = self._plan(adapter, prompt)
-        self._check(call, options, "Session.generate")
-        several = int(setting(options, "num_return_sequences", self._defaults) or 1)
-        if several > 1 and keep:
-            raise ValueError("Session.generate: keep=True takes one answer, not several")
+        self._check_length(settings.length(len(call.ids)), settings.where)
+        several = settings.number("num_return_sequences") > 1
+        if several and keep:
+            raise ValueError(f"{settings.where}: keep=True takes one answer, not several")
         view = view_of(call.cache)
-        rows = max(several, int(setting(options, "num_beams", self._defaults) or 1))
+        rows = settings.rows
         if rows > 1:
             view.batch_repeat_interleave(rows)
-        out = self._run(call, view, options, rows)
-        answers = [self._answer(call, row[len(call.ids) :].tolist(), options) for row in out]
+        out = self._run(call, view, settings, rows)
+        answers = [self._answer(call, row[len(call.ids) :].tolist(), settings) for row in out]
         if keep and wanted():
             self._keep(call, answers[0], view if adapter is None and rows == 1 else None)
-        return answers if several > 1 else answers[0]
+        return answers if several else answers[0]
 
-    def _run(self, call: Call, view: Cache, options: dict[str, Any], rows: int) -> Tensor:
+    def _run(self, call: Call, view: Cache, settings: Settings, rows: int) -> Tensor:
         ids = torch.tensor([call.ids])
-        if "stop_strings" in options:
-            options = {"tokenizer": self.tokenizer, **options}
         # transformers up to 5.20 reads a prompt in chunks from its beginning, whatever is cached.
-        step = setting(options, "prefill_chunk_size")
-        options = {**options, "prefill_chunk_size": None}
+        step = settings.get("prefill_chunk_size")
         if is_recurrent(view):
             step = 1
         with torch.no_grad(), self.adapters.scope(call.adapter, [call.start] * rows):
-            if step is not None:
+            if step:
                 last = (len(call.suffix) - 1) // step * step  # the rest is generate's
                 self._read(call.ids[: len(call.cached) + last], view, step, rows)
             return self.base.generate(
                 ids.to(self.base.device),
                 attention_mask=torch.ones_like(ids).to(self.base.device),
-                use_cache=True,
                 **{self.adapters.cache_argument: view},
-                **options,
+                **settings.keywords(),
             )
 
     def _prefill(self, ids: list[int], cache: Cache) -> Cache:
@@ -297,6 +314,7 @@ class Session:
                 f"Session: {type(self.base).__name__} does not keep what it has read in a "
                 "transformers Cache, so calls cannot share it"
             )
+        check_states(view, self.base)
         return view
 
     def _read(self, ids: list[int], view: Cache, step: int, rows: int = 1) -> None:
@@ -314,47 +332,35 @@ class Session:
 
     def _keep(self, call: Call, answer: Answer, view: Cache | None) -> None:
         """Append what a call added and generated; the base model reads it, if it has not yet."""
-        ids = [*call.ids, *answer.token_ids]
         with self._lock:
             if self._cache is not call.cache:
                 raise RuntimeError(
                     "Session: the context changed while an answer was generated that is to be kept"
                 )
+            context = self._context.with_answer(call.added, answer, self._encoder)
+            ids = list(context.ids)
             held = max(self.adapters.longest_tail(ids), 1)
             # The base model's own keys and values are what a prefill would compute again.
             if view is not None and view.get_seq_length() <= len(ids) - held:
                 self._cache = view
             cache = self._prefill(ids, self._cache)
-            self._ids, self._cache = ids, cache
+            self._context, self._cache = context, cache
 
-    def _answer(self, call: Call, generated: list[int], options: Mapping[str, Any]) -> Answer:
-        generated = _until_end(generated, self._eos_ids(options))
+    def _answer(self, call: Call, generated: list[int], settings: Settings) -> Answer:
+        generated = until_end(call.ids, generated, settings)
         text = self.tokenizer.decode(generated, skip_special_tokens=True)
         return Answer(text, tuple(generated), call.adapter, tuple(call.added), call.start)
 
-    def _eos_ids(self, options: Mapping[str, Any] | None = None) -> set[int]:
-        eos = setting(options or {}, "eos_token_id", self._defaults)
-        if eos is None:
-            eos = self.tokenizer.eos_token_id
-        return set(eos) if isinstance(eos, list | tuple | set) else {eos}
-
-    @property
-    def _defaults(self) -> Any:
-        """The model's own generation settings."""
-        return getattr(self.base, "generation_config", None)
+    def _settings(self, options: dict[str, Any], where: str) -> Settings:
+        """What is in effect for a call; the model's own settings are read each time."""
+        settings = Settings(options, self.adapters.own_settings(), self.tokenizer, where)
+        check_stop_strings(settings)
+        return settings
 
     def _max_length(self) -> int | None:
         return getattr(
             self.base.config.get_text_config(decoder=True), "max_position_embeddings", None
         )
-
-    def _check(self, call: Call, options: Mapping[str, Any], where: str) -> None:
-        check_options(options, self._defaults, where)
-        new = setting(options, "max_new_tokens", self._defaults)
-        length = len(call.ids) + (1 if new is None else int(new))
-        if new is None:
-            length = max(length, int(setting(options, "max_length") or 0))
-        self._check_length(length, where)
 
     def _check_length(self, length: int, where: str) -> None:
         limit = self._max_length()
@@ -363,19 +369,3 @@ class Session:
                 f"{where}: {length} tokens, but the model has {limit} positions; "
                 "shorten the context, the prompt or max_new_tokens"
             )
-
-
-def _last(ids: list[int], tokens: list[int]) -> int | None:
-    """Index of the last occurrence of `tokens` in `ids`."""
-    for i in range(len(ids) - len(tokens), -1, -1):
-        if ids[i : i + len(tokens)] == tokens:
-            return i
-    return None
-
-
-def _until_end(generated: list[int], eos: set[int]) -> list[int]:
-    """Cut the padding that a batch puts after a row's end."""
-    for i, token in enumerate(generated):
-        if token in eos:
-            return generated[: i + 1]
-    return generated

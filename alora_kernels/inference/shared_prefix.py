@@ -5,34 +5,22 @@ in another; the two are merged by their log-sum-exp:
 
     out = Σ_i exp(lse_i − lse) out_i,   lse = log Σ_i exp(lse_i)
 
-Registered through transformers' `AttentionInterface` under a name of its own. Outside
-`attending(...)` the function hands over to the implementation that the model had before.
+`SharedPrefixCache` holds the prefix for a model whose attention `attending` has switched over.
 """
 
 from __future__ import annotations
 
-import contextvars
-import sys
-import threading
-import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..peft.stream import projects_cache
-
-NAME = "alora_shared_prefix"
 # Scores of one product are held in float32: at most this many, 64 MiB.
 MAX_SCORES = 1 << 24
-# Arguments that change the formula; a layer that passes one is not served.
-_FOREIGN = ("softcap", "s_aux", "position_bias", "sinks")
+# Of the prefix, for the comparison with the model's own attention.
+_COMPARED_TOKENS = 256
 
 
 class SharedPrefixError(RuntimeError):
@@ -121,18 +109,24 @@ class _SharedLayer(CacheLayerMixin):
     """One layer: the base's prefix, never written, and the rows' own suffixes."""
 
     is_compileable = False
-    is_sliding = False
 
     def __init__(self, layer: Any, length: int) -> None:
         super().__init__()
         self.prefix_key, self.prefix_value = layer.keys, layer.values
         self.length = length
-        sliding = isinstance(layer, DynamicSlidingWindowLayer)
-        self.window: int | None = layer.sliding_window if sliding else None
+        self.is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        self.window: int | None = layer.sliding_window if self.is_sliding else None
         self.is_initialized = True
+        self.unread = False  # written, and not yet attended to
+        self.compared = False  # with the model's own attention
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare."""
+
+    @property
+    def stored(self) -> int:
+        """How many tokens of the prefix are kept."""
+        return int(self.prefix_key.shape[-2])
 
     @property
     def suffix_length(self) -> int:
@@ -141,12 +135,19 @@ class _SharedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        self.check_read()
         if self.keys is None or self.values is None:
             self.keys, self.values = key_states, value_states
         else:
             self.keys = torch.cat([self.keys, key_states], dim=-2)
             self.values = torch.cat([self.values, value_states], dim=-2)
+        self.unread = True
         return self.keys, self.values
+
+    def check_read(self) -> None:
+        """Raise if the last forward has read this layer in another way than through `attend`."""
+        if self.unread:
+            raise SharedPrefixError("some layers do not take their attention from the interface")
 
     def get_seq_length(self) -> int:
         return self.length + self.suffix_length
@@ -154,7 +155,7 @@ class _SharedLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         if isinstance(query_length, Tensor):  # transformers 4 passes the positions
             query_length = query_length.shape[0]
-        return self.suffix_length + query_length, self.length
+        return self.stored + self.suffix_length + query_length, self.length - self.stored
 
     def get_max_length(self) -> int:
         return -1
@@ -165,6 +166,10 @@ class _SharedLayer(CacheLayerMixin):
 class SharedPrefixCache(Cache):
     """A base cache of one row, lent to many rows that each append their own tokens.
 
+    Nothing about the model is taken on trust: each layer must read the very keys and values that
+    it put here, its mask must be the one that this cache stands for, and in the first forward its
+    own attention must give the same.
+
     Args:
         base: a cache of dynamic layers with batch size 1. It is not written.
         padding: int64 `[B]`, how many tokens of each row's suffix are padding, all at its front.
@@ -174,29 +179,42 @@ class SharedPrefixCache(Cache):
         length = base.get_seq_length()
         super().__init__(layers=[_SharedLayer(layer, length) for layer in base.layers])
         self.length, self.padding = length, padding
+        self._masks: dict[Any, tuple[Tensor, tuple[Tensor | None, Tensor]]] = {}
+        self._masks_of = -1
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Any:
-        """The attention of one layer over prefix and suffix, `[B, Q, H·G, D]`."""
-        layer = self.layers[module.layer_idx]
-        if key is not layer.keys:
-            raise SharedPrefixError(
-                f"{type(module).__name__} changes the keys between the cache and the attention"
-            )
-        suffix, queries = key.shape[-2], query.shape[-2]
-        column = torch.arange(suffix, device=query.device)
-        row = column[suffix - queries :]
-        distance = row[:, None] - column  # [Q, S]
-        seen = (distance >= 0) & (column >= self.padding[:, None, None])
-        prefix_mask = None
-        if layer.window is not None:
-            seen = seen & (distance < layer.window)
-            stored = layer.prefix_key.shape[-2]
-            # A query at position p sees the keys after p − window.
-            first = self.length - stored
-            if self.length + suffix - first > layer.window:
-                position = self.length + row - self.padding[:, None]  # [B, Q]
-                held = torch.arange(first, self.length, device=query.device)
-                prefix_mask = held > (position - layer.window).unsqueeze(-1)
+    def check_read(self) -> None:
+        """Raise if some layer was not read through `attend`."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.check_read()
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        own: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """The attention of one layer over prefix and suffix, `[B, Q, H·G, D]`.
+
+        Args:
+            mask: bool `[B, 1, Q, stored + suffix]`, as the model has made it for this cache.
+            own: the attention that the model has without a shared prefix, of query, key, value
+                and a bool mask.
+
+        Raises:
+            SharedPrefixError: this attention is another one.
+        """
+        layer = self._layer_of(module, key, value)
+        prefix_mask, suffix_mask = self._masks_for(module, layer, mask, query.shape[-2])
+        if not layer.compared:
+            assert mask is not None
+            self._compare(module, layer, query, mask, scaling, own)
+            layer.compared = True
+        layer.unread = False
         out = shared_prefix_attention(
             query,
             layer.prefix_key,
@@ -205,114 +223,112 @@ class SharedPrefixCache(Cache):
             value,
             scaling,
             prefix_mask,
-            seen.expand(query.shape[0], -1, -1),
+            suffix_mask,
         )
         return out.transpose(1, 2).contiguous()
 
+    def _layer_of(self, module: Any, key: Tensor, value: Tensor) -> Any:
+        kind = type(module).__name__
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not 0 <= index < len(self.layers):
+            raise SharedPrefixError(f"{kind} does not say which layer of the cache it reads")
+        layer: Any = self.layers[index]
+        for what, given, kept in (
+            ("keys", key, layer.keys),
+            ("values", value, layer.values),
+        ):
+            if given is not kept:
+                raise SharedPrefixError(
+                    f"{kind} changes the {what} between the cache and the attention"
+                )
+        return layer
 
-_current: contextvars.ContextVar[SharedPrefixCache | None] = contextvars.ContextVar(
-    "alora_shared_prefix", default=None
-)
-_lock = threading.Lock()
-_users: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDictionary()
+    def _masks_for(
+        self, module: Any, layer: Any, mask: Tensor | None, queries: int
+    ) -> tuple[Tensor | None, Tensor]:
+        """Which tokens of the prefix and of the suffix each query sees, by their positions.
 
+        The model's mask counts places in the cache, and padding moves a row's tokens to later
+        places. So that mask is not used, but must be the one that the places give.
+        """
+        suffix = layer.suffix_length
+        if self._masks_of != suffix:  # of another forward
+            self._masks, self._masks_of = {}, suffix
+        name = (id(mask), layer.stored, layer.window)
+        if name in self._masks:
+            return self._masks[name][1]
+        rows = self.padding.shape[0]
+        shape = (queries, layer.stored + suffix)
+        if mask is None or mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1] != 1:
+            raise SharedPrefixError(f"{type(module).__name__} makes a mask of its own")
+        if mask.shape[-2:] != shape or mask.shape[0] not in (1, rows):
+            raise SharedPrefixError(
+                f"{type(module).__name__} has a mask of shape {tuple(mask.shape)}, not "
+                f"{(rows, 1, *shape)}"
+            )
+        device = mask.device
+        place = torch.arange(self.length - layer.stored, self.length + suffix, device=device)
+        query = place[-queries:]
+        distance = query[:, None] - place
+        first = (self.length + self.padding)[:, None, None]  # place of a row's first own token
+        seen = (distance >= 0) & ((place < self.length) | (place >= first))
+        if layer.window is not None:
+            seen = seen & (distance < layer.window)
+        real = query[:, None] >= first  # padding asks for nothing
+        if not torch.equal(mask[:, 0] & real, seen & real):
+            raise SharedPrefixError(
+                f"{type(module).__name__} sees other tokens than those before it"
+                + ("" if layer.window is None else f" within {layer.window}")
+            )
+        prefix_mask = None
+        if layer.window is not None:
+            # A query at position p sees the keys after p − window.
+            position = query - self.padding[:, None]
+            if layer.stored + suffix > layer.window:
+                after = (position - layer.window).unsqueeze(-1)
+                prefix_mask = place[: layer.stored] > after
+        found = prefix_mask, seen[..., layer.stored :]
+        self._masks[name] = mask, found  # the mask stays alive, so that its id is its own
+        return found
 
-def sharing_problem(model: Any, cache: Cache) -> str | None:
-    """Why `model` cannot share the prefix in `cache`, or None."""
-    config = model.config.get_text_config(decoder=True)
-    base = _original(config._attn_implementation)
-    if base not in ("sdpa", "eager"):
-        return f"its attention implementation is {base!r}, not sdpa or eager"
-    if not getattr(model, "_supports_attention_backend", False):
-        return f"{type(model).__name__} does not take its attention from AttentionInterface"
-    if any(kind.__name__ == "DummyLayer" for layer in cache.layers for kind in type(layer).__mro__):
-        return "some layers read the keys of others"
-    projected = projects_cache(model)
-    if projected is not None:
-        return f"{projected} projects what its cache returns"
-    if len({getattr(layer, "keys", None) is None for layer in cache.layers}) != 1:
-        return "some layers hold no keys"
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):
-        if getattr(config, name, None):
-            return f"its config sets {name}"
-    if getattr(config, "is_causal", True) is False:
-        return "its attention is bidirectional"
-    return None
-
-
-@contextmanager
-def attending(model: Any, cache: SharedPrefixCache) -> Iterator[None]:
-    """Within the block `model`'s attention layers, in this thread, read `cache`'s prefix."""
-    _enter(model)
-    token = _current.set(cache)
-    try:
-        yield
-    finally:
-        _current.reset(token)
-        _leave(model)
-
-
-def _original(implementation: str | None) -> str | None:
-    if implementation and implementation.startswith(NAME):
-        return implementation.removeprefix(NAME + "_")
-    return implementation
-
-
-def _enter(model: Any) -> None:
-    """The first of several concurrent users switches the attention; to others it changes nothing:
-    masks and, outside `attending`, results are those of the implementation before."""
-    with _lock:
-        state = _users.setdefault(model, [0, None])
-        if state[0] == 0:
-            config = model.config.get_text_config(decoder=True)
-            state[1] = config._attn_implementation
-            name = f"{NAME}_{state[1]}"
-            AttentionInterface.register(name, _FORWARDS[state[1]])
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[state[1]])
-            model.set_attn_implementation(name)
-        state[0] += 1
-
-
-def _leave(model: Any) -> None:
-    with _lock:
-        state = _users[model]
-        state[0] -= 1
-        if state[0] == 0:
-            model.set_attn_implementation(state[1])
-            del _users[model]
-
-
-def _forward(original: str) -> Any:
-    def forward(
+    def _compare(
+        self,
         module: Any,
+        layer: Any,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        cache = _current.get()
-        if cache is None:
-            function = _implementation(original, module)
-            return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        foreign = [name for name in _FOREIGN if kwargs.get(name) is not None]
-        if foreign:
-            raise SharedPrefixError(f"{type(module).__name__} uses {', '.join(foreign)}")
-        if kwargs.get("output_attentions"):
-            raise SharedPrefixError("output_attentions is not available over a shared prefix")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        # transformers' mask counts cache slots, where padding shifts a row's window: not used.
-        return cache.attend(module, query, key, value, scale), None
-
-    return forward
-
-
-def _implementation(name: str, module: Any) -> Any:
-    """The attention that `module` would have called. Eager is a function of its own file."""
-    if name == "eager":
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[name]
-
-
-_FORWARDS = {name: _forward(name) for name in ("sdpa", "eager")}
+        mask: Tensor,
+        scaling: float,
+        own: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> None:
+        """The last query of the first row, by this formula and by the model's own attention."""
+        dtype = torch.float32 if query.device.type == "mps" else torch.float64
+        begin = max(layer.stored - _COMPARED_TOKENS, 0)
+        prefix_key, prefix_value = (
+            t[:, :, begin:].to(dtype) for t in (layer.prefix_key, layer.prefix_value)
+        )
+        query, key, value = (t[:1].to(dtype) for t in (query[:, :, -1:], layer.keys, layer.values))
+        mask = mask[:1, :, -1:, begin:]
+        kept = layer.stored - begin
+        ours = shared_prefix_attention(
+            query,
+            prefix_key,
+            prefix_value,
+            key,
+            value,
+            scaling,
+            mask[:, 0, :, :kept],
+            mask[:, 0, :, kept:],
+        )
+        whole = torch.cat([prefix_value, value], -2)
+        try:
+            theirs = own(query, torch.cat([prefix_key, key], -2), whole, mask)
+            gap = (ours.transpose(1, 2) - theirs.to(dtype)).abs().max()
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+            raise SharedPrefixError(
+                f"the attention of {type(module).__name__} cannot be compared: {error}"
+            ) from error
+        # Some eager attentions take the softmax in float32.
+        if not bool(gap <= 1e-5 * whole.abs().max()):
+            raise SharedPrefixError(
+                f"{type(module).__name__} computes more than softmax(scaling · q kᵀ) v"
+            )

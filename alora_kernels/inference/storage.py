@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import DynamicCache
 
+from .context import Context
 from .views import shared_layers
 
 if TYPE_CHECKING:
     from .session import Session
 
-FORMAT = "alora_kernels.session.1"
+FORMAT = "alora_kernels.session.2"
+FIRST_FORMAT = "alora_kernels.session.1"  # token ids alone, and a sample of the weights
+logger = logging.getLogger("alora_kernels")
+_PART = 1 << 26  # bytes of a weight that are hashed at a time
 # What beside the weights decides keys and values, where a config has it.
 _DECIDING = (
     "num_hidden_layers",
@@ -46,6 +53,28 @@ _DECIDING = (
     "attention_multiplier",
     "residual_multiplier",
 )
+# What a config says that decides nothing about them, and what stands in the settings already.
+_INDIFFERENT = (
+    *_DECIDING,
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("initializer_range", "use_cache", "return_dict", "tie_word_embeddings", "id2label"),
+    *(
+        "label2id",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+        "problem_type",
+    ),
+    *(
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "quantization_config",
+        "chunk_size_feed_forward",
+    ),
+    *("router_aux_loss_coef", "is_encoder_decoder", "model_type", "max_position_embeddings"),
+)
 
 
 def save_session(session: Session, folder: Path) -> Path:
@@ -53,7 +82,8 @@ def save_session(session: Session, folder: Path) -> Path:
 
     Raises:
         FileExistsError: the folder exists and is not empty.
-        TypeError: the cache holds more than keys and values (a recurrent model).
+        TypeError: the cache holds more than keys and values (a recurrent model), or a message more
+            than JSON can hold.
     """
     from safetensors.torch import save_file
 
@@ -72,7 +102,9 @@ def save_session(session: Session, folder: Path) -> Path:
         "format": FORMAT,
         "token_ids": list(session.token_ids),
         "cached_length": session.cached_length,
-        "base": _identity(session),
+        "context": _written(session._context),
+        "base": {**_settings(session), "weights": _weights(session)},
+        "config": _config(session),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -97,13 +129,21 @@ def load_session(session: Session, folder: Path) -> None:
     from safetensors.torch import load_file
 
     header = json.loads((folder / "session.json").read_text(encoding="utf8"))
-    if header.get("format") != FORMAT:
+    first = header.get("format") == FIRST_FORMAT
+    if not first and header.get("format") != FORMAT:
         raise ValueError(
             f"Session.load: {folder} has format {header.get('format')!r}, not {FORMAT}"
         )
-    here = _identity(session)
+    weights = _sampled_weights(session) if first else _weights(session)
+    here = {**_settings(session), "weights": weights}
     saved = header["base"]
     differ = [k for k in {**here, **saved} if saved.get(k) != here.get(k)]
+    # Another version of transformers may know settings that the saved config does not have.
+    other, config = header.get("config", {}), _config(session)
+    unlike = {
+        name: config[name] for name in config if other.get(name, config[name]) != config[name]
+    }
+    here, saved, differ = {**here, **unlike}, {**saved, **other}, [*differ, *unlike]
     if differ:
         raise ValueError(
             f"Session.load: {folder} was saved for another base model: "
@@ -124,12 +164,85 @@ def load_session(session: Session, folder: Path) -> None:
         layer.update(keys.to(session.base.device), values.to(session.base.device))
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = length
-    session._ids, session._cache = [int(i) for i in header["token_ids"]], cache
+    ids = tuple(int(i) for i in header["token_ids"])
+    if first:
+        logger.warning(
+            "Session.load: %s was written by an older version, which compares a sample of the "
+            "weights only and keeps no messages; save the session again",
+            folder,
+        )
+        context = Context(ids=ids, border=len(ids))
+    else:
+        given = header["context"]
+        context = Context(**{**given, "ids": ids, "messages": tuple(given["messages"])})
+    session._context, session._cache = context, cache
 
 
-def _identity(session: Session) -> dict[str, Any]:
-    """What the keys and values depend on: the base's config, and a sample of its weights."""
+def _written(context: Context) -> dict[str, Any]:
+    """A context without its token ids, as JSON."""
+    fields = {name: value for name, value in vars(context).items() if name != "ids"}
+    try:
+        json.dumps(fields["messages"])
+    except TypeError as error:
+        raise TypeError(
+            f"Session.save: a message holds what JSON cannot: {error}; give messages of text"
+        ) from error
+    return fields
+
+
+def _settings(session: Session) -> dict[str, Any]:
+    """What the keys and values depend on, beside the weights."""
     config = session.base.config.get_text_config(decoder=True)
+    deciding = {name: _value(config, name) for name in _DECIDING}
+    settings = {
+        "model_type": session.base.config.model_type,
+        "dtype": str(session.base.dtype),
+        **{name: value for name, value in deciding.items() if value is not None},
+        "rope": _rope(config),
+    }
+    return dict(json.loads(json.dumps(settings)))  # as it is read again
+
+
+def _config(session: Session) -> dict[str, Any]:
+    """All else that the decoder's config says, and that is not known to decide nothing."""
+    config = session.base.config.get_text_config(decoder=True).to_dict()
+    kept = {name: value for name, value in config.items() if name not in _INDIFFERENT}
+    return dict(json.loads(json.dumps(kept, default=str)))
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # one that differs from layer to layer: the weights' shapes tell
+        return None
+
+
+def _weights(session: Session) -> str:
+    """A hash of every byte of the base model's weights and buffers.
+
+    Adapters do not take part, and what a PEFT model calls a layer that it has wrapped is put back.
+    """
+    tensors = sorted(_base_tensors(session.base), key=lambda named: named[0])
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        for part in flat.split(_PART):
+            digest.update(part.cpu().numpy())
+    return digest.hexdigest()
+
+
+def _base_tensors(base: Any) -> list[tuple[str, torch.Tensor]]:
+    named = [*base.named_parameters(), *base.named_buffers()]
+    return [
+        (name.replace(".base_layer.", "."), tensor)
+        for name, tensor in named
+        if "lora_" not in name and tensor.numel()
+    ]
+
+
+def _sampled_weights(session: Session) -> str:
+    """What the first format wrote about the weights."""
     total = 0.0
     for name, parameter in session.base.named_parameters():
         if "lora_" in name or "magnitude" in name:
@@ -137,15 +250,7 @@ def _identity(session: Session) -> dict[str, Any]:
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // 64)
         total += float(flat[::step].double().abs().sum())
-    deciding = {name: getattr(config, name, None) for name in _DECIDING}
-    identity = {
-        "model_type": session.base.config.model_type,
-        "dtype": str(session.base.dtype),
-        **{name: value for name, value in deciding.items() if value is not None},
-        "rope": _rope(config),
-        "weights": f"{total:.9g}",
-    }
-    return json.loads(json.dumps(identity))  # as it is read again
+    return f"{total:.9g}"
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -15,14 +15,16 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStr
 def stream_answer(
     generate: Callable[..., Any],
     tokenizer: Any,
-    adapter: str | None,
-    prompt: str | Sequence[int] | None,
-    options: dict[str, Any],
+    stopping_criteria: Sequence[Any] | None,
     device: str,
 ) -> Iterator[str]:
-    """The text that a session's `generate` makes; a closed iterator stops it and keeps nothing.
+    """The text that `generate` makes; a closed iterator stops it and keeps nothing.
 
-    `device` is the model's type of device: this thread's autocast for it holds in the other one.
+    Args:
+        generate: takes the options that make it a stream, and a function that says whether its
+            answer is still wanted.
+        stopping_criteria: the caller's.
+        device: the model's type of device: this thread's autocast for it holds in the other one.
     """
     autocast = torch.autocast(
         device,
@@ -32,10 +34,10 @@ def stream_answer(
     )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     cancelled, over = threading.Event(), threading.Event()
-    keep = options.pop("keep", False)
-    given = options.pop("stopping_criteria", None) or []
-    options["stopping_criteria"] = StoppingCriteriaList([*given, _Stop(cancelled)])
-    options["streamer"] = streamer
+    extra = {
+        "stopping_criteria": StoppingCriteriaList([*(stopping_criteria or ()), _Stop(cancelled)]),
+        "streamer": streamer,
+    }
     failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
     def wanted() -> bool:
@@ -45,7 +47,7 @@ def stream_answer(
     def work() -> None:
         try:
             with autocast:
-                generate(adapter, prompt, options, keep, wanted)
+                generate(extra, wanted)
         except BaseException as error:
             failure.put(error)
         finally:

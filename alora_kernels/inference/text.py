@@ -1,101 +1,82 @@
-"""Text and chat messages to the token ids that continue a context."""
+"""Text to token ids, so that a text given in pieces has the tokens of the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-# A finished exchange: what a template puts before later messages is learnt from it.
-_EXCHANGE = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+# A text that continues is tokenised behind one of these where the tokens before it cannot serve.
+_BEFORE = ("\n", ".", "a", "1")
+# How many of the last tokens stand for all that are before a text.
+_TAILS = (16, 256)
 
 
 class Encoder:
-    """Encodes what is appended to a context.
+    """A tokenizer's tokens of a text at the start, and behind tokens that are there already."""
 
-    Args:
-        tokenizer: with a chat template, if messages are to be given.
-        eos_ids: the tokens that end a turn.
-    """
-
-    def __init__(self, tokenizer: Any, eos_ids: Iterable[int]) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.eos_ids = set(eos_ids)
 
-    def encode(
-        self, content: Any, context: Sequence[int], add_generation_prompt: bool
-    ) -> list[int]:
-        """Token ids of `content` after `context`."""
-        if isinstance(content, str):
-            if add_generation_prompt:
-                raise ValueError(
-                    "Session.extend: add_generation_prompt belongs to messages; write the prompt "
-                    "into the text"
-                )
-            return self._ids(content, special=not context)
-        content = list(content)
-        if not content:
-            return []
-        if all(isinstance(item, int) for item in content):
-            self._check_ids(content)
-            return content
-        if not all(isinstance(item, Mapping) and "role" in item for item in content):
-            raise TypeError(
-                "Session.extend: expected text, token ids, or messages such as "
-                '{"role": "user", "content": "..."}'
-            )
-        return self._messages(content, context, add_generation_prompt)
+    def plain(self, text: str) -> list[int]:
+        """The tokens of a text, without any special token that the text does not contain."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def encode_prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
-        """Token ids of a call's own prompt: no special tokens are added."""
-        if prompt is None:
-            return []
-        if isinstance(prompt, str):
-            return self._ids(prompt, special=False)
-        ids = list(prompt)
-        self._check_ids(ids)
-        return ids
+    def lead(self) -> list[int]:
+        """What the tokenizer puts before a text: BOS, or nothing."""
+        text = "a"
+        body, whole = self.plain(text), list(self.tokenizer(text)["input_ids"])
+        for i in range(len(whole) - len(body) + 1):
+            if whole[i : i + len(body)] == body:
+                return whole[:i]
+        return []
 
-    def _check_ids(self, ids: Sequence[Any]) -> None:
-        size = len(self.tokenizer)
-        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < size]
-        if wrong:
-            raise ValueError(
-                f"Session: {wrong[0]!r} is not a token id of this tokenizer (0 to {size - 1})"
-            )
+    def after(self, ids: Sequence[int], text: str) -> list[int]:
+        """The tokens of `text` where it goes on behind `ids`, which stay as they are.
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        No word space is invented or lost between the two: the text is tokenised together with the
+        text of the last tokens. Where that would merge tokens across the seam, or where the tokens
+        are no text's (a generated answer may be such), it is tokenised behind a neutral character.
+        """
+        ids = list(ids)
+        if not text or not ids or ids == self.lead():
+            return self.plain(text)
+        for size in (*(n for n in _TAILS if n < len(ids)), len(ids)):
+            shown = self.show(ids[-size:])
+            alone = self.plain(shown)
+            if alone and alone[-1] == ids[-1] and _begins(whole := self.plain(shown + text), alone):
+                return whole[len(alone) :]
+        for before in _BEFORE:
+            alone, whole = self.plain(before), self.plain(before + text)
+            if _begins(whole, alone):
+                return whole[len(alone) :]
+        return self.plain(text)
 
-    def _messages(
-        self, messages: list[Any], context: Sequence[int], add_generation_prompt: bool
-    ) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise ValueError(
-                "Session.extend: this tokenizer has no chat template, so messages cannot be "
-                "rendered; set tokenizer.chat_template, or give text"
-            )
-        if not context:
-            # The template writes BOS itself.
-            return self._ids(self._render(messages, add_generation_prompt), special=False)
-        before = self._render(_EXCHANGE, False)
-        whole = self._render([*_EXCHANGE, *messages], add_generation_prompt)
-        if not whole.startswith(before):
-            raise ValueError(
-                "Session.extend: this chat template renders earlier messages differently once "
-                "others follow, so a context cannot be continued with it; give text"
-            )
-        text = whole[len(before) :]
-        if context[-1] in self.eos_ids:
-            # A kept answer ends with its end-of-turn token; the template may put more after it.
-            end = self.tokenizer.decode([context[-1]])
-            _, found, rest = before.rpartition(end)
-            if found:
-                text = rest + text
-        return self._ids(text, special=False)
-
-    def _render(self, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens written out."""
         return str(
-            self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
+
+    def names(self, ids: Sequence[int]) -> list[str]:
+        """Token ids as the tokenizer calls them, for errors."""
+        return [str(name) for name in self.tokenizer.convert_ids_to_tokens(list(ids))]
+
+    def check_ids(self, ids: Sequence[Any], where: str) -> list[int]:
+        """Token ids as a list.
+
+        Raises:
+            ValueError: one is not an id of this tokenizer.
+        """
+        size = len(self.tokenizer)
+        for i in ids:
+            if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= int(i) < size:
+                raise ValueError(
+                    f"{where}: {i!r} is not a token id of this tokenizer (0 to {size - 1})"
+                )
+        return [int(i) for i in ids]
+
+
+def _begins(ids: Sequence[int], beginning: Sequence[int]) -> bool:
+    return list(ids[: len(beginning)]) == list(beginning)

@@ -115,23 +115,34 @@ def is_recurrent(cache: Cache) -> bool:
     return kind is not None and any(isinstance(layer, kind) for layer in cache.layers)
 
 
+def check_states(cache: Cache, model: Any) -> None:
+    """Refuse a model whose recurrent layers have read tokens and left their cache layers empty.
+
+    Raises:
+        CacheError: seen on transformers 5.24 (RecurrentGemma keeps its state in its modules).
+    """
+    kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
+    for i, layer in enumerate(cache.layers):
+        if kind is not None and isinstance(layer, kind) and not _tensors_in(vars(layer)):
+            raise CacheError(
+                f"{type(model).__name__} keeps the state of its recurrent layers outside of the "
+                f"cache (layer {i} of it is empty after reading), so calls cannot share it"
+            )
+
+
 def tensors_of(cache: Cache) -> list[Tensor]:
     """Every tensor that a cache's layers hold, in a fixed order."""
-    found: list[Tensor] = []
+    return [tensor for layer in cache.layers for tensor in _tensors_in(vars(layer))]
 
-    def visit(value: Any) -> None:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                visit(item)
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                visit(value[key])
 
-    for layer in cache.layers:
-        visit(vars(layer))
-    return found
+def _tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = [value[key] for key in sorted(value, key=str)]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors_in(item)]
+    return []
 
 
 def _view_layer(layer: Any) -> Any:

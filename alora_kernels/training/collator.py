@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..invocation import last_occurrence
 from .layout import IGNORE
 
 
@@ -119,12 +120,14 @@ class AloraDataCollator:
                     f"AloraDataCollator: feature {index} has invocation_start={start}, but the "
                     f"tokens there are {found}, not {self.invocation_tokens}"
                 )
-            if _last(ids, self.invocation_tokens, start + 1) >= 0:
+            if last_occurrence(ids, self.invocation_tokens, start + 1) is not None:
                 self._warn_answer(index)
             return start
         stop = len(ids) if boundary is None else boundary
-        start = _last(ids[:stop], self.invocation_tokens)
-        if boundary is not None and _last(ids, self.invocation_tokens, max(start + 1, 0)) >= 0:
+        found = last_occurrence(ids[:stop], self.invocation_tokens)
+        start = -1 if found is None else found
+        later = last_occurrence(ids, self.invocation_tokens, start + 1)
+        if boundary is not None and later is not None:
             self._warn_answer(index)
         return start
 
@@ -163,11 +166,3 @@ class AloraDataCollator:
 
 def _ints(values: Any) -> list[int]:
     return [int(v) for v in (values.tolist() if hasattr(values, "tolist") else values)]
-
-
-def _last(ids: Sequence[int], tokens: Sequence[int], begin: int = 0) -> int:
-    """Last position at or after `begin` where `tokens` stand in `ids`, or −1."""
-    for position in range(len(ids) - len(tokens), begin - 1, -1):
-        if list(ids[position : position + len(tokens)]) == list(tokens):
-            return position
-    return -1

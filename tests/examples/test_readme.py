@@ -10,9 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SNIPPETS = re.findall(
-    r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
-)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
 
 
 def run(word: str, **given: Any) -> dict[str, Any]:
@@ -101,7 +100,7 @@ def test_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.chdir(tmp_path)
     base, tokenizer = load(tiny)
-    prompt = tokenizer.encode("a long prompt <judge>")
+    prompt = tokenizer.encode("a long prompt\n<judge>")
     run(
         "AloraTrainer(",
         base=base,
@@ -113,6 +112,30 @@ def test_training(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     model = PeftModel.from_pretrained(load(tiny)[0], "my-alora")
     trained = [p for name, p in model.named_parameters() if "lora_B" in name]
     assert trained and all(p.any() for p in trained)
+
+
+@pytest.mark.slow
+def test_the_prompt_holds_the_invocation_in_gemmas_tokens() -> None:
+    """The invocation of the training snippet, and the prompt of the request to vLLM."""
+    import json
+
+    pytest.importorskip("gguf")
+    from transformers import AutoTokenizer
+
+    from alora_kernels.gguf import gemma_270m
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gemma_270m())
+    except ImportError:
+        pytest.skip("the extra `model` is not installed")
+    (line,) = (s for s in SNIPPETS if "encode_invocation(" in s)
+    call = next(row for row in line.splitlines() if row.startswith("invocation_tokens ="))
+    names: dict[str, Any] = {"tokenizer": tokenizer}
+    exec("from alora_kernels.invocation import encode_invocation\n" + call, names)
+    (request,) = re.findall(r"'(\{\"model\": \"judge\".*\})'", README)
+    prompt = tokenizer(json.loads(request)["prompt"])["input_ids"]
+    tokens = names["invocation_tokens"]
+    assert len(tokens) == 3 and prompt[-3:] == tokens
 
 
 def test_a_session(tiny: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import MambaConfig, MambaForCausalLM, RwkvConfig, RwkvForCausa
 from alora_kernels.inference import CacheError, Session
 from alora_kernels.inference.views import tensors_of
 
+from .architectures import small_model
 from .tiny import GREEDY, INVOCATIONS, VOCABULARY, base_model, check, context, peft_model, tokenizer
 
 RECURRENT_LAYERS = hasattr(cache_utils, "LinearAttentionLayer")
@@ -55,3 +56,12 @@ def test_a_state_outside_the_cache_is_refused() -> None:
     rwkv = RwkvForCausalLM(RwkvConfig(**sizes, context_length=64)).eval()
     with pytest.raises(CacheError, match="RwkvForCausalLM does not keep what it has read"):
         Session(rwkv, tokenizer())
+
+
+@pytest.mark.skipif(not RECURRENT_LAYERS, reason="refused by its missing DynamicCache")
+def test_a_state_in_the_modules_is_refused() -> None:
+    """RecurrentGemma: an answer would depend on the calls before it."""
+    session = Session(small_model("recurrent_gemma"), tokenizer())
+    with pytest.raises(CacheError, match="RecurrentGemmaForCausalLM keeps the state of its rec"):
+        session.extend(context(12, 1))
+    assert session.token_ids == ()

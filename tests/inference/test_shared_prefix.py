@@ -109,6 +109,7 @@ def counted(session: Session) -> tuple[list[int], Any]:
 
 def test_ask_is_one_batch() -> None:
     session = Session(peft_model("gemma3", 4), tokenizer()).extend(context(40, 4))
+    session.ask(["green", "red"], max_new_tokens=1)  # the first is also compared with rows alone
     batches, handle = counted(session)
     session.ask([None, *INVOCATIONS, "red"], max_new_tokens=4, min_new_tokens=4)
     handle.remove()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alora_kernels.inference import Session
+from alora_kernels.inference import Session, storage
 from alora_kernels.inference.views import tensors_of
 
-from .tiny import WINDOW, context, peft_model, tokenizer
+from .architectures import small_model
+from .tiny import WINDOW, base_model, context, peft_model, tokenizer
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
 
@@ -40,6 +42,51 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
         Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
 
 
+def test_one_changed_element_of_the_weights_is_another_model(tmp_path: Path) -> None:
+    """Whatever the element, and whichever way it changed."""
+    Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    for path in ("model.layers.1.mlp.down_proj.base_layer.weight", "model.norm.weight"):
+        model = peft_model("llama", 8)
+        weight = model.get_base_model().get_parameter(path)
+        weight.data.view(-1)[7] += 1e-3
+        with pytest.raises(ValueError, match="another base model: weights is"):
+            Session.load(tmp_path / "a", model, tokenizer())
+        weight.data.view(-1)[7] *= -1  # a sum of sizes would not tell
+        with pytest.raises(ValueError, match="another base model: weights is"):
+            Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_adapters_are_not_the_base_model(tmp_path: Path) -> None:
+    """A session moves between the base alone and whatever adapters it has."""
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+    session.save(tmp_path / "a")
+    bare = Session.load(tmp_path / "a", base_model("llama", 8), tokenizer())
+    assert bare.generate(**GREEDY).token_ids == session.generate(**GREEDY).token_ids
+    model = peft_model("llama", 8, plain=True)
+    model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_B.red").weight.data += 1
+    assert Session.load(tmp_path / "a", model, tokenizer()).token_ids == session.token_ids
+
+
+def test_a_folder_of_the_first_format_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = Session(peft_model("llama", 8), tokenizer()).extend(context(9, 8))
+    session.save(tmp_path / "a")
+    header = tmp_path / "a" / "session.json"
+    data = json.loads(header.read_text())
+    del data["context"]
+    data["format"] = "alora_kernels.session.1"
+    data["base"]["weights"] = storage._sampled_weights(session)
+    header.write_text(json.dumps(data))
+    with caplog.at_level(logging.WARNING, "alora_kernels"):
+        other = Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
+    assert "older version" in caplog.text and other.token_ids == session.token_ids
+    assert other.generate("red", **GREEDY) == session.generate("red", **GREEDY)
+    other.extend("more")
+    with pytest.raises(ValueError, match="another base model: weights is"):
+        Session.load(tmp_path / "a", peft_model("llama", 10), tokenizer())
+
+
 def test_another_config_over_the_same_weights_is_refused(tmp_path: Path) -> None:
     Session(peft_model("mistral", 8), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
     rope = {"rope_type": "default", "rope_theta": 500.0}
@@ -50,6 +97,24 @@ def test_another_config_over_the_same_weights_is_refused(tmp_path: Path) -> None
         setattr(model.get_base_model().config, name, value)
         with pytest.raises(ValueError, match=f"another base model: {name} is {value}, saved"):
             Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_a_setting_that_no_list_names_is_compared(tmp_path: Path) -> None:
+    """Of the same weights: a dropped rotary embedding, another scale, another activation's clip."""
+    Session(small_model("smollm3"), tokenizer()).extend(context(9, 8)).save(tmp_path / "a")
+    model = small_model("smollm3")
+    assert len(Session.load(tmp_path / "a", model, tokenizer())) == 9
+    model.config.no_rope_layers = [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="another base model: no_rope_layers is"):
+        Session.load(tmp_path / "a", model, tokenizer())
+
+
+def test_a_config_with_settings_of_each_layer_is_saved(tmp_path: Path) -> None:
+    model = small_model("gemma4_text", num_kv_shared_layers=0)
+    session = Session(model, tokenizer()).extend(context(20, 8))
+    session.save(tmp_path / "a")
+    other = Session.load(tmp_path / "a", model, tokenizer())
+    assert other.generate(**GREEDY) == session.generate(**GREEDY)
 
 
 def test_what_does_not_change_the_cache_may_differ(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Chat messages behind those that a context holds: the whole chat is rendered, its end is new."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Message = Mapping[str, Any]
+# Stands for an answer while the template shows what it puts behind one.
+_ANSWER = "alora0answer"
+# In place of the text or token ids that a chat continues.
+_QUESTION: tuple[Message, ...] = ({"role": "user", "content": "x"},)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Raises:
+        ValueError: the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "Session.extend: this tokenizer has no chat template, so messages cannot be "
+                "rendered; set tokenizer.chat_template, or give text"
+            )
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The text of a chat.
+
+        Raises:
+            ValueError: the template refuses these messages.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
+        except Exception as error:  # Jinja's, or whatever the template raises
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise ValueError(
+                f"Session.extend: the chat template refuses the session's messages together with "
+                f"these (roles {roles}): {error}; give messages that it accepts in this order, "
+                "or text"
+            ) from error
+
+    def behind(self, known: Sequence[Message], new: Sequence[Message], prompted: bool) -> str:
+        """What the template writes for `new` behind the finished messages `known`."""
+        before, whole = self.render(known), self.render([*known, *new], prompted)
+        return self.difference(whole, before)
+
+    def close(self, known: Sequence[Message], ended_by: str) -> str:
+        """What the template writes behind an answer to `known`.
+
+        Args:
+            ended_by: the text of the answer's last token if that ends it, else "".
+        """
+        if known[-1].get("role") == "assistant":
+            known = known[:-1]
+        rest = self.render([*known, assistant(_ANSWER)]).rpartition(_ANSWER)[2]
+        return rest.removeprefix(ended_by)
+
+    def behind_other(
+        self, answer: str | None, new: Sequence[Message], prompted: bool, ended_by: str
+    ) -> tuple[tuple[Message, ...], str]:
+        """The same in the middle of a chat that is not known; the chat that stands for it, too.
+
+        Args:
+            answer: the text of an answer that was kept at the end.
+        """
+        if new[0].get("role") == "assistant":
+            return _QUESTION, self.behind(_QUESTION, new, prompted)
+        known = (*_QUESTION, assistant(_ANSWER if answer is None else answer))
+        text = self.behind(known, new, prompted)
+        if answer is not None or ended_by:
+            text = self.close(_QUESTION, ended_by) + text
+        return known, text
+
+    def difference(self, whole: str, before: str) -> str:
+        """What `whole` has more than `before`.
+
+        Raises:
+            ValueError: `whole` does not begin with `before`.
+        """
+        if not whole.startswith(before):
+            at = next(
+                (i for i, (a, b) in enumerate(zip(whole, before)) if a != b),
+                min(len(whole), len(before)),
+            )
+            raise ValueError(
+                "Session.extend: the chat as a whole does not begin with what is in the context: "
+                "this chat template renders earlier messages differently once these follow. "
+                f"The context has {_piece(before, at)!r} where the whole chat has "
+                f"{_piece(whole, at)!r}. Begin a new session with the whole chat, or continue this "
+                "one with text"
+            )
+        return whole[len(before) :]
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+def _piece(text: str, at: int) -> str:
+    return text[max(0, at - 10) : at + 30]
