@@ -10,7 +10,6 @@ _PROMPT = "give text with prompt=, or extend() the session"
 _PADDING = "a session's context has no padding"
 _CACHE = "the session has its own cache"
 _SEARCH = "transformers runs it by code of its own; use sampling or num_beams"
-_SECOND = "it runs the model on a second sequence, which has no cache in the session"
 
 # What a session refuses, and what to do instead.
 OWN_OPTIONS = {
@@ -36,14 +35,10 @@ OWN_OPTIONS = {
     "num_beam_groups": _SEARCH,
     "constraints": _SEARCH,
     "force_words_ids": _SEARCH,
-    "guidance_scale": _SECOND,
-    "negative_prompt_ids": _SECOND,
-    "negative_prompt_attention_mask": _SECOND,
     "token_healing": "it would replace tokens that are in the context",
 }
 # A value of these that is neither None nor empty, and changes nothing all the same.
 _IDLE: dict[str, Callable[[Any], bool]] = {
-    "guidance_scale": lambda value: value == 1,
     "num_beam_groups": lambda value: value <= 1,
     "penalty_alpha": lambda value: value <= 0,
 }
@@ -167,9 +162,11 @@ class Settings:
         """Refuse what a batch of adapters cannot have.
 
         Raises:
-            ValueError: several answers of one row, a prompt in chunks, a streamer, or keep=True.
+            ValueError: several answers of one row, a prompt in chunks, guidance by another
+                prompt, a streamer, or keep=True.
         """
         several = [n for n in ("num_beams", "num_return_sequences") if self.number(n) > 1]
+        several += ["guidance_scale"] if self.get("guidance_scale") not in (None, 1) else []
         several += [n for n in ("prefill_chunk_size", "streamer", "keep") if self.get(n)]
         for name in several:
             raise ValueError(

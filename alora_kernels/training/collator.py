@@ -114,11 +114,11 @@ class AloraDataCollator:
     def _start(self, index: int, ids: list[int], boundary: int | None, given: Any) -> int:
         if given is not None and int(given) >= 0:
             start = int(given)
-            found = ids[start : start + len(self.invocation_tokens)]
-            if found != self.invocation_tokens:
+            there = ids[start : start + len(self.invocation_tokens)]
+            if there != self.invocation_tokens:
                 raise ValueError(
                     f"AloraDataCollator: feature {index} has invocation_start={start}, but the "
-                    f"tokens there are {found}, not {self.invocation_tokens}"
+                    f"tokens there are {there}, not {self.invocation_tokens}"
                 )
             if last_occurrence(ids, self.invocation_tokens, start + 1) is not None:
                 self._warn_answer(index)

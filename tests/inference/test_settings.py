@@ -46,7 +46,6 @@ REFUSED = {
     "num_beam_groups": 2,
     "constraints": [1],
     "force_words_ids": [[4]],
-    "guidance_scale": 1.5,
     "token_healing": True,
 }
 
@@ -65,6 +64,13 @@ def test_what_a_session_refuses_it_refuses_from_everywhere(
     ):
         with pytest.raises(ValueError, match=wanted.format(where)):
             call()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_guidance_is_for_one_adapter_at_a_time(session: Session, way: str) -> None:
+    options = given(session, way, {"guidance_scale": 1.5})
+    with pytest.raises(ValueError, match=r"^Session.ask: guidance_scale is for one adapter"):
+        session.ask(["red", None], **options, max_new_tokens=1)
 
 
 HARMLESS = [
