@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def inputs(case: Case, seed: int) -> Inputs:
 
 def run(
     case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
-    other: Backend | None = None, make_sender: type[PtxSender] = PtxSender,
+    other: Backend | None = None, make_sender: Callable[..., PtxSender] = PtxSender,
 ) -> PtxSender:  # fmt: skip
     """Fails unless every result is at most twice as far from the truth as PyTorch's own.
 

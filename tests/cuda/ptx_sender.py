@@ -129,8 +129,10 @@ class PtxSender:
         return lambda inputs: step_by_step(program, inputs, self._send)
 
     def _send(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
-        index = {name: i for i, name in enumerate(tensors)}
-        self.sent.append(Sent(launch, packed(launch, index), list(tensors.values()), self.counters))
+        places = {name: (i, 0) for i, name in enumerate(tensors)}
+        self.sent.append(
+            Sent(launch, packed(launch, places), list(tensors.values()), self.counters)
+        )
         if self.execute:
             self.together(self.sent[-1:])
 

@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from alora_kernels.activation import Activation
 from alora_kernels.backends import Call, Projection
 from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda.steps import Launch
 
+from ..ptx import PtxError
 from .cases import Case, run
 from .covering import Row, chosen
 from .ptx_sender import PtxSender
@@ -257,3 +260,58 @@ def test_a_group_of_hopper_overlaps_its_shrink_with_the_gemms(seed: int) -> None
 
 def test_add_reads_active_rows_alone(seed: int) -> None:
     run(Case("delta", add=True, dropout=0.3, bias="both"), seed)
+
+
+class Swapping(PtxSender):
+    """Sends two fields in each other's place."""
+
+    def __init__(self, pair: tuple[str, str], *args: Any) -> None:
+        super().__init__(*args)
+        self.pair, self.swapped = pair, 0
+
+    def _send(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
+        a, b = self.pair
+        fields = dict(launch.fields)
+        if a in fields and b in fields:
+            fields[a], fields[b] = fields[b], fields[a]
+            self.swapped += 1
+        super()._send(launch._replace(fields=fields), tensors)
+
+
+DECODE = Case("onepass", m=4, k=1032, n=72, r=16, bias="both", machine=4)
+TAIL = Case("tail", m=40, k=72, n=136, r=24, bias="both")
+ONE_PASS_OVER_DY = Case("delta", m=70, k=16, n=264, r=24, active="all", machine=2)
+FUSED = Case("tail", m=130, k=72, n=264, r=24, active="all", arch="sm_90a", machine=2, bias="both")
+
+
+@pytest.mark.parametrize(
+    "case, pair",
+    [
+        (DECODE, ("up", "down")),
+        (DECODE, ("bias", "lora_bias")),
+        (DECODE, ("left", "weight")),
+        (DECODE, ("up_r", "up_n")),
+        (DECODE, ("n", "r")),
+        (TAIL, ("low", "out")),
+        (TAIL, ("left_m", "out_m")),
+        (TAIL, ("columns[0].right", "columns[1].right")),
+        (TAIL, ("active_rows", "active_count")),
+        (ONE_PASS_OVER_DY, ("part", "low_part")),
+        (ONE_PASS_OVER_DY, ("up_n", "up_r")),
+        (ONE_PASS_OVER_DY, ("split_rows", "splits")),
+        (FUSED, ("gemm.low", "gemm.up")),
+        (FUSED, ("gemm.bias", "gemm.lora_bias")),
+        (FUSED, ("low_out", "active_rows")),
+    ],
+    ids=str,
+)
+def test_fields_that_change_places_are_found(case: Case, pair: tuple[str, str], seed: int) -> None:
+    senders: list[Swapping] = []
+
+    def make_sender(*args: Any) -> PtxSender:
+        senders.append(Swapping(pair, *args))
+        return senders[-1]
+
+    with pytest.raises((PtxError, AssertionError)):
+        run(case, seed, backward=case is ONE_PASS_OVER_DY, make_sender=make_sender)
+    assert senders[0].swapped

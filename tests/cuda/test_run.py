@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends import Call, Needs, Projection
+from alora_kernels.backends import Call, Needs, Problem, Projection
 from alora_kernels.backends.cuda import CudaBackend, backend
-from alora_kernels.backends.cuda.run import Run, ready
+from alora_kernels.backends.cuda.program import program_of
+from alora_kernels.backends.cuda.run import Run, _scratch, ready
 from alora_kernels.backends.cuda.steps import Make, Program, Torch, View, fresh, packed
 
 from .ptx_sender import step_by_step
@@ -106,7 +109,7 @@ class Defined:
     def __call__(self, program: Program) -> Run:
         def send(launch: Any, tensors: dict[str, Tensor | None]) -> None:
             self.kept.append(tensors)
-            told = packed(launch, {name: i for i, name in enumerate(tensors)})
+            told = packed(launch, {name: (i, 0) for i, name in enumerate(tensors)})
             addresses = [0 if t is None else t.data_ptr() for t in tensors.values()]
             done = Launched(told, filled(told, addresses), -1, STREAM)
             self.extension.launches.append(done)
@@ -320,3 +323,42 @@ def test_products_in_place_and_new_ones_keep_their_order(
         one, two, x = run([torch.full((2, 3), float(turn))])
         assert torch.equal(x, torch.full((2, 3), float(turn)))
         assert torch.equal(one, torch.zeros(2, 3)) and torch.equal(two, x.exp())
+
+
+def test_what_only_kernels_see_lies_in_one_tensor_side_by_side() -> None:
+    shared = 0
+    for strategy in ("delta", "tail", "onepass"):
+        for arch, backward, count in itertools.product((80, 90), (False, True), (1, 2)):
+            problem = Problem(
+                rows=130, in_features=72, out_features=(136,) * count, ranks=(24,) * count,
+                active=65, dtype=torch.bfloat16, adapter_dtype=torch.float32, device="cuda",
+                arch=arch, backward=backward,
+            )  # fmt: skip
+            program = program_of(problem, strategy, (8, arch))
+            begins, elements = _scratch(program)
+            makes = {s.view.tensor: s for s in program.steps if isinstance(s, Make)}
+            operands = [v for s in program.steps if isinstance(s, Torch) for v in s.operands]
+            assert not begins.keys() & {*program.results, *[v.tensor for v in operands if v]}
+            end = 0
+            for name, begin in sorted(begins.items(), key=lambda item: item[1]):
+                view = makes[name].view
+                assert not makes[name].zero and begin % 256 == 0 and begin >= end
+                end = begin + math.prod(view.shape) * view.dtype.itemsize
+            assert elements * 2 >= end
+            shared += len(begins) > 1
+    assert shared
+
+
+def test_torch_that_gives_unaligned_memory_is_told_of(
+    extension: Extension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unaligned(x: Tensor, *shape: int) -> Tensor:
+        return x.new_zeros(math.prod(shape) + 1)[1:].view(shape)
+
+    monkeypatch.setattr(Tensor, "new_empty", unaligned)
+    given = Case().tensors()
+    with pytest.raises(RuntimeError, match="not a multiple of 16"):
+        CudaBackend(machine=(132, 80)).forward(
+            given["call"], "onepass", given["x"], given["projections"], None, False
+        )
+    assert extension.launches == []

@@ -195,7 +195,13 @@ class CudaBackend:
     def _again(self, key: Hashable, inputs: list[Tensor | None], call: Call) -> Results | None:
         """The results of the program that ran last for `key`; None where it must be planned."""
         run = self._programs.get(key)
-        return None if run is None else run([*inputs, *_plain(call)])
+        if run is None:
+            return None
+        activation = call.activation
+        return run([
+            *inputs, activation.row_adapter, activation.active_rows, activation.active_count,
+            call.seed,
+        ])  # fmt: skip
 
     def _anew(
         self, key: Hashable, inputs: list[Tensor | None], call: Call, asked: Pass, layouts: Layouts

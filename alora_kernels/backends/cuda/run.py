@@ -6,7 +6,9 @@ same for every call of its layouts.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from .extension import extension
 from .steps import Launch, Make, Program, Torch, packed
+
+SCRATCH_ALIGNMENT = 256  # bytes, as PyTorch's own allocations
 
 Results = list[Tensor | None]
 Run = Callable[[list[Tensor | None]], Results | None]
@@ -43,42 +47,53 @@ def ready(program: Program) -> Run:
     The function gives None, and has changed nothing, where an input's address is not what
     `program.residues` says.
     """
-    index = {name: i for i, name in enumerate(program.inputs)}
+    places: dict[str, tuple[int, int]] = {name: (i, 0) for i, name in enumerate(program.inputs)}
     residues = [-1 if r is None else r for r in program.residues]
-    makes: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = []
-    for make in program.steps:
-        if isinstance(make, Make):
-            index[make.view.tensor] = len(index)
-            function = Tensor.new_zeros if make.zero else Tensor.new_empty
-            own = {} if make.view.dtype == program.dtype else {"dtype": make.view.dtype}
-            makes.append((function, make.view.shape, own))
-            residues.append(0)
+    makes: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
+
+    def make(shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> int:
+        function: Callable[..., Tensor] = Tensor.new_zeros if zero else Tensor.new_empty
+        if dtype != program.dtype:
+            function = functools.partial(function, dtype=dtype)
+        makes.append((function, shape))
+        residues.append(0)
+        return len(residues) - 1
+
+    scratch, length = _scratch(program)
+    for step in program.steps:
+        if isinstance(step, Make) and step.view.tensor not in scratch:
+            view = step.view
+            places[view.tensor] = make(view.shape, view.dtype, step.zero), 0
+    if length:
+        whole = make((length,), program.dtype, False)
+        places |= {name: (whole, begin) for name, begin in scratch.items()}
     actions: list[tuple[Any, ...]] = []
     rest = [step for step in program.steps if not isinstance(step, Make)]
     for is_launch, some in itertools.groupby(rest, lambda step: isinstance(step, Launch)):
         if is_launch:
-            launches = [packed(launch, index) for launch in some if isinstance(launch, Launch)]
+            launches = [packed(launch, places) for launch in some if isinstance(launch, Launch)]
             actions.append((extension().Program(launches, list(residues)), None, (), (), False))
             continue
         for step in some:
             assert isinstance(step, Torch)
-            operands = tuple([-1 if v is None else index[v.tensor] for v in step.operands])
-            fresh = step.result is not None
+            operands = tuple([-1 if v is None else places[v.tensor][0] for v in step.operands])
             if step.result is not None:
-                index[step.result.tensor] = len(index)
+                places[step.result.tensor] = len(residues), 0
                 residues.append(0)
-            actions.append((None, FUNCTIONS[step.function], operands, step.constants, fresh))
-    results = [None if name is None else index[name] for name in program.results]
+            function = FUNCTIONS[step.function]
+            actions.append((None, function, operands, step.constants, step.result is not None))
+    results = [None if name is None else places[name][0] for name in program.results]
 
     def run(tensors: list[Tensor | None]) -> Results | None:
         first: Any = tensors[0]
         device = first.get_device()
-        for make, shape, options in makes:
-            tensors.append(make(first, *shape, **options))
+        for function, shape in makes:
+            tensors.append(function(first, *shape))
         addresses: list[int] = []
         for launch, function, operands, constants, fresh in actions:
             if launch is not None:
-                addresses += [0 if t is None else t.data_ptr() for t in tensors[len(addresses) :]]
+                some = tensors[len(addresses) :] if addresses else tensors
+                addresses += [0 if t is None else t.data_ptr() for t in some]
                 if not launch(addresses, device, torch._C._cuda_getCurrentRawStream(device)):
                     return None
                 continue
@@ -88,3 +103,19 @@ def ready(program: Program) -> Run:
         return [None if i is None else tensors[i] for i in results]
 
     return run
+
+
+def _scratch(program: Program) -> tuple[dict[str, int], int]:
+    """Tensors that only kernels see, as parts of one: where each begins, in bytes, and how many
+    elements of `program.dtype` there are."""
+    seen = set(program.results)
+    for step in program.steps:
+        if isinstance(step, Torch):
+            seen |= {view.tensor for view in step.operands if view is not None}
+    begins, end = {}, 0
+    for step in program.steps:
+        if isinstance(step, Make) and not step.zero and step.view.tensor not in seen:
+            begins[step.view.tensor] = end
+            size = math.prod(step.view.shape) * step.view.dtype.itemsize
+            end += -(-size // SCRATCH_ALIGNMENT) * SCRATCH_ALIGNMENT
+    return begins, end // program.dtype.itemsize

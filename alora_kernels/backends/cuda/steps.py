@@ -171,8 +171,11 @@ class Packed(NamedTuple):
     counters: tuple[Zeros, ...]
 
 
-def packed(launch: Launch, index: Mapping[str, int]) -> Packed:
-    """`launch` with the places of its tensors, by `index`, for their names."""
+def packed(launch: Launch, places: Mapping[str, tuple[int, int]]) -> Packed:
+    """`launch` with numbers for the names of tensors.
+
+    `places` has for each name the number of the tensor that holds it, and how many bytes into it.
+    """
     plan, fields = launch
     struct = STRUCTS[plan.params]
     if fields.keys() != struct.fields.keys():
@@ -182,15 +185,15 @@ def packed(launch: Launch, index: Mapping[str, int]) -> Packed:
     numbers, addresses, maps, counters = {}, [], [], []
     for name, (kind, offset) in struct.fields.items():
         value = fields[name]
-        if kind is MAP:
-            spec = specs[name]
-            if spec is not None:
-                assert isinstance(value, View)
+        if isinstance(value, View):
+            tensor, begin = places[value.tensor]
+            where = Address(offset, tensor, begin + value.offset)
+            spec = specs.get(name)
+            if kind is not MAP:
+                addresses.append(where)
+            elif spec is not None:
                 is_bf16 = value.dtype == torch.bfloat16
-                where = (offset, index[value.tensor], value.offset)
                 maps.append(Mapped(*where, is_bf16, *spec.dims, spec.stride, *spec.box))
-        elif isinstance(value, View):
-            addresses.append(Address(offset, index[value.tensor], value.offset))
         elif isinstance(value, Counters):
             counters.append(Zeros(offset, value.words))
         elif value is not None:
