@@ -2,11 +2,11 @@
 
     python bench/run.py --mode host [--backend cuda,cpu] [--rounds 200] [--calls 20]
 
-Kernels do not run: on the cuda path the extension is replaced by one whose `launch` returns at
+Kernels do not run: on the cuda path the extension is replaced by one whose programs return at
 once, so the tensors can lie on the CPU and no GPU is needed. What is left is what a GPU would wait
-for when its kernels are short: checking, choosing, planning, packing, autograd. Allocating the
-outputs is timed alone and subtracted; nothing else is. The stub encodes tensor maps in no time; the
-driver takes some hundred nanoseconds for each, once for each address and layout.
+for when its kernels are short: checking, choosing, finding the program, autograd. Allocating the
+outputs is timed alone and subtracted; nothing else is. What C++ does in a call is left out: a
+quarter of a microsecond, what the driver takes to encode each tensor map, and the launches.
 
 Times are processor time of the one thread that runs, so that other work on the machine adds little.
 "forward with grad" is one call that autograd records; "forward + backward" adds PyTorch's engine

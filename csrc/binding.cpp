@@ -141,9 +141,12 @@ PYBIND11_MODULE(_cuda, module) {
            "What a call would hand to each kernel, for tests.");
   py::class_<Counters>(module, "Counters", "Slices of zeroed memory; for tests.")
       .def(py::init<Counters::Allocate>(), py::arg("allocate"))
-      .def("take", [](Counters& counters, uint64_t stream, uint64_t capture, size_t words) {
-        return counters.take({stream, capture}, words);
-      }, py::arg("stream"), py::arg("capture"), py::arg("words"));
+      .def(
+          "take",
+          [](Counters& counters, uint64_t stream, uint64_t capture, size_t words) {
+            return counters.take({stream, capture}, words);
+          },
+          py::arg("stream"), py::arg("capture"), py::arg("words"));
   module.def("kernel_names", &kernel_names, "Names of all kernels, sorted.");
   module.def("versions", &versions, "(driver, runtime) as 1000 · major + 10 · minor.");
   module.attr("structs") = structs();

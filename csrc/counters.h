@@ -18,7 +18,7 @@ namespace alora {
 // tells. That is 16 KiB for each stream and each captured graph.
 class Counters {
  public:
-  static constexpr size_t kSlice = 4096;       // words; what one launch needs, nearly always
+  static constexpr size_t kSlice = 4096;        // words; what one launch needs, nearly always
   static constexpr size_t kSlab = 64 * kSlice;  // words
 
   using Allocate = std::function<uintptr_t(size_t bytes)>;  // of zeroed memory

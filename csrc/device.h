@@ -58,8 +58,7 @@ class Driver {
     const cudaError_t status =
         cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found);
 #else
-    const cudaError_t status =
-        cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
+    const cudaError_t status = cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found);
 #endif
     check(status, name);
     if (found != cudaDriverEntryPointSuccess || function == nullptr) {

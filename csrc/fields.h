@@ -44,56 +44,66 @@ inline Layout with(Layout layout, const std::string& name, size_t offset, const 
   return layout;
 }
 
-#define ALORA_FIELD(name) \
+#define FIELD(name) \
   Field { #name, kind_of<decltype(S::name)>(), offsetof(S, name) }
 
 inline Layout gemm_layout() {
   using S = GemmParams;
   return {"GemmParams",
           sizeof(S),
-          {ALORA_FIELD(left),      ALORA_FIELD(right),     ALORA_FIELD(bias),
-           ALORA_FIELD(low),       ALORA_FIELD(up),        ALORA_FIELD(down),
-           ALORA_FIELD(lora_bias), ALORA_FIELD(out),       ALORA_FIELD(low_out),
-           ALORA_FIELD(row_adapter), ALORA_FIELD(seed),    ALORA_FIELD(left_m),
-           ALORA_FIELD(left_k),    ALORA_FIELD(right_k),   ALORA_FIELD(right_n),
-           ALORA_FIELD(low_m),     ALORA_FIELD(up_r),      ALORA_FIELD(up_n),
-           ALORA_FIELD(down_r),    ALORA_FIELD(down_k),    ALORA_FIELD(out_m),
-           ALORA_FIELD(low_out_m), ALORA_FIELD(m),         ALORA_FIELD(n),
-           ALORA_FIELD(k),         ALORA_FIELD(r),         ALORA_FIELD(scale),
-           ALORA_FIELD(lora_bias_scale), ALORA_FIELD(threshold), ALORA_FIELD(flags)}};
+          {FIELD(left),      FIELD(right),       FIELD(bias),      FIELD(low),
+           FIELD(up),        FIELD(down),        FIELD(lora_bias), FIELD(out),
+           FIELD(low_out),   FIELD(row_adapter), FIELD(seed),      FIELD(left_m),
+           FIELD(left_k),    FIELD(right_k),     FIELD(right_n),   FIELD(low_m),
+           FIELD(up_r),      FIELD(up_n),        FIELD(down_r),    FIELD(down_k),
+           FIELD(out_m),     FIELD(low_out_m),   FIELD(m),         FIELD(n),
+           FIELD(k),         FIELD(r),           FIELD(scale),     FIELD(lora_bias_scale),
+           FIELD(threshold), FIELD(flags)}};
 }
 
 inline Layout gemm_sm90_layout() {
   using S = GemmSm90Params;
   return {"GemmSm90Params",
           sizeof(S),
-          {ALORA_FIELD(left),      ALORA_FIELD(right),      ALORA_FIELD(low),
-           ALORA_FIELD(up),        ALORA_FIELD(out),        ALORA_FIELD(bias),
-           ALORA_FIELD(up_values), ALORA_FIELD(lora_bias),  ALORA_FIELD(out_values),
-           ALORA_FIELD(row_adapter), ALORA_FIELD(seed),     ALORA_FIELD(up_r),
-           ALORA_FIELD(up_n),      ALORA_FIELD(out_m),      ALORA_FIELD(m),
-           ALORA_FIELD(n),         ALORA_FIELD(k),          ALORA_FIELD(r),
-           ALORA_FIELD(lora_bias_scale), ALORA_FIELD(threshold), ALORA_FIELD(flags)}};
+          {FIELD(left),
+           FIELD(right),
+           FIELD(low),
+           FIELD(up),
+           FIELD(out),
+           FIELD(bias),
+           FIELD(up_values),
+           FIELD(lora_bias),
+           FIELD(out_values),
+           FIELD(row_adapter),
+           FIELD(seed),
+           FIELD(up_r),
+           FIELD(up_n),
+           FIELD(out_m),
+           FIELD(m),
+           FIELD(n),
+           FIELD(k),
+           FIELD(r),
+           FIELD(lora_bias_scale),
+           FIELD(threshold),
+           FIELD(flags)}};
 }
 
 inline Layout onepass_sm90_layout() {
   using S = OnePassSm90Params;
   const Layout own = {"OnePassSm90Params",
                       sizeof(S),
-                      {ALORA_FIELD(down), ALORA_FIELD(down_values), ALORA_FIELD(low_out),
-                       ALORA_FIELD(down_r), ALORA_FIELD(down_k), ALORA_FIELD(low_m),
-                       ALORA_FIELD(scale)}};
+                      {FIELD(down), FIELD(down_values), FIELD(low_out), FIELD(down_r),
+                       FIELD(down_k), FIELD(low_m), FIELD(scale)}};
   return with(own, "gemm", offsetof(S, gemm), gemm_sm90_layout());
 }
 
 inline Layout fused_sm90_layout() {
   using S = FusedSm90Params;
-  const Layout own = {"FusedSm90Params",
-                      sizeof(S),
-                      {ALORA_FIELD(down), ALORA_FIELD(down_values), ALORA_FIELD(low_out),
-                       ALORA_FIELD(active_rows), ALORA_FIELD(active_count), ALORA_FIELD(ready),
-                       ALORA_FIELD(down_r), ALORA_FIELD(down_k), ALORA_FIELD(low_m),
-                       ALORA_FIELD(scale)}};
+  const Layout own = {
+      "FusedSm90Params",
+      sizeof(S),
+      {FIELD(down), FIELD(down_values), FIELD(low_out), FIELD(active_rows), FIELD(active_count),
+       FIELD(ready), FIELD(down_r), FIELD(down_k), FIELD(low_m), FIELD(scale)}};
   return with(own, "gemm", offsetof(S, gemm), gemm_sm90_layout());
 }
 
@@ -101,33 +111,27 @@ inline Layout decode_layout() {
   using S = DecodeParams;
   return {"DecodeParams",
           sizeof(S),
-          {ALORA_FIELD(left),   ALORA_FIELD(weight),  ALORA_FIELD(bias),
-           ALORA_FIELD(up),     ALORA_FIELD(down),    ALORA_FIELD(lora_bias),
-           ALORA_FIELD(out),    ALORA_FIELD(part),    ALORA_FIELD(arrived),
-           ALORA_FIELD(row_adapter), ALORA_FIELD(left_m), ALORA_FIELD(weight_n),
-           ALORA_FIELD(up_r),   ALORA_FIELD(up_n),    ALORA_FIELD(down_r),
-           ALORA_FIELD(down_k), ALORA_FIELD(out_m),   ALORA_FIELD(m),
-           ALORA_FIELD(n),      ALORA_FIELD(k),       ALORA_FIELD(r),
-           ALORA_FIELD(k_slice), ALORA_FIELD(scale),  ALORA_FIELD(lora_bias_scale),
-           ALORA_FIELD(flags)}};
+          {FIELD(left),    FIELD(weight),      FIELD(bias),   FIELD(up),
+           FIELD(down),    FIELD(lora_bias),   FIELD(out),    FIELD(part),
+           FIELD(arrived), FIELD(row_adapter), FIELD(left_m), FIELD(weight_n),
+           FIELD(up_r),    FIELD(up_n),        FIELD(down_r), FIELD(down_k),
+           FIELD(out_m),   FIELD(m),           FIELD(n),      FIELD(k),
+           FIELD(r),       FIELD(k_slice),     FIELD(scale),  FIELD(lora_bias_scale),
+           FIELD(flags)}};
 }
 
 inline Layout column_layout() {
   using S = ColumnBlock;
-  return {"ColumnBlock",
-          sizeof(S),
-          {ALORA_FIELD(right), ALORA_FIELD(valid), ALORA_FIELD(scale)}};
+  return {"ColumnBlock", sizeof(S), {FIELD(right), FIELD(valid), FIELD(scale)}};
 }
 
 inline Layout shrink_layout() {
   using S = ShrinkParams;
   Layout own = {"ShrinkParams",
                 sizeof(S),
-                {ALORA_FIELD(left), ALORA_FIELD(out), ALORA_FIELD(active_rows),
-                 ALORA_FIELD(active_count), ALORA_FIELD(seed), ALORA_FIELD(left_m),
-                 ALORA_FIELD(left_k), ALORA_FIELD(right_r), ALORA_FIELD(right_k),
-                 ALORA_FIELD(out_m), ALORA_FIELD(k), ALORA_FIELD(blocks), ALORA_FIELD(threshold),
-                 ALORA_FIELD(flags)}};
+                {FIELD(left), FIELD(out), FIELD(active_rows), FIELD(active_count), FIELD(seed),
+                 FIELD(left_m), FIELD(left_k), FIELD(right_r), FIELD(right_k), FIELD(out_m),
+                 FIELD(k), FIELD(blocks), FIELD(threshold), FIELD(flags)}};
   for (int i = 0; i < kMaxColumnBlocks; ++i) {
     own = with(std::move(own), "columns[" + std::to_string(i) + "]",
                offsetof(S, columns) + i * sizeof(ColumnBlock), column_layout());
@@ -137,47 +141,42 @@ inline Layout shrink_layout() {
 
 inline Layout expand_layout() {
   using S = ExpandParams;
-  return {"ExpandParams",
-          sizeof(S),
-          {ALORA_FIELD(low), ALORA_FIELD(up), ALORA_FIELD(lora_bias), ALORA_FIELD(out),
-           ALORA_FIELD(active_rows), ALORA_FIELD(active_count), ALORA_FIELD(seed),
-           ALORA_FIELD(low_m), ALORA_FIELD(up_r), ALORA_FIELD(up_n), ALORA_FIELD(out_m),
-           ALORA_FIELD(out_n), ALORA_FIELD(n), ALORA_FIELD(r), ALORA_FIELD(lora_bias_scale),
-           ALORA_FIELD(threshold), ALORA_FIELD(flags)}};
+  return {
+      "ExpandParams",
+      sizeof(S),
+      {FIELD(low), FIELD(up), FIELD(lora_bias), FIELD(out), FIELD(active_rows), FIELD(active_count),
+       FIELD(seed), FIELD(low_m), FIELD(up_r), FIELD(up_n), FIELD(out_m), FIELD(out_n), FIELD(n),
+       FIELD(r), FIELD(lora_bias_scale), FIELD(threshold), FIELD(flags)}};
 }
 
 inline Layout grad_layout() {
   using S = GradParams;
   return {"GradParams",
           sizeof(S),
-          {ALORA_FIELD(wide), ALORA_FIELD(low), ALORA_FIELD(part), ALORA_FIELD(active_rows),
-           ALORA_FIELD(active_count), ALORA_FIELD(seed), ALORA_FIELD(wide_m),
-           ALORA_FIELD(wide_p), ALORA_FIELD(low_m), ALORA_FIELD(p), ALORA_FIELD(r16),
-           ALORA_FIELD(split_rows), ALORA_FIELD(threshold), ALORA_FIELD(flags)}};
+          {FIELD(wide), FIELD(low), FIELD(part), FIELD(active_rows), FIELD(active_count),
+           FIELD(seed), FIELD(wide_m), FIELD(wide_p), FIELD(low_m), FIELD(p), FIELD(r16),
+           FIELD(split_rows), FIELD(threshold), FIELD(flags)}};
 }
 
 inline Layout grad_b_layout() {
   using S = GradBParams;
   return {"GradBParams",
           sizeof(S),
-          {ALORA_FIELD(dy), ALORA_FIELD(low), ALORA_FIELD(up), ALORA_FIELD(part),
-           ALORA_FIELD(low_part), ALORA_FIELD(active_rows), ALORA_FIELD(active_count),
-           ALORA_FIELD(dy_m), ALORA_FIELD(low_m), ALORA_FIELD(up_n), ALORA_FIELD(up_r),
-           ALORA_FIELD(n), ALORA_FIELD(r), ALORA_FIELD(r16), ALORA_FIELD(split_rows),
-           ALORA_FIELD(slots), ALORA_FIELD(flags)}};
+          {FIELD(dy), FIELD(low), FIELD(up), FIELD(part), FIELD(low_part), FIELD(active_rows),
+           FIELD(active_count), FIELD(dy_m), FIELD(low_m), FIELD(up_n), FIELD(up_r), FIELD(n),
+           FIELD(r), FIELD(r16), FIELD(split_rows), FIELD(slots), FIELD(flags)}};
 }
 
 inline Layout reduce_layout() {
   using S = ReduceParams;
   return {"ReduceParams",
           sizeof(S),
-          {ALORA_FIELD(part), ALORA_FIELD(out), ALORA_FIELD(active_rows),
-           ALORA_FIELD(active_count), ALORA_FIELD(out_p), ALORA_FIELD(out_r), ALORA_FIELD(p),
-           ALORA_FIELD(r), ALORA_FIELD(r16), ALORA_FIELD(split_rows), ALORA_FIELD(splits),
-           ALORA_FIELD(scale), ALORA_FIELD(flags)}};
+          {FIELD(part), FIELD(out), FIELD(active_rows), FIELD(active_count), FIELD(out_p),
+           FIELD(out_r), FIELD(p), FIELD(r), FIELD(r16), FIELD(split_rows), FIELD(splits),
+           FIELD(scale), FIELD(flags)}};
 }
 
-#undef ALORA_FIELD
+#undef FIELD
 
 inline std::vector<Layout> layouts() {
   return {gemm_layout(),   gemm_sm90_layout(), onepass_sm90_layout(), fused_sm90_layout(),
@@ -187,13 +186,20 @@ inline std::vector<Layout> layouts() {
 
 // The bits of `flags` by their names here.
 inline std::vector<std::pair<std::string, uint32_t>> flag_bits() {
-  return {{"kAdapterFloat", kAdapterFloat}, {"kDropout", kDropout},
-          {"kAdd", kAdd},                   {"kActiveOnly", kActiveOnly},
-          {"kVectorAdapter", kVectorAdapter}, {"kVectorOut", kVectorOut},
-          {"kFloatOut", kFloatOut},         {"kConvertUp", kConvertUp},
-          {"kPairsAdapter", kPairsAdapter}, {"kConvertDown", kConvertDown},
-          {"kVectorUp", kVectorUp},         {"kAlongN", kAlongN},
-          {"kStrided", kStrided},           {"kOnePass", kOnePass}};
+  return {{"kAdapterFloat", kAdapterFloat},
+          {"kDropout", kDropout},
+          {"kAdd", kAdd},
+          {"kActiveOnly", kActiveOnly},
+          {"kVectorAdapter", kVectorAdapter},
+          {"kVectorOut", kVectorOut},
+          {"kFloatOut", kFloatOut},
+          {"kConvertUp", kConvertUp},
+          {"kPairsAdapter", kPairsAdapter},
+          {"kConvertDown", kConvertDown},
+          {"kVectorUp", kVectorUp},
+          {"kAlongN", kAlongN},
+          {"kStrided", kStrided},
+          {"kOnePass", kOnePass}};
 }
 
 }  // namespace alora

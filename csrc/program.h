@@ -84,8 +84,8 @@ class Program {
       launch.function = found->second;
       if (launch.params.size() > kMaxParams) {
         throw std::invalid_argument("alora_kernels: " + std::to_string(launch.params.size()) +
-                                    " bytes of parameters, at most " +
-                                    std::to_string(kMaxParams) + " are taken");
+                                    " bytes of parameters, at most " + std::to_string(kMaxParams) +
+                                    " are taken");
       }
       for (const Slot& s : launch.addresses) check_slot(launch, s, sizeof(uint64_t));
       for (const MapSlot& m : launch.maps) check_slot(launch, m.slot, sizeof(TensorMap));
