@@ -1,6 +1,6 @@
 // The argument of each kernel: one plain struct, so that a launch is a name, a grid and some bytes.
-// `alora_kernels/backends/cuda/params.py` states the same structs. `fields.h` lists their fields, and
-// the two are compared when the extension is loaded.
+// `alora_kernels/backends/cuda/params.py` states the same structs. `fields.h` lists their fields,
+// and the two are compared when the extension is loaded.
 #pragma once
 
 #include <cstdint>

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alora_kernels.backends.cuda.params import MAP_BYTES
-from alora_kernels.backends.cuda.run import FUNCTIONS, Results, Run
+from alora_kernels.backends.cuda.run import FUNCTIONS, Run, Tensors
 from alora_kernels.backends.cuda.steps import Launch, Make, Packed, Program, packed
 
 from ..ptx import Machine, Module
@@ -65,7 +65,7 @@ def source_of(kernel: str) -> str:
     return {**files, "onepass": "onepass_sm90.cu"}.get(words[0], "grad.cu")
 
 
-def step_by_step(program: Program, inputs: Sequence[Tensor | None], send: Any) -> Results | None:
+def step_by_step(program: Program, inputs: Sequence[Tensor | None], send: Any) -> Tensors | None:
     """`program` by its definition: one step after the other, `send(launch, tensors)` for a kernel.
 
     `tensors` are those that there are so far, by name.

@@ -34,7 +34,9 @@ def layer(rows: int, device: str = "cuda") -> dict[str, object]:
     }  # fmt: skip
 
 
-def call_and_result(strategy: str, rows: int, device: str = "cuda") -> tuple[Callable[[], Tensor], Tensor]:
+def call_and_result(
+    strategy: str, rows: int, device: str = "cuda"
+) -> tuple[Callable[[], Tensor], Tensor]:
     """A call, and what it gives when nothing runs beside it."""
     given = layer(rows, device)
 

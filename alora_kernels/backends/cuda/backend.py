@@ -17,7 +17,7 @@ from .extension import extension
 from .kernels import Pass
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES
 from .program import Adapted, Layouts, program, schedules
-from .run import Results, Run, ready
+from .run import Run, Tensors, ready
 from .steps import Program, view_of
 
 KEPT = 2048  # entries, two for a program
@@ -192,7 +192,7 @@ class CudaBackend:
     def _machine(self, x: Tensor) -> tuple[int, int]:
         return self._fixed_machine or _machine(x.device)
 
-    def _again(self, key: Hashable, inputs: list[Tensor | None], call: Call) -> Results | None:
+    def _again(self, key: Hashable, inputs: list[Tensor | None], call: Call) -> Tensors | None:
         """The results of the program that ran last for `key`; None where it must be planned."""
         run = self._programs.get(key)
         if run is None:
@@ -205,7 +205,7 @@ class CudaBackend:
 
     def _anew(
         self, key: Hashable, inputs: list[Tensor | None], call: Call, asked: Pass, layouts: Layouts
-    ) -> Results:  # fmt: skip
+    ) -> Tensors:  # fmt: skip
         """Run the program of `asked` and `layouts`, and keep it for `key`.
 
         A program is planned for addresses that are aligned in one way, and refuses others: the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,8 +21,10 @@ from .steps import Launch, Make, Program, Torch, packed
 
 SCRATCH_ALIGNMENT = 256  # bytes, as PyTorch's own allocations
 
-Results = list[Tensor | None]
-Run = Callable[[list[Tensor | None]], Results | None]
+Tensors = list[Tensor | None]  # the inputs, then what has been made so far
+Run = Callable[[Tensors], Tensors | None]
+# Does something with the tensors, whose addresses are known so far, on a device. False: it refuses.
+Action = Callable[[Tensors, list[int], int], bool]
 
 
 def bias_gradient(row_adapter: Tensor, dy: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -51,58 +53,77 @@ def ready(program: Program) -> Run:
     residues = [-1 if r is None else r for r in program.residues]
     makes: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
 
-    def make(shape: tuple[int, ...], dtype: torch.dtype, zero: bool) -> int:
+    def place(name: str) -> None:
+        """The next tensor that is made is called `name`; PyTorch aligns its address."""
+        places[name] = len(residues), 0
+        residues.append(0)
+
+    def make(name: str, shape: tuple[int, ...], dtype: torch.dtype, zero: bool = False) -> None:
         function: Callable[..., Tensor] = Tensor.new_zeros if zero else Tensor.new_empty
         if dtype != program.dtype:
             function = functools.partial(function, dtype=dtype)
         makes.append((function, shape))
-        residues.append(0)
-        return len(residues) - 1
+        place(name)
 
     scratch, length = _scratch(program)
     for step in program.steps:
         if isinstance(step, Make) and step.view.tensor not in scratch:
-            view = step.view
-            places[view.tensor] = make(view.shape, view.dtype, step.zero), 0
+            make(step.view.tensor, step.view.shape, step.view.dtype, step.zero)
     if length:
-        whole = make((length,), program.dtype, False)
+        make("scratch", (length,), program.dtype)
+        whole, _ = places["scratch"]
         places |= {name: (whole, begin) for name, begin in scratch.items()}
-    actions: list[tuple[Any, ...]] = []
+    actions: list[Action] = []
     rest = [step for step in program.steps if not isinstance(step, Make)]
     for is_launch, some in itertools.groupby(rest, lambda step: isinstance(step, Launch)):
         if is_launch:
             launches = [packed(launch, places) for launch in some if isinstance(launch, Launch)]
-            actions.append((extension().Program(launches, list(residues)), None, (), (), False))
+            actions.append(_launching(extension().Program(launches, list(residues))))
             continue
         for step in some:
             assert isinstance(step, Torch)
-            operands = tuple([-1 if v is None else places[v.tensor][0] for v in step.operands])
+            actions.append(_computing(step, places))
             if step.result is not None:
-                places[step.result.tensor] = len(residues), 0
-                residues.append(0)
-            function = FUNCTIONS[step.function]
-            actions.append((None, function, operands, step.constants, step.result is not None))
+                place(step.result.tensor)
     results = [None if name is None else places[name][0] for name in program.results]
 
-    def run(tensors: list[Tensor | None]) -> Results | None:
+    def run(tensors: Tensors) -> Tensors | None:
         first: Any = tensors[0]
-        device = first.get_device()
         for function, shape in makes:
             tensors.append(function(first, *shape))
         addresses: list[int] = []
-        for launch, function, operands, constants, fresh in actions:
-            if launch is not None:
-                some = tensors[len(addresses) :] if addresses else tensors
-                addresses += [0 if t is None else t.data_ptr() for t in some]
-                if not launch(addresses, device, torch._C._cuda_getCurrentRawStream(device)):
-                    return None
-                continue
-            result = function(*[None if i < 0 else tensors[i] for i in operands], *constants)
-            if fresh:
-                tensors.append(result.contiguous())
+        device = first.get_device()
+        for act in actions:
+            if not act(tensors, addresses, device):
+                return None
         return [None if i is None else tensors[i] for i in results]
 
     return run
+
+
+def _launching(program: Any) -> Action:
+    """`program` of C++, on the current stream."""
+
+    def launch(tensors: Tensors, addresses: list[int], device: int) -> bool:
+        late = tensors[len(addresses) :] if addresses else tensors
+        addresses += [0 if t is None else t.data_ptr() for t in late]
+        return program(addresses, device, torch._C._cuda_getCurrentRawStream(device))
+
+    return launch
+
+
+def _computing(step: Torch, places: Mapping[str, tuple[int, int]]) -> Action:
+    """What PyTorch computes."""
+    function, constants, fresh = FUNCTIONS[step.function], step.constants, step.result is not None
+    operands = [None if v is None else places[v.tensor][0] for v in step.operands]
+
+    def compute(tensors: Tensors, addresses: list[int], device: int) -> bool:
+        result = function(*[None if i is None else tensors[i] for i in operands], *constants)
+        if fresh:
+            tensors.append(result.contiguous())
+        return True
+
+    return compute
 
 
 def _scratch(program: Program) -> tuple[dict[str, int], int]:
