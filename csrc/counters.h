@@ -15,11 +15,12 @@ namespace alora {
 // of a graph, run one after the other and leave their slice as they found it.
 //
 // Nothing is ever given back: a slice may be in use for as long as a graph lives, which nobody
-// tells. That is 16 KiB for each stream and each captured graph.
+// tells. Slices are small instead: all that one owner ever had are less than four times the words
+// of its largest launch.
 class Counters {
  public:
-  static constexpr size_t kSlice = 4096;        // words; what one launch needs, nearly always
-  static constexpr size_t kSlab = 64 * kSlice;  // words
+  static constexpr size_t kLeast = 64;         // words of a slice
+  static constexpr size_t kSlab = 256 * 1024;  // words of a slab
 
   using Allocate = std::function<uintptr_t(size_t bytes)>;  // of zeroed memory
   using Owner = std::pair<uint64_t, uint64_t>;              // stream and capture; 0: no capture
@@ -31,7 +32,8 @@ class Counters {
   uintptr_t take(Owner owner, size_t words) {
     Slice& slice = slices_[owner];
     if (slice.words < words) {
-      const size_t needed = (words + kSlice - 1) / kSlice * kSlice;
+      size_t needed = kLeast;
+      while (needed < words) needed *= 2;
       if (left_ < needed) add_slab(needed > kSlab ? needed : kSlab);
       slice = {next_, needed};
       next_ += 4 * needed;

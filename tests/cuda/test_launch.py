@@ -346,24 +346,26 @@ def test_streams_and_graphs_have_counters_of_their_own() -> None:
         return slabs[-1][0]
 
     counters = built().Counters(allocate)
-    assert len(slabs) == 1, "there is memory before anyone asks"
-    taken: dict[tuple[int, int], int] = {}
-    for stream in range(20):
-        for capture in range(10):
-            words = 1 + 997 * stream % 4096
-            taken[stream, capture] = counters.take(stream, capture, words)
-    spans = sorted(taken.values())
-    assert all(b - a >= 4 * 4096 for a, b in itertools.pairwise(spans))
-    for at in spans:
-        assert any(begin <= at and at + 4 * 4096 <= begin + size for begin, size in slabs)
-    assert len(slabs) == 4
-    for (stream, capture), at in taken.items():
-        assert counters.take(stream, capture, 4096) == at, "kernels of one stream share"
-    more = counters.take(3, 0, 4097)  # a launch that needs more
-    assert more != taken[3, 0] and more not in taken.values()
-    assert counters.take(3, 0, 1) == more
+    assert slabs == [(0x1000_0000, 1 << 20)], "there is memory before anyone asks"
+    taken: list[tuple[int, int]] = []  # begin, bytes that may be in use
+    last: dict[tuple[int, int], int] = {}
+    for words in (1, 64, 65, 300, 4096, 10, 2):
+        for stream in range(20):
+            for capture in range(10):
+                at = counters.take(stream, capture, words)
+                if at != last.get((stream, capture)):
+                    taken.append((at, 4 * max(words, 64)))
+                    last[stream, capture] = at
+                else:
+                    assert words != 65, "it needs more than it had"
+    assert len(taken) == 200 * 4, "kernels of one stream share a slice that is large enough"
+    taken.sort()
+    assert all(a + size <= b for (a, size), (b, _) in itertools.pairwise(taken))
+    for at, size in taken:
+        assert any(begin <= at and at + size <= begin + all_ for begin, all_ in slabs)
+    assert len(slabs) == 4 and {size for _, size in slabs} == {1 << 20}
     huge = counters.take(4, 0, 10**6)
-    assert slabs[-1] == (huge, 4 * 4096 * 245)
+    assert slabs[-1] == (huge, 4 << 20)
 
 
 @pytest.mark.parametrize(
