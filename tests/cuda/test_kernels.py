@@ -278,8 +278,8 @@ class Swapping(PtxSender):
         super()._send(launch._replace(fields=fields), tensors)
 
 
-DECODE = Case("onepass", m=4, k=1032, n=72, r=16, bias="both", machine=4)
-TAIL = Case("tail", m=40, k=72, n=136, r=24, bias="both")
+DECODE = Case("onepass", m=4, k=1032, n=72, r=16, active="all", bias="both", machine=4)
+TAIL = Case("tail", m=40, k=72, n=136, r=24, active="half_tile", bias="both")
 ONE_PASS_OVER_DY = Case("delta", m=70, k=16, n=264, r=24, active="all", machine=2)
 FUSED = Case("tail", m=130, k=72, n=264, r=24, active="all", arch="sm_90a", machine=2, bias="both")
 
