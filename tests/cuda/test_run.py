@@ -170,7 +170,7 @@ def test_every_call_launches_what_the_steps_say(
     assert extension.made == made, "nothing is planned anew"
 
 
-def test_results_of_vendor_products_are_right_when_replayed(extension: Extension) -> None:
+def test_results_of_vendor_products_are_right_in_every_call(extension: Extension) -> None:
     served, case = CudaBackend(machine=(132, 80)), Case(widths=(64, 32), bias=True)
     for _ in range(4):
         given = case.tensors()
