@@ -1,28 +1,23 @@
 """The extension that csrc/binding.cpp defines; absent where it was not built."""
 
-param_sizes: dict[str, int]
+from collections.abc import Callable, Iterable
 
-def launch(
-    name: str,
-    grid_x: int,
-    grid_y: int,
-    grid_z: int,
-    block: int,
-    shared: int,
-    params: bytes,
-    device: int,
-    stream: int,
-    dependent: bool = False,
-    cooperative: bool = False,
-) -> None: ...
-def tensor_map(
-    address: int,
-    is_bf16: bool,
-    columns: int,
-    rows: int,
-    stride: int,
-    box_columns: int,
-    box_rows: int,
-) -> bytes: ...
+from .backends.cuda.steps import Packed
+
+structs: dict[str, tuple[int, dict[str, tuple[str, int]]]]
+flags: dict[str, int]
+max_column_blocks: int
+
+class Program:
+    def __init__(self, launches: Iterable[Packed], residues: list[int]) -> None: ...
+    def __call__(self, addresses: list[int], device: int, stream: int) -> bool: ...
+    def parameters(
+        self, addresses: list[int]
+    ) -> list[tuple[str, bytes, list[tuple[int, int, bool, int, int, int, int, int]]]]: ...
+
+class Counters:
+    def __init__(self, allocate: Callable[[int], int]) -> None: ...
+    def take(self, stream: int, capture: int, words: int) -> int: ...
+
 def kernel_names() -> tuple[str, ...]: ...
 def versions() -> tuple[int, int]: ...

@@ -1,5 +1,6 @@
 // The argument of each kernel: one plain struct, so that a launch is a name, a grid and some bytes.
-// `alora_kernels/backends/cuda/layouts.py` states the same layouts; a test compares the sizes.
+// `alora_kernels/backends/cuda/params.py` states the same structs. `fields.h` lists their fields,
+// and the two are compared when the extension is loaded.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +66,7 @@ struct GemmSm90Params {
   int64_t up_r, up_n, out_m;
   int32_t m, n, k, r;
   float lora_bias_scale;
-  uint32_t threshold, flags, unused;
+  uint32_t threshold, flags;
 };
 
 // onepass of sm_90a: gemm as above; `low` is not mapped, boxes of `right` and `up` have 256 - R16
@@ -77,7 +78,6 @@ struct OnePassSm90Params {
   void* low_out;            // [M, R16] or null; active rows are written
   int64_t down_r, down_k, low_m;
   float scale;  // of left · downᵀ
-  uint32_t unused;
 };
 
 // The persistent kernel of sm_90a: gemm as above, whose `low` the kernel itself writes.
@@ -91,7 +91,6 @@ struct FusedSm90Params {
   uint32_t* ready;  // [row blocks], zero; zero again afterwards
   int64_t down_r, down_k, low_m;
   float scale;  // of left · downᵀ
-  uint32_t unused;
 };
 
 struct DecodeParams {
@@ -143,7 +142,7 @@ struct ExpandParams {
   int64_t low_m, up_r, up_n, out_m, out_n;
   int32_t n, r;
   float lora_bias_scale;
-  uint32_t threshold, flags, unused;
+  uint32_t threshold, flags;
 };
 
 struct GradParams {
@@ -155,7 +154,7 @@ struct GradParams {
   const int64_t* seed;
   int64_t wide_m, wide_p, low_m;
   int32_t p, r16, split_rows;
-  uint32_t threshold, flags, unused;
+  uint32_t threshold, flags;
 };
 
 struct GradBParams {
@@ -181,7 +180,7 @@ struct ReduceParams {
   int32_t split_rows;  // active rows of a part; 0: there are `splits` parts of the active rows
   int32_t splits;
   float scale;
-  uint32_t flags, unused;
+  uint32_t flags;
 };
 
 }  // namespace alora

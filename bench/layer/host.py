@@ -2,11 +2,11 @@
 
     python bench/run.py --mode host [--backend cuda,cpu] [--rounds 200] [--calls 20]
 
-Kernels do not run: on the cuda path the extension is replaced by one whose `launch` returns at
+Kernels do not run: on the cuda path the extension is replaced by one whose programs return at
 once, so the tensors can lie on the CPU and no GPU is needed. What is left is what a GPU would wait
-for when its kernels are short: checking, choosing, planning, packing, autograd. Allocating the
-outputs is timed alone and subtracted; nothing else is. The stub encodes tensor maps in no time; the
-driver takes some hundred nanoseconds for each, once for each address and layout.
+for when its kernels are short: checking, choosing, finding the program, autograd. Allocating the
+outputs is timed alone and subtracted; nothing else is. What C++ does in a call is left out: a
+quarter of a microsecond, what the driver takes to encode each tensor map, and the launches.
 
 Times are processor time of the one thread that runs, so that other work on the machine adds little.
 "forward with grad" is one call that autograd records; "forward + backward" adds PyTorch's engine
@@ -32,6 +32,7 @@ from torch import Tensor
 import alora_kernels
 from alora_kernels import Activation, AloraLinear, alora_linear, dispatch
 from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda.params import exported
 from alora_kernels.contract import Problem
 from alora_kernels.run import forget
 from bench.common import flags, report
@@ -46,13 +47,16 @@ class Stub(SimpleNamespace):
     """Stands for alora_kernels._cuda; counts launches."""
 
     def __init__(self) -> None:
-        super().__init__(launches=0)
+        super().__init__(launches=0, **exported())
 
-    def launch(self, *args: Any) -> None:
-        self.launches += 1
+    def Program(self, launches: Sequence[Any], residues: Sequence[int]) -> Callable[..., bool]:
+        """Some launches that follow each other; a call of them takes addresses and a stream."""
 
-    def tensor_map(self, *args: Any) -> bytes:
-        return bytes(128)
+        def call(addresses: list[int], device: int, stream: int) -> bool:
+            self.launches += len(launches)
+            return True
+
+        return call
 
 
 class StubbedCuda(CudaBackend):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from alora_kernels import cost
-from alora_kernels.backends.cuda.schedule import schedules as cuda_schedules
+from alora_kernels.backends.cuda.program import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
 from alora_kernels.contract import STRATEGIES, Problem
 from alora_kernels.cost import GPUS, Rates

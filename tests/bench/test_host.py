@@ -9,7 +9,6 @@ import pytest
 
 import alora_kernels
 from alora_kernels import dispatch
-from alora_kernels.backends.cuda import replay
 
 pytest.importorskip("rich")
 pytest.importorskip("peft")
@@ -37,17 +36,16 @@ def test_the_command_prints_a_line_for_each_call(capsys) -> None:
 
 
 @pytest.mark.parametrize("cell", list(host.cells(["cuda"])), ids=str)
-def test_every_launch_of_a_call_is_counted_and_replayed(cell, monkeypatch) -> None:
-    played = []
+def test_every_launch_of_a_call_is_counted_and_nothing_is_planned_anew(cell, monkeypatch) -> None:
     with host.stubbed() as stub:
-        replays = dispatch.BACKENDS["cuda"]._replays
-        real = replay.play
-        monkeypatch.setattr(replay, "play", lambda *a: played.append(1) or real(*a))
+        backend = dispatch.BACKENDS["cuda"]
+        made, real = [], backend._make_ready
+        monkeypatch.setattr(backend, "_make_ready", lambda p: made.append(p) or real(p))
         cost = host.measure(cell, rounds=2, calls=1, stub=stub)
         passes = 2 if cell.direction == "forward + backward" else 1
-        assert len(replays._seen) == passes
-        assert played and len(played) % passes == 0  # nothing was planned anew once recorded
+        assert len(made) == passes
         both = cell.direction == "forward + backward"
+        assert cost.launches == sum(len(program.launches) for program in made)
         assert cost.launches >= (6 if both else 2 if cell.strategy == "delta" else 1)
         assert cost.beyond == pytest.approx((cost.call.median - cost.outputs.median) * 1e6)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from alora_kernels import dispatch
-from alora_kernels.backends.cuda.schedule import plans as cuda_plans
-from alora_kernels.backends.cuda.schedule import schedules as cuda_schedules
+from alora_kernels.backends.cuda.program import program_of
+from alora_kernels.backends.cuda.program import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
 from alora_kernels.contract import STRATEGIES, Problem
 from alora_kernels.cost import Schedule, base_seconds, launches, rates_of, seconds
@@ -114,7 +114,8 @@ def test_cuda_schedules_are_the_plans_that_the_backend_sends(
                 ranks=(16, 32), in_features=2048)  # fmt: skip
     found = cuda_schedules(p, strategy, (132, arch))
     assert len(found) == 2
-    sent = [plan.kernel for plan in cuda_plans(p, strategy, (132, arch)) if plan.tile[0]]
+    plans = [launch.plan for launch in program_of(p, strategy, (132, arch)).launches]
+    sent = [plan.kernel for plan in plans if plan.tile[0]]
     for schedule, kernel in zip(found, sent):
         words = kernel.split("_")
         if schedule.kernel == "gemm":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from alora_kernels.activation import Activation
 from alora_kernels.backends.cuda import CudaBackend
-from alora_kernels.contract import Backend, Call, Needs, Projection
+from alora_kernels.contract import DEFAULTS, Backend, Call, Needs, Projection
 from alora_kernels.reference import alora_linear_reference
 
 from ..oracle import Change, assert_error, errors_of_pytorch
@@ -108,13 +109,14 @@ def inputs(case: Case, seed: int) -> Inputs:
     dys = [_laid_out(case, torch.randn(m, n).to(dtype)) for _ in projections]
     scalings = tuple(1.5 - 0.5 * i for i in range(case.count))
     key = torch.tensor([seed - 2**40])
-    call = Call(act, scalings, case.dropout, key if case.dropout else None, case.prefix_grad)
+    options = DEFAULTS._replace(dropout_p=case.dropout, prefix_grad=case.prefix_grad)
+    call = Call(act, scalings, options, key if case.dropout else None)
     return Inputs(mask, call, x, projections, dys)
 
 
 def run(
     case: Case, seed: int, backward: bool = True, csrc: Path = CSRC, gpu: bool = False,
-    other: Backend | None = None, make_sender: type[PtxSender] = PtxSender,
+    other: Backend | None = None, make_sender: Callable[..., PtxSender] = PtxSender,
 ) -> PtxSender:  # fmt: skip
     """Fails unless every result is at most twice as far from the truth as PyTorch's own.
 

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from .ptx_sender import NVCC
+from .stub import extension
+
+__all__ = ["extension", "poisoned"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Executes a plan's kernel from nvcc's PTX on the CPU: what stands in for a launch on a GPU."""
+"""Executes programs on the CPU, their kernels from nvcc's PTX: what stands in for a GPU."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from alora_kernels.backends.cuda.layouts import LAYOUTS
-from alora_kernels.backends.cuda.plan import Plan
+from alora_kernels.backends.cuda.params import MAP_BYTES
+from alora_kernels.backends.cuda.run import FUNCTIONS, Run, Tensors
+from alora_kernels.backends.cuda.steps import Launch, Make, Packed, Program, packed
 
 from ..ptx import Machine, Module
 
@@ -64,11 +65,45 @@ def source_of(kernel: str) -> str:
     return {**files, "onepass": "onepass_sm90.cu"}.get(words[0], "grad.cu")
 
 
-Sent = tuple[Plan, Sequence[Any]]
+def step_by_step(program: Program, inputs: Sequence[Tensor | None], send: Any) -> Tensors | None:
+    """`program` by its definition: one step after the other, `send(launch, tensors)` for a kernel.
+
+    `tensors` are those that there are so far, by name.
+    """
+    for tensor, residue in zip(inputs, program.residues, strict=True):
+        if residue is not None and (0 if tensor is None else tensor.data_ptr() % 16) != residue:
+            return None
+    tensors = dict(zip(program.inputs, inputs, strict=True))
+    x = inputs[0]
+    assert x is not None
+    for step in program.steps:
+        if isinstance(step, Make):
+            make = torch.zeros if step.zero else torch.empty
+            tensors[step.view.tensor] = make(
+                step.view.shape, dtype=step.view.dtype, device=x.device
+            )
+        elif isinstance(step, Launch):
+            send(step, tensors)
+        else:
+            operands = [None if v is None else tensors[v.tensor] for v in step.operands]
+            result = FUNCTIONS[step.function](*operands, *step.constants)
+            if step.result is not None:
+                assert (result.shape, result.dtype) == (step.result.shape, step.result.dtype)
+                tensors[step.result.tensor] = result.contiguous()
+    return [None if name is None else tensors[name] for name in program.results]
+
+
+class Sent(NamedTuple):
+    """A launch with the tensors that it is to work on."""
+
+    launch: Launch
+    packed: Packed
+    tensors: list[Tensor | None]
+    counters: Tensor
 
 
 class PtxSender:
-    """Sends plans to the interpreter; CPU tensors are the device's memory.
+    """Makes programs ready whose kernels the interpreter runs; CPU tensors are device memory.
 
     `reverse` runs the blocks in the opposite order: a result that depends on it is a race. Of a
     kernel whose blocks wait for each other `multiprocessors` run at once, as on that machine;
@@ -81,21 +116,37 @@ class PtxSender:
     ) -> None:  # fmt: skip
         self.arch, self.reverse, self.csrc = arch, reverse, csrc
         self.multiprocessors, self.order = multiprocessors, order
+        self.execute = True  # or only write down what is sent
+        self.sent: list[Sent] = []
+        self.counters = torch.zeros(4096, dtype=torch.int32)  # of one stream
         self.kernels: list[str] = []
         self.counts: dict[str, dict[str, int]] = {}  # of each kernel's last launch
         self.reports: dict[str, Any] = {}
         self.results: dict[str, Tensor] = {}  # what the case made, by name
         self.errors: dict[str, float] = {}  # PyTorch's own in each of them
 
-    def __call__(self, plan: Plan, fields: Sequence[Any]) -> None:
-        self.together([(plan, fields)])
+    def __call__(self, program: Program) -> Run:
+        return lambda inputs: step_by_step(program, inputs, self._send)
+
+    def _send(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
+        places = {name: (i, 0) for i, name in enumerate(tensors)}
+        self.sent.append(
+            Sent(launch, packed(launch, places), list(tensors.values()), self.counters)
+        )
+        if self.execute:
+            self.together(self.sent[-1:])
+
+    def assert_counters_are_zero(self) -> None:
+        """The kernels set back what they counted with."""
+        assert (self.counters == 0).all(), "a counter was not set back"
 
     def together(self, launches: Sequence[Sent], seed: int | None = None) -> None:
         """Run launches side by side, as those of several streams may, taking turns by `seed`."""
         machine = Machine(1 << 27)
         places: dict[int, tuple[int, Tensor]] = {}
 
-        def address(tensor: Tensor) -> int:
+        def address(tensor: Tensor | None) -> int:
+            assert tensor is not None
             storage = tensor.untyped_storage()
             key = storage.data_ptr()
             if key not in places:
@@ -105,24 +156,27 @@ class PtxSender:
             return places[key][0] + tensor.data_ptr() - key
 
         running = {}
-        for i, (plan, fields) in enumerate(launches):
-            values: list[Any] = [
-                b"" if spec is None else machine.tensor_map(
-                    address(t), spec.dims, [spec.stride], spec.box, 2, 3
-                ).tobytes()
-                for spec, t in zip(plan.maps, fields)
-            ]  # fmt: skip
-            for v in fields[len(plan.maps) :]:
-                values.append(0 if v is None else address(v) if isinstance(v, Tensor) else v)
-            blob = np.frombuffer(LAYOUTS[plan.params].pack(*values), np.uint8)
-            loaded = module(source_of(plan.kernel), self.arch, self.csrc)
-            kernel = loaded.kernels[plan.kernel]
-            assert kernel.params[0][2] == len(blob), "params.h and layouts.py disagree"
+        for i, (_, told, tensors, counters) in enumerate(launches):
+            blob = np.frombuffer(bytearray(told.data), np.uint8)
+            for m in told.maps:
+                where = address(tensors[m.tensor]) + m.shift
+                dims, box = (m.columns, m.rows), (m.box_columns, m.box_rows)
+                encoded = machine.tensor_map(where, dims, [m.stride], box, 2, 3)
+                blob[m.offset : m.offset + MAP_BYTES] = np.frombuffer(encoded.tobytes(), np.uint8)
+            values = [(at, address(tensors[t]) + shift) for at, t, shift in told.addresses]
+            for at, words in told.counters:
+                assert words <= counters.numel()
+                values.append((at, address(counters)))
+            for at, value in values:
+                blob[at : at + 8].view(np.uint64)[0] = value
+            loaded = module(source_of(told.kernel), self.arch, self.csrc)
+            kernel = loaded.kernels[told.kernel]
+            assert kernel.params[0][2] == len(blob), "params.h and params.py disagree"
             running[i] = machine.running(
-                loaded, plan.kernel, plan.grid, plan.block, [blob], smem=plan.shared,
-                reverse=self.reverse, order=self.order if plan.cooperative else "lockstep",
-                resident=self.multiprocessors if plan.cooperative else None,
-                dependent=plan.dependent,
+                loaded, told.kernel, told.grid, told.block, [blob], smem=told.shared,
+                reverse=self.reverse, order=self.order if told.cooperative else "lockstep",
+                resident=self.multiprocessors if told.cooperative else None,
+                dependent=told.dependent,
             )  # fmt: skip
         draw = np.random.default_rng(seed)
         while running:
@@ -131,10 +185,11 @@ class PtxSender:
                 del running[i]
         for base, flat in places.values():
             flat.copy_(torch.from_numpy(machine.get(base)))
-        for (plan, _), report in zip(launches, machine.reports):
-            self.kernels.append(plan.kernel)
-            self.counts[plan.kernel] = dict(machine.count)
-            self.reports[plan.kernel] = report
+        for sent, report in zip(launches, machine.reports):
+            kernel = sent.packed.kernel
+            self.kernels.append(kernel)
+            self.counts[kernel] = dict(machine.count)
+            self.reports[kernel] = report
 
     def traffic(self, kernel: str, opcode: str, what: str) -> int:
         """Sum of `what` ("bytes", "wavefronts", "ideal") over instructions that begin so."""

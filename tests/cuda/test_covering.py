@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda.run import Run
+from alora_kernels.backends.cuda.steps import Program
 
 from . import test_kernels, test_persistent
 from .cases import Case, inputs
 from .covering import Row, covering, product
-from .ptx_sender import CSRC, compiled
+from .ptx_sender import CSRC, compiled, step_by_step
 
 FACTORS: dict[str, list[Any]] = {
     "a": [1, 2, 3],
@@ -98,9 +100,12 @@ def test_the_cases_of_ci_launch_every_kernel(arch: str, seed: int) -> None:
             case = Case(**FIXED[name], **row)
             if case.arch != arch:
                 continue
-            backend = CudaBackend(
-                lambda plan, fields: launched.add(plan.kernel), (case.machine, int(arch[3:5]))
-            )
+
+            def make_ready(program: Program) -> Run:
+                launched.update(launch.plan.kernel for launch in program.launches)
+                return lambda tensors: step_by_step(program, tensors, lambda *sent: None)
+
+            backend = CudaBackend(make_ready, (case.machine, int(arch[3:5])))
             asked, save = inputs(case, seed), name != "decode_row"
             given = asked.call, case.strategy, asked.x, asked.projections
             _, xa = backend.forward(*given, None, save)

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends.cuda import CudaBackend, launch
-from alora_kernels.backends.cuda.plan import Plan
+from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda.steps import Launch
 from alora_kernels.contract import Call, Projection
 
+from ..ptx import PtxError
 from .cases import Case, run
 from .covering import Row, chosen
 from .ptx_sender import PtxSender
@@ -157,9 +159,7 @@ def test_onepass_selects_low_of_active_rows(arch: str, seed: int) -> None:
     act = Activation.from_mask(mask)
     backend = CudaBackend(PtxSender(arch), (1, int(arch[3:5])))
     projection = Projection(weight, None, lora_a, lora_b, None)
-    (y,), _ = backend.forward(
-        Call(act, (1.0,), 0.0, None, True), "onepass", x, [projection], None, True
-    )
+    (y,), _ = backend.forward(Call(act, (1.0,)), "onepass", x, [projection], None, True)
     base = x.double() @ weight.double().t()
     assert ((y - base)[~mask].abs() <= 0.01 * base[~mask].abs() + 1e34).all()
     low = (x.double() @ lora_a.double().t())[mask].bfloat16().double()
@@ -170,7 +170,7 @@ def test_onepass_selects_low_of_active_rows(arch: str, seed: int) -> None:
 def test_decode_matches_reference(decode_row: Row, seed: int) -> None:
     sender = run(Case("onepass", **decode_row), seed, backward=False)
     assert [k for k in sender.kernels if "decode" not in k] == []
-    assert all((t == 0).all() for t in launch._arrived.values())
+    sender.assert_counters_are_zero()
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -250,17 +250,66 @@ def test_gradients_do_not_depend_on_the_order_of_blocks(seed: int) -> None:
 
 def test_a_group_of_hopper_overlaps_its_shrink_with_the_gemms(seed: int) -> None:
     """One shrink for all; each gemm is a programmatic dependent of the kernel before it."""
-    plans = []
-
-    class Recorder(PtxSender):
-        def __call__(self, plan: Plan, fields: Any) -> None:
-            plans.append((plan.kernel.split("_")[2], plan.dependent))
-            super().__call__(plan, fields)
-
     case = Case("tail", m=130, count=3, r=32, arch="sm_90a")
-    run(case, seed, backward=False, make_sender=Recorder)
+    sent = run(case, seed, backward=False).sent
+    plans = [(s.packed.kernel.split("_")[2], s.packed.dependent) for s in sent]
     assert plans == [("shrink", False), ("gemm", True), ("gemm", True), ("gemm", True)]
 
 
 def test_add_reads_active_rows_alone(seed: int) -> None:
     run(Case("delta", add=True, dropout=0.3, bias="both"), seed)
+
+
+class Swapping(PtxSender):
+    """Sends two fields in each other's place."""
+
+    def __init__(self, pair: tuple[str, str], *args: Any) -> None:
+        super().__init__(*args)
+        self.pair, self.swapped = pair, 0
+
+    def _send(self, launch: Launch, tensors: dict[str, Tensor | None]) -> None:
+        a, b = self.pair
+        fields = dict(launch.fields)
+        if a in fields and b in fields:
+            fields[a], fields[b] = fields[b], fields[a]
+            self.swapped += 1
+        super()._send(launch._replace(fields=fields), tensors)
+
+
+DECODE = Case("onepass", m=4, k=1032, n=72, r=16, active="all", bias="both", machine=4)
+TAIL = Case("tail", m=40, k=72, n=136, r=24, active="half_tile", bias="both")
+ONE_PASS_OVER_DY = Case("delta", m=70, k=16, n=264, r=24, active="all", machine=2)
+FUSED = Case("tail", m=130, k=72, n=264, r=24, active="all", arch="sm_90a", machine=2, bias="both")
+
+
+@pytest.mark.parametrize(
+    "case, pair",
+    [
+        (DECODE, ("up", "down")),
+        (DECODE, ("bias", "lora_bias")),
+        (DECODE, ("left", "weight")),
+        (DECODE, ("up_r", "up_n")),
+        (DECODE, ("n", "r")),
+        (TAIL, ("low", "out")),
+        (TAIL, ("left_m", "out_m")),
+        (TAIL, ("columns[0].right", "columns[1].right")),
+        (TAIL, ("active_rows", "active_count")),
+        (ONE_PASS_OVER_DY, ("part", "low_part")),
+        (ONE_PASS_OVER_DY, ("up_n", "up_r")),
+        (ONE_PASS_OVER_DY, ("split_rows", "splits")),
+        (FUSED, ("gemm.low", "gemm.up")),
+        (FUSED, ("gemm.bias", "gemm.lora_bias")),
+        (FUSED, ("low_out", "active_rows")),
+    ],
+    ids=str,
+)
+def test_fields_that_change_places_are_found(case: Case, pair: tuple[str, str], seed: int) -> None:
+    senders: list[Swapping] = []
+
+    def make_sender(*args: Any) -> PtxSender:
+        senders.append(Swapping(pair, *args))
+        return senders[-1]
+
+    with pytest.raises((PtxError, AssertionError)):
+        run(case, seed, backward=case is ONE_PASS_OVER_DY, make_sender=make_sender)
+    assert senders[0].swapped

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from alora_kernels.backends.cuda import launch
 from alora_kernels.backends.cuda import plan as planning
 
 from ..ptx import PtxError
@@ -45,14 +44,10 @@ def fused(kernels: list[str]) -> list[str]:
     return [k for k in kernels if "_fused_" in k]
 
 
-def assert_counters_are_zero() -> None:
-    assert all((t == 0).all() for t in launch._arrived.values())
-
-
 def test_matches_reference(fused_row: Row, seed: int) -> None:
     sender = run(Case("tail", n=264, arch="sm_90a", **fused_row), seed)
     assert fused(sender.kernels)[0] == sender.kernels[0]  # y, xa: one launch
-    assert_counters_are_zero()
+    sender.assert_counters_are_zero()
 
 
 @pytest.mark.parametrize("order", ["round_robin", "reverse", "random"])
@@ -60,7 +55,7 @@ def test_warps_run_in_any_order(order: str, seed: int) -> None:
     case = Case("tail", m=130, k=72, n=264, r=16, active="all", arch="sm_90a", machine=3)
     sender = run(dataclasses.replace(case, order=order), seed, backward=False)
     assert fused(sender.kernels) == sender.kernels
-    assert_counters_are_zero()
+    sender.assert_counters_are_zero()
 
 
 @pytest.mark.parametrize(
@@ -76,8 +71,9 @@ def test_warps_run_in_any_order(order: str, seed: int) -> None:
 )
 def test_options(options: dict[str, Any], seed: int) -> None:
     case = Case("tail", m=130, k=72, n=264, arch="sm_90a", machine=2)
-    assert fused(run(dataclasses.replace(case, **options), seed).kernels)
-    assert_counters_are_zero()
+    sender = run(dataclasses.replace(case, **options), seed)
+    assert fused(sender.kernels)
+    sender.assert_counters_are_zero()
 
 
 def test_a_grid_larger_than_the_machine_never_ends(
@@ -96,4 +92,3 @@ def test_a_grid_larger_than_the_machine_never_ends(
     monkeypatch.setattr(planning, "fused_sm90", too_large)
     with pytest.raises(PtxError, match="deadlock"):
         run(case, seed, backward=False)
-    monkeypatch.setattr(launch, "_arrived", {})

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
 from alora_kernels.backends.cuda import CudaBackend, plan_grads
 from alora_kernels.backends.cuda import plan as planning
 from alora_kernels.backends.cuda.backend import why_no_kernel
-from alora_kernels.backends.cuda.layouts import LAYOUTS
 from alora_kernels.backends.cuda.plan import Operand
 from alora_kernels.contract import Problem
-
-from .ptx_sender import CSRC
 
 BF16 = torch.bfloat16
 
@@ -251,7 +244,7 @@ PROBLEM = Problem(64, 64, (64,), (16,), 64, BF16, BF16, "cuda", 80)
     ],
 )
 def test_refusals_name_their_reason(changes: dict, strategy: str, reason: str) -> None:
-    backend = CudaBackend(send=lambda plan, fields: None, machine=(108, 80))
+    backend = CudaBackend(make_ready=lambda program: lambda inputs: None, machine=(108, 80))
     assert backend.why_not(PROBLEM, strategy) is None
     told = backend.why_not(PROBLEM._replace(**changes), strategy)
     assert told is not None and reason in told
@@ -275,21 +268,3 @@ def test_which_gpu_runs_what_was_built(here: tuple[int, int], archs: list[str], 
     told = why_no_kernel(*here, archs)
     assert (told is None) == runs
     assert runs or f"sm_{here[0]}{here[1]}" in str(told)
-
-
-@functools.cache
-def _sizes(folder: Path) -> dict[str, int]:
-    names = ", ".join(f'{{"{n}", sizeof(alora::{n})}}' for n in LAYOUTS)
-    source = folder / "sizes.cpp"
-    source.write_text(
-        '#include <cstdio>\n#include "params.h"\nstruct { const char* name; size_t size; } all[] = '
-        f'{{{names}}};\nint main() {{ for (auto& a : all) printf("%s %zu\\n", a.name, a.size); }}\n'
-    )
-    program = folder / "sizes"
-    subprocess.run(["c++", "-std=c++17", f"-I{CSRC}", str(source), "-o", str(program)], check=True)
-    out = subprocess.run([program], check=True, capture_output=True, text=True).stdout
-    return {line.split()[0]: int(line.split()[1]) for line in out.splitlines()}
-
-
-def test_layouts_are_the_structs_of_params_h(tmp_path: Path) -> None:
-    assert _sizes(tmp_path) == {name: layout.size for name, layout in LAYOUTS.items()}

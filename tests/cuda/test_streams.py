@@ -8,19 +8,17 @@ taking turns on one machine, do not disturb each other as long as each has its o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends.cuda import CudaBackend, launch
-from alora_kernels.backends.cuda.plan import Plan
+from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.contract import Call, Needs, Projection
 
 from ..ptx import PtxError
-from .ptx_sender import PtxSender, Sent
+from .ptx_sender import PtxSender
 
 pytestmark = [pytest.mark.ptx, pytest.mark.usefixtures("poisoned")]
 
@@ -32,24 +30,17 @@ class Problem:
 
     def __init__(self, strategy: str, m: int, k: int, n: int, r: int, arch: str, machine: int):
         self.strategy, self.backward = strategy, strategy != "onepass"
-        self.sent: list[Sent] = []
         self.sender = PtxSender(arch, multiprocessors=machine)
-        self.backend = CudaBackend(self._send, (machine, int(arch[3:5])))
+        self.backend = CudaBackend(self.sender, (machine, int(arch[3:5])))
         self.act = Activation.from_mask(torch.arange(m) >= m // 2)
         self.x, self.dy = torch.randn(m, k).bfloat16(), torch.randn(m, n).bfloat16()
         weight = (torch.randn(n, k) / k**0.5).bfloat16()
         a, b = torch.randn(r, k).bfloat16() / k**0.5, torch.randn(n, r).bfloat16() / r**0.5
         self.layer = Projection(weight, None, a, b, None)
-        self.execute = True
-
-    def _send(self, plan: Plan, fields: Sequence[Any]) -> None:
-        self.sent.append((plan, fields))
-        if self.execute:
-            self.sender(plan, fields)
 
     def call(self, execute: bool = True) -> list[Tensor]:
         """Everything that the call returns; without `execute` yet to be computed."""
-        self.sent, self.execute = [], execute
+        self.sender.sent, self.sender.execute = [], execute
         call = Call(self.act, (1.5,))
         (y,), xa = self.backend.forward(
             call, self.strategy, self.x, [self.layer], None, self.backward
@@ -74,11 +65,6 @@ PROBLEMS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_counters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_arrived", {})
-
-
 def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
     for g, w in zip(got, wanted, strict=True):
         assert not g.isnan().any() and torch.equal(g, w)
@@ -87,13 +73,14 @@ def assert_same(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_a_graph_replays_on_the_workspace_it_left(name: str, seed: int) -> None:
     problem = Problem(*PROBLEMS[name])
-    outs, counters = problem.call(), list(launch._arrived.values())
-    assert len(counters) == (name in ("persistent", "decode"))
+    outs, launches = problem.call(), problem.sender.sent
+    counted = [sent for sent in launches if sent.packed.counters]
+    assert bool(counted) == (name in ("persistent", "decode"))
     for _ in range(2):
         problem.other_inputs()
-        for sent in problem.sent:
-            problem.sender(*sent)
-        assert all((t == 0).all() for t in counters)
+        for sent in launches:
+            problem.sender.together([sent])
+        problem.sender.assert_counters_are_zero()
     replayed = [t.clone() for t in outs]
     assert_same(replayed, problem.call())
 
@@ -101,15 +88,13 @@ def test_a_graph_replays_on_the_workspace_it_left(name: str, seed: int) -> None:
 def side_by_side(name: str, share: bool, seed: int) -> None:
     """The launches of two calls take turns, each with its own counters unless `share`."""
     pair = Problem(*PROBLEMS[name]), Problem(*PROBLEMS[name])
-    outs = []
-    for problem in pair:
-        outs.append(problem.call(execute=False))
-        if not share:
-            launch._arrived.clear()
-    for both in zip(*(problem.sent for problem in pair), strict=True):
+    if share:
+        pair[1].sender.counters = pair[0].sender.counters
+    outs = [problem.call(execute=False) for problem in pair]
+    for both in zip(*(problem.sender.sent for problem in pair), strict=True):
         pair[0].sender.together(both, seed)
-    launch._arrived.clear()
     for problem, got in zip(pair, outs):
+        problem.sender.counters = torch.zeros_like(problem.sender.counters)
         assert_same(got, problem.call())
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .layouts import (
+from .params import (
     ACTIVE_ONLY,
     ADAPTER_FLOAT,
     ADD,

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from .layouts import ADAPTER_FLOAT, DROPOUT, FLOAT_OUT, STRIDED
+from .params import ADAPTER_FLOAT, DROPOUT, FLOAT_OUT, STRIDED
 from .plan import NAMES, THREADS, Operand, Plan
 
 GRAD_P, GRAD_R, GRAD_SHARED = 128, 64, 4 * (32 * 128 + 32 * 64) * 2

@@ -1,6 +1,6 @@
-"""Public calls that differ in what replaying must notice, on a stubbed extension.
+"""Public calls that differ in what a remembered program must notice, on a stubbed extension.
 
-Each call is made twice, replayed where it was recorded and planned anew, and launches the same.
+Each call is made twice, as it comes and planned anew, and launches the same.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from alora_kernels import Activation, alora_add, alora_linear, dispatch
-from alora_kernels.backends.cuda import CudaBackend, launch, replay
-from alora_kernels.backends.cuda.layouts import LAYOUTS
+from alora_kernels.backends.cuda import CudaBackend
+from alora_kernels.backends.cuda.backend import _layouts
 from alora_kernels.contract import Problem
 from alora_kernels.run import forget
 
-from .test_replay import Extension, extension, symbolic  # noqa: F401
+from .stub import Extension, Launched, symbolic
 
 K, N, R, M = 64, 128, 16, 128
 
@@ -40,44 +40,26 @@ class Here(CudaBackend):
 class Twin:
     """Makes a call as it comes and planned anew."""
 
-    def __init__(self, extension: Extension, backend: Here) -> None:  # noqa: F811
+    def __init__(self, extension: Extension, backend: Here) -> None:
         self.extension, self.backend = extension, backend
-        self.kind: dict[str, str] = {}
-        self.played = 0
 
     def __call__(self, call: Callable[[], Any], **tensors: Tensor) -> list[Any]:
         """The launches, with the names of `tensors` for their addresses."""
-
-        def anew(key: Any, inputs: Any, function: replay.Function) -> Any:
-            return function(launch.send_to_gpu)
-
-        shown, kept = [], []
-        for how in (self.backend._replays.run, anew):
+        shown, kept, remembered = [], [], self.backend._programs
+        for programs in (remembered, {}):
             self.extension.launches = []
-            with mock.patch.object(self.backend._replays, "run", how):
+            with mock.patch.object(self.backend, "_programs", programs):
                 kept.append(call())
             shown.append(self.extension.launches)
-        got, want = [symbolic(launches, tensors, self.kind) for launches in shown]
+        got, want = [symbolic(launches, tensors) for launches in shown]
         assert got == want and got
         return got
 
 
 @pytest.fixture
-def twin(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Twin]:  # noqa: F811
+def twin(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> Iterator[Twin]:
     found = Twin(extension, Here(machine=(132, 80)))
     monkeypatch.setitem(dispatch.BACKENDS, "cuda", found.backend)
-    send, play = launch.send_to_gpu, replay.play
-
-    def sent(plan: Any, fields: Any) -> None:
-        found.kind[plan.kernel] = plan.params
-        send(plan, fields)
-
-    def played(*args: Any) -> Any:
-        found.played += 1
-        return play(*args)
-
-    monkeypatch.setattr(launch, "send_to_gpu", sent)
-    monkeypatch.setattr(replay, "play", played)
     forget()
     yield found
     forget()
@@ -102,10 +84,11 @@ def operands(given: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def warm(twin: Twin, given: dict[str, Any]) -> list[Any]:
-    """Call until the call is replayed."""
-    for _ in range(4):
+    """Call until the program is remembered."""
+    for _ in range(3):
+        made = twin.extension.made
         shown = twin(lambda: alora_linear(**given), **operands(given))
-    assert twin.played
+    assert twin.extension.made == made + 1, "only what is planned anew is made"
     return shown
 
 
@@ -220,7 +203,7 @@ def test_adding_in_place_and_not(twin: Twin) -> None:
         call = functools.partial(alora_add, **args, inplace=inplace)
         shown.append(twin(call, x=given["x"], base=wide))
     assert shown[0] == shown[2] == shown[6] and shown[1] == shown[3] == shown[5]
-    assert shown[0] != shown[1] and twin.played
+    assert shown[0] != shown[1]
 
 
 def test_deterministic_algorithms_fill_what_is_made(twin: Twin) -> None:
@@ -240,7 +223,7 @@ def test_the_stream_is_that_of_the_call(twin: Twin, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device, s=stream: s)
         twin.extension.launches = []
         alora_linear(**given)
-        assert {args[8] for args in twin.extension.launches} == {stream}
+        assert {done.stream for done in twin.extension.launches} == {stream}
 
 
 def test_the_environment_is_asked_in_every_call(
@@ -257,24 +240,23 @@ def test_the_environment_is_asked_in_every_call(
 
 def test_other_devices_are_other_problems() -> None:
     x = torch.randn(4, 8)
-    assert replay.layouts([x]) == replay.layouts([x.clone()])
-    assert replay.layouts([x]) != replay.layouts([x.to("meta")])
+    assert _layouts([x]) == _layouts([x.clone()])
+    assert _layouts([x]) != _layouts([x.to("meta")])
 
 
 def test_threads_launch_with_their_own_tensors(twin: Twin) -> None:
-    """Threads replay one tape, with maps that are encoded meanwhile, and mix nothing up."""
+    """Threads run one program and mix nothing up."""
     twin.backend._fixed_machine = (132, 90)  # whose kernels take tensor maps
-    first = layer()
-    warm(twin, first)
-    mine: dict[int, list[Any]] = {}
+    warm(twin, layer())
+    mine: dict[int, list[Launched]] = {}
 
-    def launched(*args: Any) -> None:
-        mine.setdefault(threading.get_ident(), []).append(args)
+    class Kept(list):
+        """Launches, each with the thread that made it."""
 
-    found = twin.backend._replays._seen
-    for key, tape in found.items():
-        if isinstance(tape, replay.Tape):
-            found[key] = tape._replace(launch=launched)
+        def append(self, done: Launched) -> None:
+            mine.setdefault(threading.get_ident(), []).append(done)
+
+    twin.extension.launches = Kept()
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:
@@ -284,26 +266,23 @@ def test_threads_launch_with_their_own_tensors(twin: Twin) -> None:
                 given = layer()
                 mine[threading.get_ident()] = []
                 alora_linear(**given)
-                launches = mine[threading.get_ident()]
-                fields = [LAYOUTS[twin.kind[a[0]]].unpack(a[6]) for a in launches]
-                numbers = {v for f in fields for v in f if isinstance(v, int)}
-                maps = b"".join([v for f in fields for v in f if isinstance(v, bytes)])
+                fields = [done.fields for done in mine[threading.get_ident()]]
+                numbers = {v for f in fields for v in f.values() if isinstance(v, int)}
+                maps = {v[0] for f in fields for v in f.values() if isinstance(v, tuple) and v}
                 for name, t in operands(given).items():
-                    address = t.data_ptr()
-                    there = address in numbers or address.to_bytes(8, sys.byteorder) in maps
-                    assert there, name
+                    assert t.data_ptr() in numbers | maps, name
         except BaseException as error:
             failures.append(error)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        with mock.patch.object(replay, "MAPS_KEPT", 2):
-            threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-            for t in threads:
-                t.start()
-            for t in threads:
-                t.join()
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
     finally:
         sys.setswitchinterval(interval)
     assert not failures, failures[0]
+    assert mine
