@@ -93,6 +93,11 @@ def check_model(model: Any) -> None:
     Raises:
         CacheError: names the model and the version: some moved to DynamicCache in transformers 5.
     """
+    if getattr(model.config, "model_type", None) == "prophetnet":
+        raise CacheError(
+            f"{type(model).__name__} takes one token at a time with a cache, so no context can be "
+            "read into it"
+        )
     serves = getattr(model, "_supports_default_dynamic_cache", None)
     if serves is not None and not serves():
         raise CacheError(

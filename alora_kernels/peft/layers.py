@@ -71,8 +71,12 @@ class AcceleratedLayer:
         if plan is None:
             return self._by_peft(x, state, names)
         members, steps = plan
-        fused = steps[0].projections[0].weight is not None
-        outputs = self._run(x, state, steps, None if fused else (modules["base_layer"](x),))
+        outputs: Any = None
+        if steps[0].projections[0].weight is None:
+            outputs = (modules["base_layer"](x),)
+            if not isinstance(outputs[0], Tensor):
+                raise self._no_sum(outputs[0])
+        outputs = self._run(x, state, steps, outputs)
         if len(outputs) == 1:
             return outputs[0]
         return self._hand_out(x, asked, state, [m.alora_index for m in members], outputs)
@@ -182,6 +186,14 @@ class AcceleratedLayer:
             state.pending.group.dissolve("not all of them are called")
         state.pending = Pending(self.alora_group, asked, x, waiting)
         return y
+
+    def _no_sum(self, output: Any) -> TypeError:
+        mine = [path for path, layer in self.alora_owner.layers.items() if layer is self]
+        return TypeError(
+            f"{', '.join(mine)}: the base layer, a {type(self._modules['base_layer']).__name__}, "
+            f"returns a {type(output).__name__}, to which no adapter's part can be added (PEFT "
+            "adds to tensors too); leave it out of target_modules"
+        )
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""

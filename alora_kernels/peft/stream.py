@@ -88,7 +88,7 @@ class Stream:
             if _is_tower(path, module):
                 return False
             if path in outputs or HEADS.search(_leaf(path)):
-                return not _has_blocks(module)
+                return _is_row_of_heads(module) or not _has_blocks(module)
             width = getattr(module, "out_features", None)
             return width is not None and width == vocabulary
 
@@ -120,7 +120,9 @@ class Stream:
             ]
 
     def _sort_outside(self, branches: Children, is_head: IsHead) -> None:
-        text_only = not any(_is_tower(p, m) or _has_blocks(m) for p, m in branches)
+        text_only = not any(
+            _is_tower(p, m) or (_has_blocks(m) and not is_head(p, m)) for p, m in branches
+        )
         for path, module in branches:
             (self.heads if text_only or is_head(path, module) else self.others).append(path)
 
@@ -162,6 +164,13 @@ def _has_blocks(module: nn.Module) -> bool:
                 if any(True for _ in block.children()) and _has_linear(block):
                     return True
     return False
+
+
+def _is_row_of_heads(module: nn.Module) -> bool:
+    """Whether it is a list of single layers, adapted or not: a head for each codebook."""
+    return isinstance(module, nn.ModuleList) and all(
+        isinstance(m, nn.Linear | Conv1D) or hasattr(m, "base_layer") for m in module
+    )
 
 
 def _has_linear(module: nn.Module) -> bool:

@@ -117,6 +117,7 @@ def prefix_forward(
 
     rows: list[list[KeyValue]] | None = None
     if prefix != "full":
+        _check_positions(call, layout)
         if layout.prefix_labels:
             _warn_prefix_labels(layout)
         kept = store if prefix == "cached" else None
@@ -265,6 +266,19 @@ def _most_passes(passes: int, device: torch.device) -> int:
 
 
 # ---------------------------------------------------------------------- small parts
+
+
+def _check_positions(call: ModelCall, layout: Layout) -> None:
+    """Refuse rows whose positions a model that is not told them would count wrongly."""
+    lengths = sorted({row.prefix for row in layout.rows})
+    if call.takes_positions or (len(lengths) == 1 and not any(row.lo for row in layout.rows)):
+        return
+    raise PrefixError(
+        f"{type(call.peft.get_base_model()).__name__} takes no position_ids and counts them from "
+        f"the length of its cache, but the rows of this batch have prefixes of {lengths[0]} to "
+        f"{lengths[-1]} tokens, or padding on the left; batch rows of one length, or use "
+        "prefix='full'"
+    )
 
 
 def _invocation(model: nn.Module) -> list[int] | None:

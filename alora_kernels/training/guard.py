@@ -34,6 +34,10 @@ _DROPOUTS = (
     "resid_pdrop",
 )
 _TESTED_ATTENTION = ("sdpa", "eager")
+_OWN_WAYS = {
+    "whisper": "makes a mask for the tokens of one forward alone",
+    "prophetnet": "takes one token at a time with a cache",
+}
 _NO_RESTART = ("dynamic", "longrope")  # RoPE whose angles depend on the total length
 
 
@@ -195,6 +199,14 @@ def _architecture(peft: Any) -> Iterator[str]:
     serves = getattr(base, "_supports_default_dynamic_cache", None)
     if getattr(base, "_is_stateful", False) or (serves is not None and not serves()):
         yield f"{type(base).__name__} carries a recurrent state"
+    if text.model_type in _OWN_WAYS:
+        yield f"{type(base).__name__} {_OWN_WAYS[text.model_type]}"
+    if getattr(text, "cross_attention_layers", None):
+        yield "some layers attend to the states of another model (cross_attention_layers)"
+    for module in base.modules():
+        if hasattr(type(module), "create_position_ids_from_inputs_embeds"):
+            yield f"{type(module).__name__} counts positions from its padding index, not from 0"
+            break
     if getattr(text, "alibi", False) or text.model_type in ("bloom", "mpt"):
         yield "ALiBi biases are made from the attention mask of one pass"
     rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .guard import PrefixError
+
 # Keys and values of one layer: [H, n, D] for a row, [B, H, n, D] for a batch.
 KeyValue = tuple[Tensor, Tensor]
 
@@ -119,6 +121,11 @@ class PrefixCollector(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if layer_idx >= len(self.collected):
+            raise PrefixError(
+                f"the model writes to layer {layer_idx} of its cache, but its config tells of "
+                f"{len(self.collected)} layers; use prefix='full'"
+            )
         states = self.collected[layer_idx].update(key_states, value_states)
         if self.stop_in == layer_idx:
             raise LastLayerDone
