@@ -54,6 +54,8 @@ def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
         projected = projects_cache(model)
         if projected is not None:
             return f"{projected} projects what its cache returns"
+    if any(hasattr(module, "rope_deltas") for module in model.modules()):
+        return "it keeps the positions of its last batch in itself (rope_deltas)"
     if any(getattr(layer, "keys", None) is None for layer in cache.layers):
         return "some layers hold no keys"
     for name in ("attn_logit_softcapping", "attention_chunk_size", "use_bidirectional_attention"):

@@ -26,12 +26,16 @@ _said: set[tuple[str, str]] = set()
 
 def ask_together(session: Session, calls: Sequence[Call], settings: Settings) -> list[list[int]]:
     """The generated tokens of each call; one batch when the model can share the prefix."""
-    problem = _problem(session, calls, settings)
-    if problem is None:
-        try:
+    try:
+        problem = _problem(session, calls, settings)
+        if problem is None:
             return _batched(session, calls, settings)[0]
-        except SharedPrefixError as error:
-            problem = str(error)
+    except SharedPrefixError as error:
+        problem = str(error)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        # Row by row the same is raised again, unless it is the batch that fails.
+        text = (str(error).splitlines() or [""])[0]
+        problem = f"its forward of several rows fails: {type(error).__name__}: {text}"
     kind = type(session.base).__name__
     if (kind, problem) not in _said:
         _said.add((kind, problem))

@@ -29,6 +29,11 @@ _SNAPSHOT = tuple(
     for name in ("StaticLayer", "LinearAttentionCacheLayerMixin", "DummyLayer")
     if hasattr(cache_utils, name)
 )
+# By config.model_type: models that cannot go on from what a session has read.
+_OWN_WAYS = {
+    "prophetnet": "takes one token at a time with a cache, so no context can be read into it",
+    "kosmos-2.5": "counts positions from its padding index, otherwise than it does in a session",
+}
 _REFUSED = {
     "BaseQuantizedLayer": "its residual buffer and its quantised store change together",
     "QuantizedLayer": "its residual buffer and its quantised store change together",
@@ -93,11 +98,9 @@ def check_model(model: Any) -> None:
     Raises:
         CacheError: names the model and the version: some moved to DynamicCache in transformers 5.
     """
-    if getattr(model.config, "model_type", None) == "prophetnet":
-        raise CacheError(
-            f"{type(model).__name__} takes one token at a time with a cache, so no context can be "
-            "read into it"
-        )
+    reason = _OWN_WAYS.get(str(getattr(model.config, "model_type", None)))
+    if reason is not None:
+        raise CacheError(f"{type(model).__name__} {reason}")
     serves = getattr(model, "_supports_default_dynamic_cache", None)
     if serves is not None and not serves():
         raise CacheError(

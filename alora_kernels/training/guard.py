@@ -37,6 +37,7 @@ _TESTED_ATTENTION = ("sdpa", "eager")
 _OWN_WAYS = {
     "whisper": "makes a mask for the tokens of one forward alone",
     "prophetnet": "takes one token at a time with a cache",
+    "git": "makes its masks for text behind an image, and differs over a lent prefix",
 }
 _NO_RESTART = ("dynamic", "longrope")  # RoPE whose angles depend on the total length
 

@@ -102,8 +102,8 @@ ENCODERS = ["Bert", "BertGeneration", "Camembert", "Electra", "Roberta", "RoForm
 def test_a_decoder_that_is_not_told_to_be_one(kind):
     """These see the whole row unless config.is_decoder says otherwise."""
     model = make_model(config=small(kind), targets=["query"], attention="eager")
-    (problem,) = prefix_problems(model.eval())
-    assert "bidirectional (config.is_decoder=False" in problem
+    problems = prefix_problems(model.eval())
+    assert any("bidirectional (config.is_decoder=False" in problem for problem in problems)
     with pytest.raises(PrefixError, match="is_decoder"):
         prefix_forward(model, *BATCH)
 
@@ -116,6 +116,27 @@ def test_a_decoder_that_is_told_to_be_one(kind):
     with torch.no_grad():
         want = prefix_forward(model, *BATCH, "full").loss
         assert abs(prefix_forward(model, *BATCH).loss - want) <= 1e-5 * want
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta", "Camembert"])
+def test_positions_that_do_not_begin_at_zero(kind):
+    config = small(kind, is_decoder=True)
+    model = make_model(config=config, targets=["query", "value"], attention="eager").eval()
+    assert any("counts positions from its padding index" in p for p in prefix_problems(model))
+
+
+def test_a_model_that_counts_positions_by_its_cache():
+    """It is not told them, so prefixes of different lengths would be misplaced."""
+    config = small("RoFormer", is_decoder=True)
+    model = make_model(config=config, targets=["query", "value"], attention="eager").eval()
+    ids = torch.randint(10, 97, (2, 12))
+    labels = ids.masked_fill(torch.arange(12) < 8, -100)
+    with pytest.raises(PrefixError, match="prefixes of 4 to 6 tokens, or padding on the left"):
+        prefix_forward(model, ids, None, labels, starts=[6, 4])
+    with torch.no_grad():
+        want = prefix_forward(model, ids, None, labels, "full", starts=[6, 6]).loss
+        got = prefix_forward(model, ids, None, labels, starts=[6, 6]).loss
+    torch.testing.assert_close(got, want)
 
 
 def test_attention_that_was_made_bidirectional():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from alora_kernels.vllm import admission, invocation, mapping_v2, touch
+from alora_kernels.vllm import admission, invocation, mapping_v2, patch
 from alora_kernels.vllm import plugin as plugin_module
 
 from . import engines, tiny
@@ -24,15 +24,15 @@ def untouched(registered):
     """vLLM without the plugin, which comes back afterwards."""
     places = [*plugin_module.touched(), *mapping_v2.TOUCHED]
     for place in places:
-        touch.unwrap(place)
+        patch.unwrap(place)
     yield places
     for place in places:
-        touch.unwrap(place)
+        patch.unwrap(place)
 
 
 def marked(places):
     """Which of them are not vLLM's own."""
-    return [p.name for p in places if hasattr(touch.function_of(touch.find(p.name)[2]), touch.MARK)]
+    return [p.name for p in places if hasattr(patch.function_of(patch.find(p.name)[2]), patch.MARK)]
 
 
 def refused(config):
@@ -46,16 +46,16 @@ def refused(config):
 
 
 def test_every_place_is_as_expected(plugin):
-    assert touch.mismatches([*plugin_module.touched(), *mapping_v2.TOUCHED]) == []
+    assert patch.mismatches([*plugin_module.touched(), *mapping_v2.TOUCHED]) == []
 
 
 def test_registered_twice_is_registered_once(untouched):
     plugin_module.register()
     first = marked(untouched)
     assert first
-    inner = {name: touch.function_of(touch.find(name)[2]) for name in first}
+    inner = {name: patch.function_of(patch.find(name)[2]) for name in first}
     plugin_module.register()
-    assert {name: touch.function_of(touch.find(name)[2]) for name in first} == inner
+    assert {name: patch.function_of(patch.find(name)[2]) for name in first} == inner
 
 
 def test_other_signature_leaves_vllm_alone(untouched, monkeypatch, caplog):
