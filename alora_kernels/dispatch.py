@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from .backends.reference import ReferenceBackend
 from .backends.triton import TritonBackend
 from .contract import STRATEGIES, Backend, Call, Problem, Projection
 from .cost import seconds
+from .once import warn_once
 
 logger = logging.getLogger("alora_kernels")
 
@@ -136,7 +136,8 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
         contenders = [a for a in contenders if a[1] == "cpu"] or contenders
     _, name, picked = min(contenders, key=lambda a: a[0])
     if name == "reference" and backend == "auto" and problem.device not in ("cpu", "meta"):
-        _warn_once(problem.device, tuple(reasons))
+        text = "tensors run the plain PyTorch reference, because\n  " + "\n  ".join(reasons)
+        warn_once(f"alora_kernels: {problem.device} {text}")
     logger.info("%s: %s/%s", problem, name, picked)
     return BACKENDS[name], picked
 
@@ -179,12 +180,3 @@ def forget_choices() -> None:
     _expected_seconds.cache_clear()
     tuning.read.cache_clear()
     tuning.key_here.cache_clear()
-
-
-@functools.cache
-def _warn_once(device: str, reasons: tuple[str, ...]) -> None:
-    warnings.warn(
-        f"alora_kernels: {device} tensors run the plain PyTorch reference, because\n  "
-        + "\n  ".join(reasons),
-        stacklevel=2,
-    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import StoppingCriteriaList
 
+from ..once import log_once
 from .attending import attending, sharing_problem
 from .endings import RowStops
 from .options import Settings
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from .session import Session
 
 logger = logging.getLogger("alora_kernels")
-_said: set[tuple[str, str]] = set()
 
 
 def ask_together(session: Session, calls: Sequence[Call], settings: Settings) -> list[list[int]]:
@@ -37,14 +37,11 @@ def ask_together(session: Session, calls: Sequence[Call], settings: Settings) ->
         text = (str(error).splitlines() or [""])[0]
         problem = f"its forward of several rows fails: {type(error).__name__}: {text}"
     kind = type(session.base).__name__
-    if (kind, problem) not in _said:
-        _said.add((kind, problem))
-        logger.warning(
-            "Session.ask: %s cannot share one prefix (%s); its adapters answer one by one, each on "
-            "a view of the cache",
-            kind,
-            problem,
-        )
+    log_once(
+        logger,
+        f"Session.ask: {kind} cannot share one prefix ({problem}); its adapters answer one by one, "
+        "each on a view of the cache",
+    )
     return [_alone(session, call, settings)[0] for call in calls]
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache
 
+from ..files import whole_folder
 from .context import Context
 from .views import shared_layers
 
@@ -106,17 +104,9 @@ def save_session(session: Session, folder: Path) -> Path:
         "base": {**_settings(session), "weights": _weights(session)},
         "config": _config(session),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with whole_folder(folder) as building:
         save_file(tensors, building / "cache.safetensors")
         (building / "session.json").write_text(json.dumps(header), encoding="utf8")
-        if folder.exists():
-            folder.rmdir()
-        os.replace(building, folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return folder
 
 

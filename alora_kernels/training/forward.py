@@ -11,7 +11,6 @@ no gradient of a trained parameter passes through them: loss and gradients are t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..once import warn_once
 from .guard import PrefixError, attention_windows, check_prefix, unwrap
 from .kv import KeyValue, PrefixCollector, ReadOnlyPrefix
 from .layout import IGNORE, Layout, plan_layout, take
@@ -301,27 +301,20 @@ def _next_labels(labels: Tensor, layout: Layout) -> Tensor:
     return after
 
 
-_warned: set[str] = set()
-
-
-def _warn_once(kind: str, text: str) -> None:
-    if kind not in _warned:
-        _warned.add(kind)
-        warnings.warn(text, stacklevel=4)
-
-
 def _warn_inactive(layout: Layout) -> None:
-    _warn_once(
-        "inactive",
+    warn_once(
         f"rows {layout.inactive} of this batch hold no invocation: they run the base model and "
         "train nothing (was the invocation truncated away?). Further ones are not reported",
+        "prefix_forward: inactive rows",
+        stacklevel=3,
     )
 
 
 def _warn_prefix_labels(layout: Layout) -> None:
-    _warn_once(
-        "prefix_labels",
+    warn_once(
         f"{layout.prefix_labels} of {layout.num_labels} labels stand at or before the invocation: "
         "they give no gradient, count in the normalisation and are left out of the loss. Mask "
         f"them with {IGNORE} to take the loss after the invocation alone",
+        "prefix_forward: labels in the prefix",
+        stacklevel=3,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import warnings
 import zlib
 from collections import OrderedDict
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..files import write_whole
 from .fingerprint import fingerprint
 from .kv import KeyValue
 
@@ -96,7 +96,7 @@ class PrefixStore:
         size = sum(t.numel() * t.element_size() for pair in layers for t in pair)
         if size > self.max_bytes:
             if not self._warned_too_big:
-                self._warned_too_big = True
+                self._warned_too_big = True  # once for each store: another has another budget
                 warnings.warn(
                     f"PrefixStore: a prefix of {size:,} bytes is above the budget of "
                     f"{self.max_bytes:,} and is computed anew each time; raise max_bytes",
@@ -139,7 +139,6 @@ class PrefixStore:
         return self.directory / f"{key}{_SUFFIX}"
 
     def _write(self, key: str, layers: Sequence[KeyValue]) -> int:
-        """Write beside, flush, then rename: a reader sees the whole file or none."""
         from safetensors.torch import save
 
         tensors = {}
@@ -147,17 +146,7 @@ class PrefixStore:
             tensors[f"{index:04d}.key"] = k.detach().contiguous().cpu()
             tensors[f"{index:04d}.value"] = v.detach().contiguous().cpu()
         data = save(tensors, metadata={"prefix": f"{key} {_checksum(tensors)}"})
-        descriptor, temporary = tempfile.mkstemp(dir=self.directory, suffix=".partial")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self._path(key))
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            raise
+        write_whole(self._path(key), data)
         return len(data)
 
     def _read(self, key: str) -> list[KeyValue] | None:

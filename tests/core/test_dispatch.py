@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alora_kernels import dispatch
+from alora_kernels import dispatch, once
 from alora_kernels.backends.cuda.program import program_of
 from alora_kernels.backends.cuda.program import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
@@ -49,11 +49,11 @@ def only(monkeypatch):
         table = {b.name: b for b in (*backends, dispatch.ReferenceBackend())}
         monkeypatch.setattr(dispatch, "BACKENDS", table)
         forget()
-        dispatch._warn_once.cache_clear()
+        once.forget()
 
     yield switch
     forget()
-    dispatch._warn_once.cache_clear()
+    once.forget()
 
 
 # The regimes of the cost model on an H100 at K = N = 4096: rows, active rows, rank, the strategy.

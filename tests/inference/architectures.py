@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from alora_kernels import once
 from alora_kernels.inference import Session
 
 from .tiny import VOCABULARY, tokenizer
@@ -136,9 +137,8 @@ class Said(logging.Handler):
         self.lines.append(record.getMessage())
 
     def __enter__(self) -> Said:
-        from alora_kernels.inference import batch
 
-        batch._said.clear()
+        once.forget()
         logging.getLogger("alora_kernels").addHandler(self)
         return self
 

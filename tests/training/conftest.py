@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from alora_kernels import once
+
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
@@ -10,9 +12,7 @@ pytest.importorskip("peft")
 @pytest.fixture(autouse=True)
 def _fresh_warnings():
     """Warnings that come once come once in each test."""
-    from alora_kernels.training import forward
-
-    forward._warned.clear()
+    once.forget()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
