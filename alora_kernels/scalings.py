@@ -29,7 +29,7 @@ def split_scalings(
     Raises:
         ValueError: a number that is not finite, or a tensor of more than one element.
     """
-    if not traced and all(s.__class__ is float for s in scalings):
+    if not traced and {s.__class__ for s in scalings} == {float}:
         return tuple([finite(name, s) for s in scalings]), projections  # type: ignore[arg-type]
     numbers, used = [], []
     for scaling, p in zip(scalings, projections):

@@ -102,17 +102,15 @@ class AcceleratedLayer:
 
         None: PEFT must compute me.
         """
-        ways: list[tuple[list[Any], bool]] = [([self], False)]
+        alone: list[Any] = [self]
         if self.alora_fused:
-            ways.insert(0, ([self], True))
             together = self._together(x, asked, names, state)
-            if together:
-                ways.insert(0, (together, True))
-        for layers, fused in ways:
-            steps = steps_of(layers, names, x, fused)
-            if steps is not None:
-                return layers, steps
-        return None
+            for layers in (together, alone) if together else (alone,):
+                steps = steps_of(layers, names, x, True)
+                if steps is not None:
+                    return layers, steps
+        steps = steps_of(alone, names, x, False)
+        return None if steps is None else (alone, steps)
 
     def _together(
         self, x: Tensor, asked: tuple[str, ...], names: list[str], state: ForwardState

@@ -27,8 +27,12 @@ class Step(NamedTuple):
     dropout_p: float
 
 
+NO_BASE: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
 def runs_plainly(*modules: nn.Module) -> bool:
-    """Whether calling each module runs its class's forward alone: no hook, no other forward."""
+    """Whether calling each module runs its class's forward alone: no hook of its own, no other
+    forward."""
     for module in modules:
         own = module.__dict__
         if (
@@ -39,7 +43,12 @@ def runs_plainly(*modules: nn.Module) -> bool:
             or "forward" in own
         ):
             return False
-    return not (
+    return True
+
+
+def all_are_hooked() -> bool:
+    """Whether torch calls a hook around every module there is."""
+    return bool(
         nn_module._global_forward_pre_hooks
         or nn_module._global_forward_hooks
         or nn_module._global_backward_pre_hooks
@@ -57,28 +66,25 @@ def steps_of(
         names: adapters that each of them has.
         fused: the first step computes the bases too.
     """
-    bases: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
-    if fused:
-        for i, layer in enumerate(layers):
-            base = base_of(layer)
-            if base is None:
-                return None
-            bases[i] = base
+    if all_are_hooked():
+        return None
     steps = []
     for name in names:
-        projections, scalings, dropout_p = [], [], -1.0
-        for layer, (weight, bias) in zip(layers, bases):
+        projections, scalings, probability = [], [], None
+        for layer in layers:
+            base = base_of(layer) if fused else NO_BASE
             adapter = adapter_of(layer, name, x)
-            if adapter is None:
+            if base is None or adapter is None:
                 return None
-            lora_a, lora_b, lora_bias, p = adapter
-            if dropout_p not in (-1.0, p):
+            lora_a, lora_b, lora_bias, dropout_p = adapter
+            if probability is None:
+                probability = dropout_p
+            elif dropout_p != probability:
                 return None
-            dropout_p = p
-            projections.append(Projection(weight, bias, lora_a, lora_b, lora_bias))
+            projections.append(Projection(*base, lora_a, lora_b, lora_bias))
             scalings.append(layer.scaling[name])
-        steps.append(Step(name, projections, scalings, dropout_p))
-        bases = [(None, None)] * len(layers)
+        steps.append(Step(name, projections, scalings, probability or 0.0))
+        fused = False  # the bases are computed once
     return steps
 
 

@@ -436,3 +436,41 @@ def test_decoding_equals_peft(kind, dtype, batch, changes):
     error = (mine.double() - true).norm()
     bound = (theirs.double() - true).norm()
     assert error <= 2 * bound + 1e-12 * true.norm()
+
+
+def test_a_hook_around_every_module():
+    """torch's global hooks see the parts of a layer too."""
+    model, stock = twins()
+    ids = put(put(prompt(2, 9), 0, 2, ASK), 1, 4, ASK)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+
+        def halve(module, args, output):
+            return output * 0.5 if type(module) is nn.Linear and module.in_features == 4 else None
+
+        handle = nn.modules.module.register_module_forward_hook(halve)
+        try:
+            expected = stock(input_ids=ids).logits
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        finally:
+            handle.remove()
+        assert not torch.allclose(before, expected)
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_x_is_written_between_the_layers_of_a_group(mode):
+    """In inference mode no version counts the write, so no output may wait for its layer."""
+    model, stock = twins()
+    ids = put(prompt(1, 9), 0, 2, ASK)
+
+    def write(module, args, output):
+        args[0].mul_(0.5)
+
+    with mode():
+        before = model(input_ids=ids).logits
+        for m in (model, stock):
+            layers(m)[0].register_forward_hook(write)
+        expected = stock(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        assert not torch.allclose(before, expected)
