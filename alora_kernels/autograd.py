@@ -15,8 +15,13 @@ from .run import run_backward, run_forward
 
 
 def in_transform() -> bool:
-    """Whether torch.func or forward-mode AD is at work: they follow PyTorch's own operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether torch.func, forward-mode AD or torch.jit.trace is at work: they follow PyTorch's own
+    operations."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def beyond_backends(dys: Sequence[Tensor]) -> bool:
@@ -35,7 +40,7 @@ def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
 
     Autograd refuses in-place changes of a view that a custom function returned.
     """
-    return torch.ops.aten._unsafe_view(y, shape) if y._is_view() or y.shape != shape else y
+    return torch.ops.aten._unsafe_view.default(y, shape) if y._is_view() or y.shape != shape else y
 
 
 class AloraFunction(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .autograd import AloraFunction, as_rows, flat_of, in_transform
+from .autograd import AloraFunction, as_rows, flat_of, in_transform, shaped
 from .backends.reference import outputs
 from .checks import check_options, check_seed, check_tensors
 from .contract import Call, Options, Projection
@@ -293,7 +293,7 @@ def _eager(
         if ys[0].dim() == len(shape):
             return tuple(ys)
         lead = shape[:-1]
-        return tuple([y.view(*lead, y.shape[-1]) for y in ys])
+        return tuple([shaped(y, (*lead, y.shape[-1])) for y in ys])
     if not inplace:
         base_outs = [b.clone(memory_format=torch.contiguous_format) for b in base_outs]
     run_forward(call, rows, projections, [as_rows(b) for b in base_outs], save=False)

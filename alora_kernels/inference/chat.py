@@ -8,6 +8,7 @@ from typing import Any
 Message = Mapping[str, Any]
 # Stands for an answer while the template shows what it puts behind one.
 _ANSWER = "alora0answer"
+_OTHER_ANSWER = "another0answer0of0alora"
 # In place of the text or token ids that a chat continues.
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "x"},)
 
@@ -57,11 +58,23 @@ class ChatTemplate:
 
         Args:
             ended_by: the text of the answer's last token if that ends it, else "".
+
+        Raises:
+            ValueError: the template changes an answer, or writes something that depends on it.
         """
         if known[-1].get("role") == "assistant":
             known = known[:-1]
-        rest = self.render([*known, assistant(_ANSWER)]).rpartition(_ANSWER)[2]
-        return rest.removeprefix(ended_by)
+        before, found, rest = self.render([*known, assistant(_ANSWER)]).rpartition(_ANSWER)
+        other = self.render([*known, assistant(_OTHER_ANSWER)]).rpartition(_OTHER_ANSWER)
+        gap, end, behind = rest.partition(ended_by) if ended_by else ("", "", rest)
+        if not found or other != (before, _OTHER_ANSWER, rest) or (end and gap.strip()):
+            shown = before[-10:] + found + rest
+            raise ValueError(
+                "Session.extend: this chat template changes an answer, or puts text around it that "
+                f"depends on it, so no message can follow a kept one: it makes {shown!r} of one. "
+                "Begin a new session with the whole chat, or continue this one with text"
+            )
+        return behind if end else rest
 
     def behind_other(
         self, answer: str | None, new: Sequence[Message], prompted: bool, ended_by: str

@@ -96,6 +96,8 @@ class ForwardState:
         note: what the cache's record will take up.
     """
 
+    after_decoder = False  # whether its layers follow the decoder, where rows may be left out
+
     def __init__(
         self,
         owner: Acceleration,
@@ -194,13 +196,15 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
         return Activation.all(rows, device=x.device)
     batch, seq_len = state.batch, state.seq_len
     mask = activation.mask.view(batch, seq_len)
+    if len(lead) >= 3 and (*lead[:2], lead[-1]) == (batch, seq_len, seq_len):
+        raise unknown_rows(state, x, name)  # as many heads as tokens: two layouts fit
     if len(lead) >= 3 and lead[:2] == (batch, seq_len):  # [B, T, H, K]
         return Activation.from_mask(mask.view(batch, seq_len, *(1,) * len(lead[2:])).expand(lead))
     if len(lead) >= 3 and (lead[0], lead[-1]) == (batch, seq_len):  # [B, H, T, K]
         return Activation.from_mask(mask.view(batch, *(1,) * len(lead[1:-1]), seq_len).expand(lead))
     if lead == (batch,) and invocation_of(state.owner.configs.get(name)) is None:
         return Activation.from_mask(mask[:, 0])  # one vector a row: a plain LoRA has whole rows
-    if len(lead) == 2 and lead[0] == batch:
+    if state.after_decoder and len(lead) == 2 and lead[0] == batch:
         kept = mask[:, -state.keep :] if isinstance(state.keep, int) else mask[:, state.keep]
         if kept.shape == lead:  # what logits_to_keep left
             return Activation.from_mask(kept)

@@ -29,6 +29,8 @@ def accelerated_class(kind: type, *methods: type) -> type:
             forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
             fields["forward"] = forward
         fields["alora_kind"] = kind
+        known = kind.forward  # type: ignore[attr-defined]
+        fields["alora_known"] = staticmethod(lambda: known)
         found = _classes[kind, methods] = type(kind.__name__, (kind,), fields)
     return found
 

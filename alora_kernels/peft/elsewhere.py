@@ -82,6 +82,8 @@ class Routed(View):
 class Heads(View):
     """What follows the decoder: its tokens, or those whose logits are wanted."""
 
+    after_decoder = True
+
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
         chosen = all_or_none(activation, x)
         return reshape(self, activation, x, name) if chosen is None else chosen

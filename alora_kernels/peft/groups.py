@@ -31,9 +31,18 @@ class Group:
     whose layers turn out not to share an x is dissolved.
     """
 
-    def __init__(self, members: list[AcceleratedLayer]) -> None:
-        self.members = members
+    def __init__(self, parent: nn.Module, members: list[AcceleratedLayer]) -> None:
+        self.parent, self.members = parent, members
         self.enabled = True
+
+    def is_called_by_transformers(self) -> bool:
+        """Whether the code that calls the members is transformers' own.
+
+        It writes nothing between them. Other code may write to x in ways that no version counts.
+        """
+        forward: Any = type(self.parent).forward
+        own = forward.__module__.startswith("transformers.models.")
+        return own and "forward" not in self.parent.__dict__
 
     def dissolve(self, why: str) -> None:
         if self.enabled and not torch.compiler.is_compiling():
@@ -51,10 +60,10 @@ def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:
         parent, _, leaf = path.rpartition(".")
         by_parent.setdefault(parent, {})[leaf] = layer
     groups = []
-    for children in by_parent.values():
+    for parent, children in by_parent.items():
         for names in TOGETHER:
             members = [children[n] for n in names if n in children and children[n].alora_fused]
             inputs = {(layer.in_features, layer.alora_rows) for layer in members}
             if len(members) > 1 and len(inputs) == 1:
-                groups.append(Group(members))
+                groups.append(Group(model.get_submodule(parent), members))
     return groups

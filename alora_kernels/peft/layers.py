@@ -38,6 +38,7 @@ class AcceleratedLayer:
     alora_index: int
     alora_rows: str | None  # where its rows are not the forward's tokens: see `stream`
     alora_fused: bool  # the class's base may be computed together with the adapter
+    alora_known: Any  # returns PEFT's forward as it was when the class was made
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if "alora_index" not in self.__dict__:  # held by what was put on the layer before `restore`
@@ -103,6 +104,8 @@ class AcceleratedLayer:
         None: PEFT must compute me.
         """
         alone: list[Any] = [self]
+        if not torch.compiler.is_compiling() and self.alora_kind.forward is not self.alora_known():
+            return None  # PEFT's class has got another forward since
         if self.alora_fused:
             together = self._together(x, asked, names, state)
             for layers in (together, alone) if together else (alone,):
@@ -118,13 +121,18 @@ class AcceleratedLayer:
         """The layers of my group that can be computed with me; none if I am alone.
 
         Another layer's output would wait for its call. So it is left out where its call may do more
-        than run its forward, and there is no group where a write to x could not be noticed.
+        than run its forward, and there is no group where something might change between the calls
+        without a trace: after a hook of mine, in code that is not transformers', or in inference
+        mode, where no write to x is counted.
         """
         group = self.alora_group
         if group is None or not group.enabled:
             return []
-        if not torch.compiler.is_compiling() and x.is_inference():
-            return []
+        if not torch.compiler.is_compiling():
+            if x.is_inference() or not runs_plainly(self):  # type: ignore[arg-type]
+                return []
+            if not group.is_called_by_transformers():
+                return []
         members = []
         for layer in group.members:
             if layer._disable_adapters or layer.merged_adapters:

@@ -27,6 +27,7 @@ class Step(NamedTuple):
     dropout_p: float
 
 
+PLAIN = (nn.Parameter, Tensor)
 NO_BASE: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
@@ -46,8 +47,14 @@ def runs_plainly(*modules: nn.Module) -> bool:
     return True
 
 
-def all_are_hooked() -> bool:
-    """Whether torch calls a hook around every module there is."""
+# As torch has them: what takes their place in the class must be called.
+_FORWARDS = (nn.Linear.forward, nn.Dropout.forward)
+
+
+def all_are_changed() -> bool:
+    """Whether torch calls a hook around every module, or the class has got another forward."""
+    if not torch.compiler.is_compiling() and (nn.Linear.forward, nn.Dropout.forward) != _FORWARDS:
+        return True
     return bool(
         nn_module._global_forward_pre_hooks
         or nn_module._global_forward_hooks
@@ -66,7 +73,7 @@ def steps_of(
         names: adapters that each of them has.
         fused: the first step computes the bases too.
     """
-    if all_are_hooked():
+    if all_are_changed():
         return None
     steps = []
     for name in names:
@@ -108,8 +115,10 @@ def adapter_of(
         return None
     lora_a = a._parameters.get("weight")
     lora_b = b._parameters.get("weight")
-    if lora_a is None or lora_b is None:
+    if lora_a is None or lora_b is None or a._parameters.get("bias") is not None:
         return None
+    if type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
+        return None  # quantised, masked or sharded: their own operations know how to multiply them
     if (
         lora_a.dtype is not x.dtype
         and lora_a.dtype is not torch.float32
@@ -134,7 +143,7 @@ def base_of(layer: Any) -> tuple[Tensor, Tensor | None] | None:
     weight = base._parameters.get("weight")
     if weight is None or weight.requires_grad or not runs_plainly(base):
         return None
-    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+    if type(weight) not in PLAIN:
         return None  # quantised or sharded: its own forward knows how to multiply it
     if kind is Conv1D:
         weight = weight.t()

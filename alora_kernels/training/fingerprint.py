@@ -176,7 +176,10 @@ def _arithmetic() -> list[Any]:
 
 
 def _modules(base: nn.Module) -> Iterator[list[Any]]:
-    """Each module's class, its numbers and words (an epsilon, a window, a scale), and its hooks."""
+    """Each module's class, its numbers and words (an epsilon, a window, a scale).
+
+    Code that others put into a model is not told here: no prefix is kept then (`foreign`).
+    """
     for path, module in base.named_modules():
         if any(part.startswith("lora_") for part in path.split(".")):
             continue

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..once import warn_once
-from .guard import PrefixError, attention_windows, check_prefix, unwrap
+from .foreign import foreign_code
+from .guard import PrefixError, attention_windows, check_prefix, text_config, unwrap
 from .kv import KeyValue, PrefixCollector, ReadOnlyPrefix
 from .layout import IGNORE, Layout, plan_layout, take
 from .passes import ModelCall, prefix_pass, stop_in_last_layer
@@ -120,7 +121,7 @@ def prefix_forward(
         _check_positions(call, layout)
         if layout.prefix_labels:
             _warn_prefix_labels(layout)
-        kept = store if prefix == "cached" else None
+        kept = store if prefix == "cached" and not _runs_foreign_code(call) else None
         rows = _lend(call, layout, input_ids, positions, kept, chunk_size, store_extra)
     if rows is None:  # `full`, or no row has a prefix
         logits = call.run(
@@ -266,6 +267,20 @@ def _most_passes(passes: int, device: torch.device) -> int:
 
 
 # ---------------------------------------------------------------------- small parts
+
+
+def _runs_foreign_code(call: ModelCall) -> bool:
+    """Whether others' code runs inside the base: then no prefix is kept, which is said once."""
+    found = foreign_code(
+        call.peft.get_base_model(), getattr(text_config(call.peft), "_attn_implementation", None)
+    )
+    if found is not None:
+        warn_once(
+            f"prefix='cached': {found} runs inside the model. What it computes has no name, so "
+            "prefixes are computed anew in every step and not kept",
+            stacklevel=3,
+        )
+    return found is not None
 
 
 def _check_positions(call: ModelCall, layout: Layout) -> None:

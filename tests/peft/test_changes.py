@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
@@ -171,6 +172,26 @@ def other_class(model):
         layer.lora_B["ask"].__class__ = Half
 
 
+class Twice(torch.Tensor):
+    """A tensor with a way of its own to be multiplied, as quantised and sharded ones have."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        return out * 2 if func is nn.functional.linear else out
+
+
+def tensors_of_another_kind(model):
+    for layer in layers(model):
+        for part in (layer.lora_A["ask"], layer.lora_B["ask"]):
+            part.weight = nn.Parameter(part.weight.detach().as_subclass(Twice))
+
+
+def biased(model):
+    for layer in layers(model):
+        layer.lora_A["ask"].bias = nn.Parameter(torch.ones(4))
+
+
 def parametrized(model):
     class Half(nn.Module):
         def forward(self, weight):
@@ -257,6 +278,8 @@ CHANGES = [
     other_variant,
     other_class,
     parametrized,
+    biased,
+    tensors_of_another_kind,
 ]
 
 
@@ -474,3 +497,84 @@ def test_x_is_written_between_the_layers_of_a_group(mode):
         expected = stock(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
         assert not torch.allclose(before, expected)
+
+
+@pytest.mark.parametrize("kind", ["torch", "peft"])
+def test_another_forward_in_the_class(kind, monkeypatch):
+    model, stock = twins()
+    ids = put(prompt(1, 9), 0, 2, ASK)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        changed = nn.Linear if kind == "torch" else LoraLinear
+        own = changed.forward
+
+        def half(self, x, *args, **kwargs):
+            return own(self, x, *args, **kwargs) * 0.5
+
+        monkeypatch.setattr(changed, "forward", half)
+        expected = stock(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_a_hook_of_one_layer_changes_the_next():
+    """Nothing that was computed before the hook may be handed out after it."""
+    model, stock = twins()
+    ids = put(prompt(1, 9), 0, 2, ASK)
+
+    def zero(module, args, output):
+        module.alora_next.lora_B["ask"].weight.data.zero_()
+
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        for m in (model, stock):
+            q, v, _ = layers(m)
+            object.__setattr__(q, "alora_next", v)
+            q.register_forward_hook(zero)
+        expected = stock(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert not torch.allclose(before, expected)
+
+
+def test_an_output_without_gradient_may_be_changed_in_place_later():
+    model, _ = twins()
+    layer, factor = layers(model)[2], torch.ones((), requires_grad=True)
+    x = torch.randn(1, 5, layer.in_features)
+    with torch.no_grad(), adapter_scope(model, "ask", Activation.all(5)):
+        y = layer(x)
+    y.mul_(factor)
+    y.sum().backward()
+    assert factor.grad is not None
+
+
+def test_as_many_heads_as_tokens_are_refused():
+    """[B, T, H, K] and [B, H, T, K] cannot be told apart."""
+    model, _ = twins()
+    layer = layers(model)[0]
+    ids = put(prompt(1, 9), 0, 4, ASK)
+    shapes, forward = [(1, 9, 3), (1, 3, 9), (1, 9, 9)], layer.forward
+    seen = []
+
+    def several(x):
+        for shape in shapes:
+            try:
+                seen.append(forward(torch.randn(*shape, x.shape[-1])).shape)
+            except RuntimeError as error:
+                seen.append(str(error))
+        return forward(x)
+
+    layer.forward = several
+    with torch.no_grad():
+        model(input_ids=ids)
+    assert [type(s) for s in seen] == [torch.Size, torch.Size, str]
+    assert "which of its rows are active is not known" in seen[2]
+
+
+def test_tracing_by_jit():
+    model, stock = twins()
+    for m in (model, stock):
+        m.base_model.set_adapter("plain")
+    x = torch.randn(1, 5, layers(model)[2].in_features)
+    with torch.no_grad():
+        traced = torch.jit.trace(layers(model)[2], x, check_trace=False)
+        torch.testing.assert_close(traced(x * 2), layers(stock)[2](x * 2))

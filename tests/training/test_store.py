@@ -7,6 +7,7 @@ import torch
 from models import make_batch, make_model
 
 from alora_kernels.training import PrefixStore, prefix_forward
+from alora_kernels.training.passes import ModelCall
 
 ROW = [(16, 6)]
 
@@ -65,20 +66,68 @@ def test_stored_values_are_copies(seed):
     assert held == need
 
 
-def test_rows_that_share_a_prefix_share_its_pass(seed):
+def test_rows_that_share_a_prefix_share_its_pass(seed, monkeypatch):
     model = make_model(seed=seed)
     ids, mask, labels = make_batch([(16, 6), (9, 6), (16, 8)], seed=seed)
     ids[2, :16] = ids[0, :16]
     rows = []
-    model.get_base_model().model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
+    for name in ("collect", "run"):
+        method = getattr(ModelCall, name)
+
+        def counted(self, input_ids, *args, method=method, **kwargs):
+            rows.append(len(input_ids))
+            return method(self, input_ids, *args, **kwargs)
+
+        monkeypatch.setattr(ModelCall, name, counted)
     store = PrefixStore()
     loss = step(model, (ids, mask, labels), store)
     assert rows == [2, 3]  # prefixes, suffixes
     assert len(store) == 2
     plain = prefix_forward(model, ids, mask, labels).loss
     assert abs(loss - plain) <= 1e-12 * plain
+
+
+def scaled(module, factor):
+    forward = type(module).forward
+    module.forward = lambda x: forward(module, x) * factor
+
+
+@pytest.mark.parametrize("edit", ["hook", "pre-hook", "removed", "forward", "class", "everywhere"])
+def test_the_code_of_others_keeps_nothing(edit, seed, monkeypatch):
+    """What it computes has no name: prefixes are computed anew, and it is said once."""
+    model, batch = make_model(seed=seed), make_batch(ROW, seed=seed)
+    layer = model.get_base_model().model.layers[0].mlp
+    store, handles = PrefixStore(), []
+    if edit == "removed":
+        handles.append(layer.register_forward_hook(lambda *args: args[2] * 1.5))
+    if edit == "forward":
+        scaled(layer, 1.5)
+    step(model, batch, store)
+    if edit in ("hook", "pre-hook"):
+        if edit == "hook":
+            handles.append(layer.register_forward_hook(lambda *args: args[2] * 1.5))
+        else:
+            handles.append(layer.register_forward_pre_hook(lambda _, args: (args[0] * 1.5,)))
+    elif edit == "removed":
+        handles.pop().remove()
+    elif edit == "forward":
+        scaled(layer, 2.5)
+    elif edit == "class":
+        own = type(layer).forward
+        monkeypatch.setattr(type(layer), "forward", lambda self, x: own(self, x) * 1.5)
+    else:
+        handles.append(
+            torch.nn.modules.module.register_module_forward_hook(
+                lambda module, _, out: out * 1.5 if module is layer else None
+            )
+        )
+    try:
+        want = prefix_forward(model, *batch, "full").loss
+        got = prefix_forward(model, *batch, "cached", store=store).loss
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert abs(got - want) <= 1e-10 * want
 
 
 @pytest.mark.parametrize("edit", ["in_place", "data", "replaced", "buffer"])
