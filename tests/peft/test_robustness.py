@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from alora_kernels import Activation
+from alora_kernels.peft import adapter_scope
+
 from .models import ASK, prompt, put, twins
 
 
@@ -39,13 +42,17 @@ def test_groups_hold_nothing_after_a_forward_and_dissolve_when_wrong():
     assert (
         len(group) == 3 and len(model.get_base_model().model.layers[0].mlp.up_proj.alora_group) == 2
     )
-    forward = attention.k_proj.forward
-    copies = lambda x: forward(x.clone())  # noqa: E731
-    attention.k_proj.__dict__["forward"] = copies
+    x = torch.randn(2, 12, attention.q_proj.in_features)
+    other, alone = x + 1, attention.k_proj
+    with torch.no_grad(), adapter_scope(model, "ask", Activation.all(24)):
+        attention.q_proj(x)
+        assert group.enabled
+        got = alone(other)
+        assert not group.enabled
+        lora = alone.lora_B["ask"](alone.lora_A["ask"](other)) * alone.scaling["ask"]
+        torch.testing.assert_close(got, alone.base_layer(other) + lora)
     ids = put(prompt(2, 12), 0, 3, ASK)
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
-        assert not group.enabled
         torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
 
 

@@ -329,7 +329,7 @@ class _Output(list):
 def test_base_request_makes_no_call_more_in_the_hot_path(llama, words):
     """Counted: what of the plugin runs for a base request, beside what it stands in for."""
     stands_in = {"update_block_hashes", "set_active_loras"}
-    ops = ("/wrappers.py", "/grouped.py")  # the CPU's LoRA op, in the place of vLLM's class
+    ops = ("/wrappers.py", "/lora_cpu.py")  # the CPU's LoRA op, in the place of vLLM's class
     ours: Counter = Counter()
     theirs: Counter = Counter()
 
