@@ -1,8 +1,8 @@
 """The registered torch ops: schema, fake and autograd, used while a compiler traces or exports.
 
 Eager calls do not come here: a registered op with autograd costs about 100 µs on a CPU, an
-empty autograd.Function 7. Both run `autograd.run_forward` and `run_backward`. The ops take tensors
-and constants alone: nothing that the host knows of an activation enters a graph.
+empty autograd.Function 7. Both ways end in `run.run_forward` and `run.run_backward`. The ops take
+tensors and constants alone: nothing that the host knows of an activation enters a graph.
 """
 
 from __future__ import annotations
