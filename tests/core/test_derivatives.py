@@ -15,6 +15,7 @@ from alora_kernels import (
     alora_linear_group,
     alora_linear_reference,
 )
+from alora_kernels.autograd import shaped
 
 from ..oracle import make_case
 
@@ -208,6 +209,22 @@ def test_outputs_may_be_changed_in_place(lead, compiled):
         results.append(torch.autograd.grad(run(x, a, b, c), (x, a, b, c)))
     for mine, theirs in zip(*results):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("kind", ["fresh", "view", "turned"])
+def test_a_backend_may_return_views(kind, shape):
+    """`shaped` makes an output that is no view, in the memory that the backend filled."""
+    with torch.no_grad():
+        made = {
+            "fresh": lambda: torch.randn(6, 4),
+            "view": lambda: torch.randn(7, 4)[1:],
+            "turned": lambda: torch.randn(4, 6).t(),
+        }[kind]()
+        values, address = made.clone(), made.data_ptr()
+        y = shaped(made, shape)
+    assert y.shape == shape and not y._is_view() and y.data_ptr() == address
+    assert torch.equal(y, values.reshape(shape))
 
 
 # ---------------------------------------------------------------------- other ways of asking

@@ -404,6 +404,21 @@ def test_a_cache_that_is_cropped_inside_the_invocation(pair, goes_on):
     torch.testing.assert_close(got, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["base", "invoked again"])
+def test_a_cache_that_is_cropped_to_where_the_adapter_began(pair, again):
+    """Nothing that the adapter wrote is left, so it has not begun."""
+    model, stock = pair
+    ids = put(prompt(1, 12), 0, 4, ASK)
+    with torch.no_grad():
+        cache = transformers.DynamicCache(config=stock.config)
+        model(input_ids=ids, **cached(model, cache))
+        cache.crop(-8)
+        new = put(prompt(1, 6), 0, 2, ASK) if again else prompt(1, 6)
+        got = model(input_ids=new, **cached(model, cache)).logits
+    expected = scratch(stock, torch.cat([ids[:, :4], new], 1), [6 if again else None])[:, 4:]
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
 def test_one_cache_of_two_models(pair):
     """An adapter of the same name in another model has not begun in this cache."""
     model, stock = pair
