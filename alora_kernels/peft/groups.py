@@ -41,7 +41,10 @@ class Group:
         It writes nothing between them. Other code may write to x in ways that no version counts.
         """
         forward: Any = type(self.parent).forward
-        own = forward.__module__.startswith("transformers.models.")
+        # Two names, for decorators copy one: `__module__` is that of the decorated function, and
+        # the globals are of the file that wrote the decorator.
+        names = (forward.__module__, getattr(forward, "__globals__", {}).get("__name__", ""))
+        own = names[0].startswith("transformers.models.") and names[1].startswith("transformers.")
         return own and "forward" not in self.parent.__dict__
 
     def dissolve(self, why: str) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
+from transformers.utils.deprecation import deprecate_kwarg
 
 from alora_kernels import Activation
 from alora_kernels.peft import adapter_scope
@@ -497,6 +500,38 @@ def test_x_is_written_between_the_layers_of_a_group(mode):
         expected = stock(input_ids=ids).logits
         torch.testing.assert_close(model(input_ids=ids).logits, expected)
         assert not torch.allclose(before, expected)
+
+
+def write_between(mlp, x):
+    """Llama's MLP by someone else: x changes between two layers, and no version counts it."""
+    gate = mlp.gate_proj(x)
+    x.data.mul_(0.5)
+    return mlp.down_proj(mlp.act_fn(gate) * mlp.up_proj(x))
+
+
+@pytest.mark.parametrize("place", ["class", "class, wrapped", "class, decorated", "instance"])
+def test_code_of_others_writes_x_between_the_layers_of_a_group(place, monkeypatch):
+    """Only transformers' own forwards, which write nothing there, let outputs wait."""
+    model, stock = twins()
+    ids = put(prompt(1, 9), 0, 2, ASK)
+    mlps = [layer.mlp for m in (model, stock) for layer in m.get_base_model().model.layers]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        if place == "instance":
+            for mlp in mlps:
+                mlp.forward = types.MethodType(write_between, mlp)
+        else:
+            forward = {
+                "class": write_between,
+                "class, wrapped": functools.wraps(type(mlps[0]).forward)(
+                    lambda *args: write_between(*args)
+                ),
+                "class, decorated": deprecate_kwarg("old", version="99.0")(write_between),
+            }[place]
+            monkeypatch.setattr(type(mlps[0]), "forward", forward)
+        expected = stock(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, expected)
+    assert not torch.allclose(before, expected)
 
 
 @pytest.mark.parametrize("kind", ["torch", "peft"])
