@@ -160,7 +160,7 @@ class Sequences:
     def _from_starts(
         self, starts: Starts, state: ForwardState, past: Any, device: torch.device
     ) -> Activation:
-        """The activation of one chunk; the same one again while decoding repeats itself."""
+        """The activation of one chunk. Chunks with equal relative starts share one object."""
         seq_len = state.seq_len
         if isinstance(past, Tensor) or torch.compiler.is_compiling():
             values = [-1 if s is None else s for s in starts]
@@ -168,7 +168,8 @@ class Sequences:
         relative = tuple(
             [None if s is None or s - past >= seq_len else max(s - past, 0) for s in starts]
         )
-        key = (relative, seq_len, device)
+        # Tensors made in inference mode cannot be saved for a backward later.
+        key = (relative, seq_len, device, torch.is_inference_mode_enabled())
         found = self.recent.get(key)
         if found is None:
             if len(self.recent) >= 64:

@@ -571,6 +571,21 @@ def test_a_hook_of_one_layer_changes_the_next():
     assert not torch.allclose(before, expected)
 
 
+def test_training_after_inference_mode():
+    """Tensors made in inference mode cannot be saved for a backward: none may be used again."""
+    model, stock = twins()
+    ids = put(put(prompt(2, 9), 0, 2, ASK), 1, 4, ASK)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    grads = []
+    for m in (model, stock):
+        m(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], atol=1e-5, rtol=1e-4)
+
+
 def test_an_output_without_gradient_may_be_changed_in_place_later():
     model, _ = twins()
     layer, factor = layers(model)[2], torch.ones((), requires_grad=True)

@@ -39,6 +39,21 @@ def test_a_hit_reads_the_store(seed):
     assert step(model, batch, store).isnan()
 
 
+def test_a_prefix_stored_in_inference_mode_serves_training(seed):
+    model, batch = make_model(seed=seed), make_batch(ROW, seed=seed)
+    store = PrefixStore()
+    with torch.inference_mode():
+        first = step(model, batch, store)
+    loss = step(model, batch, store)
+    loss.backward()
+    assert store.hits == 1 and torch.equal(loss, first)
+    got = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad(set_to_none=True)
+    prefix_forward(model, *batch, "no_grad").loss.backward()
+    for grad, p in zip(got, [p for p in model.parameters() if p.requires_grad]):
+        torch.testing.assert_close(grad, p.grad, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("known", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=str)
 def test_any_rows_of_a_batch_may_be_known(known, seed):
     """Whichever rows the store has, the others are computed from their own tokens."""
