@@ -96,6 +96,16 @@ class Problem(NamedTuple):
     strict_inactive: bool = False
 
 
+class Schedule(NamedTuple):
+    """What a backend would launch for the base with a strategy's part in it."""
+
+    kernel: str  # "gemm", "decode" (onepass with split K) or "fused" (tail with xa made inside)
+    rows: int  # of a tile
+    columns: int  # of a tile, without those of lora_a
+    full_rate: bool = True  # the tensor cores' newest instructions
+    splits: int = 1  # of K
+
+
 class Backend(Protocol):
     """One way to compute the operation."""
 

@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import torch
 
-from alora_kernels import cost
 from alora_kernels.backends.cuda.program import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
 from alora_kernels.contract import STRATEGIES, Problem
-from alora_kernels.cost import GPUS, Rates
+from alora_kernels.dispatch import cost
+from alora_kernels.hardware import GPUS, Rates
 from bench.common import flags
 
 ARCHS = {

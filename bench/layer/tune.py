@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alora_kernels import dispatch, tuning
+from alora_kernels import dispatch
 from alora_kernels.contract import STRATEGIES
+from alora_kernels.dispatch import measured
+from alora_kernels.dispatch.measured import Measurement
 from alora_kernels.run import forget
-from alora_kernels.tuning import Measurement
 from bench.common import flags, report
 from bench.common.clocks import Clock, CudaClock, interleave
 from bench.common.machine import arch_of, describe_machine
@@ -219,8 +220,8 @@ def run_tune(
     lines = tune(cases, measure, arch, progress)
     if not lines:
         raise TuningError("no backend can run here; python -m alora_kernels says why")
-    file = tuning.path()
-    tuning.write(file, tuning.key_of(device_name), measurements(lines))
+    file = measured.path()
+    measured.write(file, measured.key_of(device_name), measurements(lines))
     forget()
     print_result(console, lines)
     report.print_lines(console, f"written for {device_name}: {file}")

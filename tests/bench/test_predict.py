@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from alora_kernels import cost
+from alora_kernels.dispatch import cost
+from alora_kernels.hardware import GPUS
 from bench.layer import predict
 
 ROOT = Path(__file__).parents[2]
@@ -26,9 +27,9 @@ def test_a_cell_is_the_least_of_all_ways() -> None:
     regime = predict.Regime(8192, 1.0, False)
     ratio, names = predict.cell(regime, "H100", 4096, 4096, 32, 0.85)
     (problem,) = predict.problems(regime, 90, 4096, 4096, 32)
-    ways = list(predict.ways(problem, cost.GPUS["H100"], 0.85))
+    ways = list(predict.ways(problem, GPUS["H100"], 0.85))
     assert len(ways) == 6 and (min(ways)[0], [min(ways)[1]]) == (
-        pytest.approx(ratio * cost.base_seconds(problem, cost.GPUS["H100"])),
+        pytest.approx(ratio * cost.base_seconds(problem, GPUS["H100"])),
         names,
     )
 

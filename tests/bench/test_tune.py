@@ -6,16 +6,18 @@ import io
 import json
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alora_kernels import dispatch, files, tuning
+from alora_kernels import dispatch, files
 from alora_kernels.contract import Problem
+from alora_kernels.dispatch import measured
+from alora_kernels.dispatch.measured import Measurement
 from alora_kernels.run import forget
-from alora_kernels.tuning import Measurement
 
 pytest.importorskip("peft")
 
@@ -45,17 +47,18 @@ class Willing:
 def machine(monkeypatch, tmp_path):
     """Two backends, one GPU, and a file of its own."""
     table = {name: Willing(name) for name in ("cuda", "triton")}
-    monkeypatch.setattr(dispatch, "BACKENDS", {**table, "reference": dispatch.ReferenceBackend()})
-    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "folder" / "tuning.json"))
+    table["reference"] = dispatch.BACKENDS["reference"]
+    monkeypatch.setenv(measured.VARIABLE, str(tmp_path / "folder" / "tuning.json"))
     forget()
-    monkeypatch.setattr(tuning, "key_here", Key(tuning.key_of(GPU)))
-    yield
+    monkeypatch.setattr(measured, "key_here", Key(measured.key_of(GPU)))
+    with mock.patch.dict(dispatch.BACKENDS, table, clear=True):
+        yield
     monkeypatch.undo()
     forget()
 
 
 class Key:
-    """Stands for `tuning.key_here`, which asks torch for the GPU."""
+    """Stands for `measured.key_here`, which asks torch for the GPU."""
 
     def __init__(self, key: str | None) -> None:
         self.key = key
@@ -118,7 +121,7 @@ def test_without_a_gpu_it_says_what_to_do(capsys) -> None:
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "--tune needs a GPU" in message and "Run it on that machine" in message
-    assert not tuning.path().exists()
+    assert not measured.path().exists()
 
 
 def test_measured_times_overrule_the_model() -> None:
@@ -134,9 +137,9 @@ def test_measured_times_overrule_the_model() -> None:
 
 def test_the_file_holds_what_was_measured() -> None:
     _, lines = run_it({("cuda", "tail"): 0.5})
-    content = json.loads(tuning.path().read_text())
-    assert content["format"] == tuning.FORMAT and list(content["gpus"]) == [tuning.key_of(GPU)]
-    entries = content["gpus"][tuning.key_of(GPU)]
+    content = json.loads(measured.path().read_text())
+    assert content["format"] == measured.FORMAT and list(content["gpus"]) == [measured.key_of(GPU)]
+    entries = content["gpus"][measured.key_of(GPU)]
     assert len(entries) == sum(len(line.measured) for line in lines) == 3 * 2 * 3
     (entry,) = [
         e
@@ -145,16 +148,16 @@ def test_the_file_holds_what_was_measured() -> None:
     ]
     assert entry["seconds"] == pytest.approx(0.5 * entry["model_seconds"])
     assert (entry["active"], entry["rank"], entry["dtype"]) == (819, 16, "bfloat16")
-    assert [p.name for p in tuning.path().parent.iterdir()] == ["tuning.json"]  # no leftovers
+    assert [p.name for p in measured.path().parent.iterdir()] == ["tuning.json"]  # no leftovers
 
 
 def test_other_gpus_and_versions_are_kept_and_not_used(monkeypatch) -> None:
     run_it({("cuda", "tail"): 0.5})
-    other = {"Other GPU": tuning.read(tuning.path())[tuning.key_of(GPU)]}
-    tuning.write(tuning.path(), "Other GPU", other["Other GPU"])
-    assert set(tuning.read(tuning.path())) == {tuning.key_of(GPU), "Other GPU"}
+    other = {"Other GPU": measured.read(measured.path())[measured.key_of(GPU)]}
+    measured.write(measured.path(), "Other GPU", other["Other GPU"])
+    assert set(measured.read(measured.path())) == {measured.key_of(GPU), "Other GPU"}
     for key in ("Imaginary H100 | alora_kernels 0.0.9 | torch 1.0", None):
-        monkeypatch.setattr(tuning, "key_here", Key(key))
+        monkeypatch.setattr(measured, "key_here", Key(key))
         forget()
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -163,7 +166,7 @@ def test_other_gpus_and_versions_are_kept_and_not_used(monkeypatch) -> None:
 
 def test_a_failed_write_leaves_the_old_file(monkeypatch) -> None:
     run_it({("cuda", "tail"): 0.5})
-    before = tuning.path().read_text()
+    before = measured.path().read_text()
 
     def fail(*args, **kwargs):
         raise OSError("no space left")
@@ -171,8 +174,8 @@ def test_a_failed_write_leaves_the_old_file(monkeypatch) -> None:
     monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no space left"):
         run_it({})
-    assert tuning.path().read_text() == before
-    assert [p.name for p in tuning.path().parent.iterdir()] == ["tuning.json"]
+    assert measured.path().read_text() == before
+    assert [p.name for p in measured.path().parent.iterdir()] == ["tuning.json"]
 
 
 GOOD = {
@@ -198,8 +201,8 @@ GOOD = {
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_ours_is_ignored_with_one_warning(content: str) -> None:
-    tuning.path().parent.mkdir()
-    tuning.path().write_text(content)
+    measured.path().parent.mkdir()
+    measured.path().write_text(content)
     with pytest.warns(UserWarning, match="is ignored, it holds no tuning of this package") as told:
         assert picked() == ("cuda", "delta")
         assert picked(rows=4096) == ("cuda", "delta")
@@ -222,10 +225,10 @@ def test_the_nearest_problem_of_the_pair_corrects() -> None:
         entry(16, 2.0), entry(8192, 3.0), entry(8192, 9.0, backward=True),
         entry(8192, 7.0, dtype="float16"), entry(16, 5.0, strategy="delta"),
     ]  # fmt: skip
-    tuning.write(tuning.path(), tuning.key_of(GPU), entries)
+    measured.write(measured.path(), measured.key_of(GPU), entries)
 
     def of(strategy: str, **changes) -> float:
-        return tuning.correction(problem(**changes), "cuda", strategy)
+        return measured.correction(problem(**changes), "cuda", strategy)
 
     assert of("tail", rows=32, active=32) == 2.0
     assert of("tail", rows=4096, active=4096) == 3.0
@@ -238,11 +241,11 @@ def test_the_nearest_problem_of_the_pair_corrects() -> None:
 
 
 def test_the_path_is_in_the_users_cache(monkeypatch) -> None:
-    monkeypatch.delenv(tuning.VARIABLE)
+    monkeypatch.delenv(measured.VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert tuning.path() == Path("/somewhere/alora_kernels/tuning.json")
+    assert measured.path() == Path("/somewhere/alora_kernels/tuning.json")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert tuning.path() == Path.home() / ".cache/alora_kernels/tuning.json"
+    assert measured.path() == Path.home() / ".cache/alora_kernels/tuning.json"
 
 
 def test_the_key_is_the_one_gpu_of_the_arch(monkeypatch) -> None:
@@ -255,9 +258,11 @@ def test_the_key_is_the_one_gpu_of_the_arch(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: archs[i])
-    tuning.key_here.cache_clear()
-    assert tuning.key_here(90) == f"H100 | alora_kernels {__version__} | torch {torch.__version__}"
-    assert tuning.key_here(120) is None and tuning.key_here(80) is None
+    measured.key_here.cache_clear()
+    assert (
+        measured.key_here(90) == f"H100 | alora_kernels {__version__} | torch {torch.__version__}"
+    )
+    assert measured.key_here(120) is None and measured.key_here(80) is None
 
 
 # ---------------------------------------------------------------------- the table
@@ -282,7 +287,7 @@ def test_the_table_shows_where_the_model_was_wrong() -> None:
         assert line.loss > 1
     assert "The model's pick was the fastest in 0 of 3 cases." in text
     assert "cuda/tail: 0.50 × the model's time" in text
-    assert str(tuning.path()) in text.replace("\n", "")
+    assert str(measured.path()) in text.replace("\n", "")
 
 
 def test_a_noisy_measurement_is_warned_of() -> None:
@@ -306,6 +311,7 @@ class Refusing(clocks.CpuClock):
 
 
 @pytest.mark.parametrize("backward", [False, True])
+@mock.patch.dict(dispatch.BACKENDS, dict(dispatch.BACKENDS), clear=True)
 def test_the_measurer_checks_and_times_with_the_benchmarks_code(monkeypatch, backward) -> None:
     monkeypatch.undo()
     (case,) = cases.layer_cases(
@@ -326,8 +332,10 @@ def test_the_measurer_checks_and_times_with_the_benchmarks_code(monkeypatch, bac
         tune.measurer([clocks.CpuClock()], 0.01, 3)(case, [Wrong("cpu", "delta")])
 
 
-def test_nothing_to_run_is_an_error(monkeypatch) -> None:
-    monkeypatch.setattr(dispatch, "BACKENDS", {"reference": dispatch.ReferenceBackend()})
-    with pytest.raises(tune.TuningError, match="no backend can run here"):
+def test_nothing_to_run_is_an_error() -> None:
+    alone = mock.patch.dict(
+        dispatch.BACKENDS, {"reference": dispatch.BACKENDS["reference"]}, clear=True
+    )
+    with alone, pytest.raises(tune.TuningError, match="no backend can run here"):
         run_it({})
-    assert not tuning.path().exists()
+    assert not measured.path().exists()

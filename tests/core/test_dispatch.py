@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -9,8 +11,10 @@ from alora_kernels import dispatch, once
 from alora_kernels.backends.cuda.program import program_of
 from alora_kernels.backends.cuda.program import schedules as cuda_schedules
 from alora_kernels.backends.triton.schedule import schedules as triton_schedules
-from alora_kernels.contract import STRATEGIES, Problem
-from alora_kernels.cost import Schedule, base_seconds, launches, rates_of, seconds
+from alora_kernels.contract import STRATEGIES, Problem, Schedule
+from alora_kernels.dispatch import choice
+from alora_kernels.dispatch.cost import base_seconds, launches, seconds
+from alora_kernels.hardware import rates_of
 from alora_kernels.run import forget
 
 
@@ -42,16 +46,19 @@ class Willing:
 
 
 @pytest.fixture
-def only(monkeypatch):
+def only():
     """Replaces the backends by the given ones and the reference."""
+    reference = dispatch.BACKENDS["reference"]
 
     def switch(*backends):
-        table = {b.name: b for b in (*backends, dispatch.ReferenceBackend())}
-        monkeypatch.setattr(dispatch, "BACKENDS", table)
+        table = {b.name: b for b in (*backends, reference)}
+        dispatch.BACKENDS.clear()
+        dispatch.BACKENDS.update(table)
         forget()
         once.forget()
 
-    yield switch
+    with mock.patch.dict(dispatch.BACKENDS):
+        yield switch
     forget()
     once.forget()
 
@@ -173,13 +180,13 @@ def test_an_unknown_gpu_takes_the_nearest_older_rates() -> None:
 def test_lengths_near_each_other_share_an_estimate(only, monkeypatch) -> None:
     only(Willing())
     asked = []
-    real = dispatch.model_seconds
-    monkeypatch.setattr(dispatch, "model_seconds", lambda b, p, s: asked.append(p) or real(b, p, s))
+    real = choice.model_seconds
+    monkeypatch.setattr(choice, "model_seconds", lambda b, p, s: asked.append(p) or real(b, p, s))
     for rows in range(1025, 2049):
         assert dispatch.choose(problem(rows=rows, active=rows // 2), "auto", "auto")[1]
     assert len(set(asked)) <= 20 and all(p.active <= p.rows for p in asked)
     for count in (0, 1, 15, 16, 17, 64, 65, 8191, 8192, 10**6 + 1):
-        bucket = dispatch._bucket(count)
+        bucket = choice._bucket(count)
         assert count <= bucket <= count * 1.125
         assert (bucket - 1).bit_length() == (
             count - 1

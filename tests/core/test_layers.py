@@ -13,10 +13,8 @@ ROOT = Path(alora_kernels.__file__).parent
 LAYERS = (
     ("invocation", "reference", "files", "once", "_cuda", "_cpu"),
     ("activation",),
-    ("contract",),
-    ("cost",),
+    ("contract", "hardware"),
     ("backends",),
-    ("tuning",),
     ("dispatch",),
     ("run",),
     ("autograd", "checks"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -108,17 +109,15 @@ def test_subclasses_are_checked_in_every_call() -> None:
     assert not run._memory
 
 
-def test_the_choice_is_made_anew_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_is_made_anew_when_told() -> None:
     given = arguments()
     alora_linear(**given)
-    monkeypatch.setattr(
-        dispatch, "BACKENDS", {n: b for n, b in dispatch.BACKENDS.items() if n == "reference"}
-    )
-    run.forget()
-    alora_linear(**given)
-    (found,) = run._memory.values()
-    assert found.forward is not None and found.forward[0].name == "reference"
-    monkeypatch.undo()
+    alone = {"reference": dispatch.BACKENDS["reference"]}
+    with mock.patch.dict(dispatch.BACKENDS, alone, clear=True):
+        run.forget()
+        alora_linear(**given)
+        (found,) = run._memory.values()
+        assert found.forward is not None and found.forward[0].name == "reference"
     run.forget()
 
 

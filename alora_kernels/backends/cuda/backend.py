@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import Call, Gradients, Needs, Problem, Projection
-from ...cost import Schedule, rates_of
+from ...contract import Call, Gradients, Needs, Problem, Projection, Schedule
+from ...hardware import rates_of
 from .extension import extension
 from .kernels import Pass
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES

@@ -10,8 +10,8 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...contract import Needs, Problem, saved_columns
-from ...cost import OLD_INSTRUCTIONS, Schedule
+from ...contract import Needs, Problem, Schedule, saved_columns
+from ...hardware import OLD_INSTRUCTIONS
 from .kernels import Column, Kernels, Pass
 from .plan import Plan
 from .steps import Program, View, fresh

@@ -10,8 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...contract import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
-from ...cost import Schedule
+from ...contract import (
+    Call,
+    Gradients,
+    Needs,
+    Problem,
+    Projection,
+    Schedule,
+    saved_columns,
+    saved_dtype,
+)
 from . import target
 from .configs import MAX_ONEPASS_RANK, MAX_RANK, both_in_one_pass
 from .schedule import schedules

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...contract import Problem
-from ...cost import Schedule, rates_of
+from ...contract import Problem, Schedule
+from ...hardware import rates_of
 from . import configs, target
 
 

@@ -11,61 +11,21 @@ estimates until `bench/run.py --tune` has measured this GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from .contract import Problem
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Data-sheet rates of one GPU (dense, without sparsity)."""
-
-    name: str
-    tensor: float  # 16-bit tensor-core FLOP/s with float32 accumulation
-    float32: float  # IEEE float32 FLOP/s
-    bandwidth: float  # bytes/s of device memory
-    sms: int
-
-
-# Source: NVIDIA's data sheets and architecture papers (Ampere, Ada, Hopper, Blackwell).
-GPUS: dict[str, Rates] = {
-    r.name: r
-    for r in (
-        Rates("A100", 312e12, 19.5e12, 2.04e12, 108),  # SXM, 80 GB
-        Rates("A10", 125e12, 31.2e12, 0.60e12, 72),
-        Rates("L40S", 362e12, 91.6e12, 0.864e12, 142),
-        Rates("RTX 4090", 165e12, 82.6e12, 1.008e12, 128),
-        Rates("H100", 989e12, 67e12, 3.35e12, 132),  # SXM
-        Rates("H200", 989e12, 67e12, 4.8e12, 132),  # SXM
-        Rates("B200", 2250e12, 75e12, 8.0e12, 148),
-        Rates("RTX 5090", 210e12, 105e12, 1.79e12, 170),
-    )
-}
-ARCHS = {80: "A100", 86: "A10", 89: "L40S", 90: "H100", 100: "B200", 120: "RTX 5090"}
+from ..contract import Problem, Schedule
+from ..hardware import OLD_INSTRUCTIONS, Rates, rates_of
 
 VENDOR_EFFICIENCY = 0.75  # of the data-sheet rate, for a large GEMM of the vendor's library
 OUR_EFFICIENCY = 0.85  # of the vendor's GEMM, until measured
-# What mma.sync reaches of the rate where only newer instructions use the tensor cores in full.
-OLD_INSTRUCTIONS = {90: 0.62, 100: 0.30}
 LAUNCH = 2.5e-6  # seconds between the starts of two short kernels on one stream
 NARROW_TILE = 16  # tensor cores multiply at least 16 columns: a smaller R costs as much
 L2_SHARE = 0.55  # time of a byte read again from L2, relative to one from device memory
 STREAMS = 2  # times over that one multiprocessor can take its share of the bandwidth
 VENDOR_TILES = ((128, 256), (128, 128), (64, 128), (16, 64))  # the library picks the quickest
 PARTS = 2  # float32 parts of dA or dB that are written and read for each multiprocessor
-
-
-class Schedule(NamedTuple):
-    """What a backend would launch for the base with a strategy's part in it."""
-
-    kernel: str  # "gemm", "decode" (onepass with split K) or "fused" (tail with xa made inside)
-    rows: int  # of a tile
-    columns: int  # of a tile, without those of lora_a
-    full_rate: bool = True  # the tensor cores' newest instructions
-    splits: int = 1  # of K
 
 
 TILES = (
@@ -81,12 +41,6 @@ class Launch(NamedTuple):
     bytes: float
     flops: float
     seconds: float
-
-
-def rates_of(arch: int) -> Rates:
-    """The rates of `arch` (80, 90, ...), or of the nearest older one that is known."""
-    known = [a for a in ARCHS if a <= arch]
-    return GPUS[ARCHS[max(known) if known else 80]]
 
 
 def seconds(

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from .contract import STRATEGIES, Problem
-from .files import write_whole
+from ..contract import STRATEGIES, Problem
+from ..files import write_whole
 
 FORMAT = 1
 VARIABLE = "ALORA_TUNING_FILE"
@@ -85,7 +85,7 @@ def path() -> Path:
 
 def key_of(device_name: str) -> str:
     """Under what the measurements of a GPU stand."""
-    from . import __version__
+    from .. import __version__
 
     return f"{device_name} | alora_kernels {__version__} | torch {torch.__version__}"
 

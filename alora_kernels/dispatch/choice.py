@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import tuning
-from .backends.cpu import CpuBackend
-from .backends.cuda import CudaBackend
-from .backends.reference import ReferenceBackend
-from .backends.triton import TritonBackend
-from .contract import STRATEGIES, Backend, Call, Problem, Projection
+from ..backends.cpu import CpuBackend
+from ..backends.cuda import CudaBackend
+from ..backends.reference import ReferenceBackend
+from ..backends.triton import TritonBackend
+from ..contract import STRATEGIES, Backend, Call, Problem, Projection
+from ..once import warn_once
+from . import measured
 from .cost import seconds
-from .once import warn_once
 
 logger = logging.getLogger("alora_kernels")
 
@@ -158,7 +158,7 @@ def expected_seconds(backend: str, problem: Problem, strategy: str) -> float:
 @functools.lru_cache(maxsize=4096)
 def _expected_seconds(backend: str, problem: Problem, strategy: str) -> float:
     own = model_seconds(BACKENDS[backend], problem, strategy)
-    return own * tuning.correction(problem, backend, strategy)
+    return own * measured.correction(problem, backend, strategy)
 
 
 def _bucket(count: int) -> int:
@@ -178,5 +178,5 @@ def forget_choices() -> None:
     """Choose anew: what the choice depends on besides the problem has changed."""
     _choose.cache_clear()
     _expected_seconds.cache_clear()
-    tuning.read.cache_clear()
-    tuning.key_here.cache_clear()
+    measured.read.cache_clear()
+    measured.key_here.cache_clear()
