@@ -6,10 +6,8 @@ uploads or synchronises. Rows are tokens: batch × sequence, flattened to M.
 
 from __future__ import annotations
 
-import contextvars
 import dataclasses
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import GetAttrKey, register_pytree_node
 
+from .ambient import Ambient
 from .invocation import find_invocation_starts
 
 Segment = tuple[int, int]
@@ -334,21 +333,7 @@ register_pytree_node(
 )
 
 
-# The ambient activation: a ContextVar is right across threads and async tasks; a compiler cannot
-# trace one, so a thread-local mirror serves compiled code.
-_ambient: contextvars.ContextVar[Activation | None] = contextvars.ContextVar(
-    "alora_activation", default=None
-)
-
-
-class _Mirror(threading.local):
-    # Set for each thread, not a default of the class: a graph traced while the name is missing from
-    # the thread's own dict is guarded by its absence, and would be made again after `activate`.
-    def __init__(self) -> None:
-        self.activation: Activation | None = None
-
-
-_mirror = _Mirror()
+_ambient: Ambient[Activation] = Ambient("alora_activation")
 
 
 @contextmanager
@@ -358,19 +343,14 @@ def activate(activation: Activation | None) -> Iterator[Activation | None]:
     with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
         model(input_ids)
     """
-    token = None if torch.compiler.is_compiling() else _ambient.set(activation)
-    before = _mirror.activation
-    _mirror.activation = activation
+    before = _ambient.get()
+    _ambient.set(activation)
     try:
         yield activation
     finally:
-        _mirror.activation = before
-        if token is not None:
-            _ambient.reset(token)
+        _ambient.set(before)
 
 
 def current_activation() -> Activation | None:
     """The activation of the innermost `activate` block of this thread or task, or None."""
-    if torch.compiler.is_compiling():
-        return _mirror.activation
     return _ambient.get()

@@ -1,8 +1,8 @@
-"""Where the adapter begins in a sequence: at the last occurrence of its invocation tokens."""
+"""An adapter's invocation: the tokens that begin it, and where they stand in a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,17 @@ def find_invocation_starts(
         match = match & real.unfold(1, length, 1).all(-1)
     position = torch.arange(windows, device=ids.device)
     return torch.where(match, position, -1).amax(1)
+
+
+def invocation_of(config: Any) -> list[int] | None:
+    """The invocation tokens that an adapter's configuration names; None for a plain LoRA.
+
+    Args:
+        config: a `LoraConfig`, or the mapping in an `adapter_config.json`.
+    """
+    key = "alora_invocation_tokens"
+    tokens = config.get(key) if isinstance(config, Mapping) else getattr(config, key, None)
+    return None if tokens is None else list(tokens)
 
 
 def last_occurrence(token_ids: Sequence[int], tokens: Sequence[int], begin: int = 0) -> int | None:

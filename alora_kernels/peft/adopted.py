@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .unserved import PRE_HOOKS, chosen_for
-
-OURS = "_alora_acceleration"  # where the root and the PeftModel keep their Acceleration
-FIELDS = "alora_"  # how the names of all other attributes of ours begin
+from .adapters import FIELDS
+from .peft_path import PRE_HOOKS, chosen_for
 
 
 class Adopted:

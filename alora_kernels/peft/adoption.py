@@ -5,96 +5,71 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..invocation import invocation_of
 from . import watch
-from .adopted import FIELDS, OURS, Adopted, remove_hooks
+from .adapters import FIELDS, Adapters
+from .adopted import Adopted, remove_hooks
 from .checkpointing import unwatch
 from .classes import accelerated_class, is_accelerated, plain_class
-from .eligibility import why_not_served
 from .elsewhere import say_beside
 from .groups import Group, find_groups
 from .layers import AcceleratedLayer
-from .refusal import check_config, invocation_of, why_unsuited
-from .rows import BASE
+from .peft_path import OneAtATime, before_auxiliary, before_foreign, before_layer
+from .requests import BASE
 from .stream import find_places
-from .unserved import OneAtATime, before_auxiliary, before_foreign, before_layer
-
-if TYPE_CHECKING:
-    from .live import LiveModel
+from .support import check_config, why_not_served, why_unsuited
 
 logger = logging.getLogger("alora_kernels")
 
-_lock = threading.RLock()  # one look at a time: another thread's forward waits for it
 
-
-def look_again(owner: LiveModel) -> None:
-    """Take over what came, and let go of what went, since the model was last looked at.
-
-    Raises:
-        ValueError: an adapter came that would be silently wrong (see `check_config`).
-    """
-    with _lock:
-        seen = watch.changes()
-        if owner.seen == seen:  # another thread has looked
-            return
-        owner.complete()
-        before = owner.refused
-        watch.look_inside(owner.root)
-        adopt(owner)
-        if not owner.adopted:  # merged or unloaded: nothing of the model is ours any more
-            detach(owner)
-            return
-        came = {path: reason for path, reason in owner.refused.items() if path not in before}
-        if came:
-            warn_of_refusals(owner, came)
-        owner.seen = seen
-
-
-def adopt(owner: LiveModel) -> None:
+def adopt(adapters: Adapters) -> None:
     """Serve every LoRA layer of the model that can be; the others are handed what PEFT would."""
     modules: dict[str, Any] = {
         path: module
-        for path, module in owner.root.named_modules()
+        for path, module in adapters.root.named_modules()
         if isinstance(module, watch.ADAPTED)
     }
     layers: dict[str, Any] = {p: m for p, m in modules.items() if isinstance(m, LoraLayer)}
-    check_configs(owner.root, layers)
+    check_configs(adapters.root, layers)
     here: set[nn.Module] = set(modules.values())
-    for module in owner.adopted - here:
+    for module in adapters.modules - here:
         release(module)
-    owner.layers, owner.adopted = layers, here
-    owner.checkpointing = [m for m in owner.root.modules() if hasattr(m, "gradient_checkpointing")]
-    owner.refused = {}
-    own = getattr(owner.root, "peft_config", {})
-    owner.inner_configs = {n: c for n, c in configs_of(owner.root).items() if n not in own}
+    adapters.layers, adapters.modules = layers, here
+    adapters.checkpointing = [
+        m for m in adapters.root.modules() if hasattr(m, "gradient_checkpointing")
+    ]
+    adapters.refused = {}
+    own = getattr(adapters.root, "peft_config", {})
+    adapters.inner_configs = {n: c for n, c in configs_of(adapters.root).items() if n not in own}
     taken = [layer.alora_index for layer in layers.values() if is_served(layer)]
     indices = itertools.count(max(taken, default=-1) + 1)
     locks: dict[int, threading.RLock] = {}
-    places = find_places(owner.root, layers)
-    say_beside(owner, places)
+    places = find_places(adapters.root, layers)
+    say_beside(adapters, places)
     for path, module in modules.items():
         reason = why_unserved(module)
         if reason is None:
-            _serve(owner, module, indices)
+            _serve(adapters, module, indices)
         else:
-            _keep_pefts(owner, module)
+            _keep_pefts(adapters, module)
         module.__dict__["alora_rows"] = places.get(path)
         if reason is None:
             continue
         if path in layers:
-            owner.refused[path] = reason
+            adapters.refused[path] = reason
         if isinstance(module, ParamWrapper):
             mine = module.__dict__.get("alora_lock") or threading.RLock()
             module.__dict__["alora_lock"] = locks.setdefault(id(module.get_base_layer()), mine)
-    owner.served = set(layers) - set(owner.refused)
-    _regroup(owner)
+    adapters.served = set(layers) - set(adapters.refused)
+    _regroup(adapters)
 
 
 def why_unserved(module: Any) -> str | None:
@@ -109,17 +84,17 @@ def is_served(module: nn.Module) -> bool:
     return "alora_index" in module.__dict__
 
 
-def _serve(owner: LiveModel, layer: Any, indices: Iterator[int]) -> None:
+def _serve(adapters: Adapters, layer: Any, indices: Iterator[int]) -> None:
     if not is_served(layer):
         release(layer)
         kind = type(layer)
         fused = kind.__name__ == "Linear"
         layer.__dict__.update(alora_group=None, alora_index=next(indices), alora_fused=fused)
         layer.__class__ = accelerated_class(kind, Adopted, AcceleratedLayer)
-    layer.__dict__["alora_owner"] = owner
+    layer.__dict__["alora_adapters"] = adapters
 
 
-def _keep_pefts(owner: LiveModel, module: Any) -> None:
+def _keep_pefts(adapters: Adapters, module: Any) -> None:
     hook: Any = before_foreign
     if isinstance(module, LoraLayer):
         hook = before_layer
@@ -130,17 +105,18 @@ def _keep_pefts(owner: LiveModel, module: Any) -> None:
         module.__class__ = accelerated_class(type(module), *methods)
     if hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(hook, with_kwargs=True)
-    module.__dict__["alora_owner"] = owner
+    module.__dict__["alora_adapters"] = adapters
 
 
-def _regroup(owner: LiveModel) -> None:
+def _regroup(adapters: Adapters) -> None:
     grouped: dict[Any, Group | None] = {}
-    for group in find_groups(owner.root, {path: owner.layers[path] for path in owner.served}):
+    served = {path: adapters.layers[path] for path in adapters.served}
+    for group in find_groups(adapters.root, served):
         before = group.members[0].alora_group
         same = before is not None and before.members == group.members
         grouped |= dict.fromkeys(group.members, before if same else group)
-    for path in owner.served:
-        owner.layers[path].__dict__["alora_group"] = grouped.get(owner.layers[path])
+    for path in adapters.served:
+        adapters.layers[path].__dict__["alora_group"] = grouped.get(adapters.layers[path])
 
 
 def release(module: Any) -> None:
@@ -159,26 +135,13 @@ def release(module: Any) -> None:
             module.__dict__[name] = getattr(type(module), called).__get__(module)
 
 
-def detach(owner: LiveModel) -> None:
-    """Undo an acceleration: its model, and the PeftModels around it, are as before."""
-    with _lock:
-        root = owner.root
-        if root.__dict__.get(OURS) is not owner:
-            return
-        owner.complete()
-        del root.__dict__[OURS]
-        for handle in owner.handles:
-            handle.remove()
-        owner.give_back_methods()
-        for module in {*owner.adopted, *root.modules()}:
-            if isinstance(module, watch.ADAPTED):
-                release(module)
-        unwatch(root.modules())
-        for model in list(owner.wrappers):
-            model.__dict__.pop(OURS, None)
-            release(model)
-        owner.layers, owner.adopted, owner.served = {}, set(), set()
-        watch.note_change()  # for another accelerated model that shares layers with this one
+def give_back(adapters: Adapters) -> None:
+    """Make every module that holds adapters PEFT's own again."""
+    for module in {*adapters.modules, *adapters.root.modules()}:
+        if isinstance(module, watch.ADAPTED):
+            release(module)
+    unwatch(adapters.root.modules())
+    adapters.layers, adapters.modules, adapters.served = {}, set(), set()
 
 
 # ---------------------------------------------------------------------- refusals
@@ -200,11 +163,10 @@ def check_configs(root: nn.Module, layers: dict[str, Any]) -> None:
                 )
 
 
-def check_names(owner: LiveModel, names: Sequence[str], where: str) -> None:
+def check_names(adapters: Adapters, names: Sequence[str], where: str) -> None:
     """Refuse adapters that no layer has."""
-    owner.refresh()
-    known = set(owner.configs)
-    for layer in owner.layers.values():
+    known = set(adapters.configs)
+    for layer in adapters.layers.values():
         known |= set(layer.lora_A) | set(layer.lora_embedding_A)
     unknown = sorted({n for n in names if n != BASE} - known)
     if unknown:
@@ -241,10 +203,13 @@ def table(refused: dict[str, str]) -> str:
     return "\n".join(f"  {path:<{width}}  {reason}" for path, reason in refused.items())
 
 
-def warn_of_refusals(owner: LiveModel, refused: dict[str, str]) -> None:
-    logger.warning(
-        "alora_kernels serves %d of %d LoRA layers; these keep PEFT's path:\n%s",
-        len(owner.served),
-        len(owner.layers),
-        table(refused),
-    )
+def warn_of_refusals(adapters: Adapters, said: Mapping[str, str]) -> None:
+    """Name the layers that keep PEFT's path, but for those of which it was said already."""
+    came = {path: reason for path, reason in adapters.refused.items() if path not in said}
+    if came:
+        logger.warning(
+            "alora_kernels serves %d of %d LoRA layers; these keep PEFT's path:\n%s",
+            len(adapters.served),
+            len(adapters.layers),
+            table(came),
+        )

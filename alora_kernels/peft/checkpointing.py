@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .ambient import ForwardState, current_state, within
+from .state import ForwardState, current_state, within
 
 FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpoint function
 

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activation import Activation
-from .ambient import ForwardState, reshape, unknown_rows
-from .refusal import invocation_of
+from ..invocation import invocation_of
+from .adapters import Adapters
+from .state import ForwardState, reshape, unknown_rows
 from .stream import BESIDE, CACHE, EXPERT, HEAD
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
-    from .live import LiveModel
 
 logger = logging.getLogger("alora_kernels")
 
 
-def elsewhere(owner: Acceleration, place: str, state: ForwardState | None) -> ForwardState | None:
+def elsewhere(adapters: Adapters, place: str, state: ForwardState | None) -> ForwardState | None:
     """`state` as a layer at `place` sees it; None where only the layer itself can tell.
 
     A tower may also be called outside a forward (`get_image_features`).
     """
     if state is None:
-        return Beside(owner, None) if place == BESIDE else None
+        return Beside(adapters, None) if place == BESIDE else None
     view = state.views.get(place)
     if view is None:
-        view = state.views[place] = VIEWS[place](owner, state)
+        view = state.views[place] = VIEWS[place](adapters, state)
     return view
 
 
@@ -40,13 +37,12 @@ class View(ForwardState):
         tokens: the state of the forward, or None outside of any.
     """
 
-    def __init__(self, owner: Acceleration, tokens: ForwardState | None) -> None:
+    def __init__(self, adapters: Adapters, tokens: ForwardState | None) -> None:
         if tokens is None:
-            super().__init__(owner, None, {}, 0, 0)
+            super().__init__(adapters, None, {}, 0, 0)
         else:
-            super().__init__(
-                owner, tokens.names, {}, tokens.batch, tokens.seq_len, tokens.keep, tokens.row_names
-            )
+            size = (tokens.batch, tokens.seq_len)
+            super().__init__(adapters, tokens.names, {}, *size, tokens.keep, tokens.row_names)
             self.past, self.starts = tokens.past, tokens.starts
             self.activations = tokens.activations
         self.tokens = tokens
@@ -57,10 +53,10 @@ class Beside(View):
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
         rows = x.shape[:-1].numel()
-        if invocation_of(self.owner.configs.get(name)) is not None:
+        if self.adapters.invocation(name) is not None:
             return Activation.none(rows, device=x.device)
         if self.row_names is not None and any(n != name for n in self.row_names):
-            paths = ", ".join(sorted(self.owner.beside)[:3])
+            paths = ", ".join(sorted(self.adapters.beside)[:3])
             raise RuntimeError(
                 f"adapter {name!r}: the rows of this batch run different adapters, but which rows "
                 f"of a layer outside the tokens ({paths}) belong to which row of the batch is not "
@@ -115,7 +111,7 @@ class WholeSequence(View):
             return Activation.all(x.shape[:-1].numel(), device=x.device)
         activation = state.activations.get(name)
         if activation is None:
-            activation = self.owner.late_activation(state, name)
+            activation = state.late_activation(name)
         key = (name, tuple(x.shape[:-1]), x.device)
         found = self.shaped.get(key)
         if found is None:
@@ -191,19 +187,19 @@ def _from_starts(
 VIEWS = {BESIDE: Beside, CACHE: WholeSequence, EXPERT: Routed, HEAD: Heads}
 
 
-def say_beside(owner: LiveModel, places: dict[str, str]) -> None:
+def say_beside(adapters: Adapters, places: dict[str, str]) -> None:
     """Say once of every layer outside the tokens that an activated LoRA is off there."""
-    alora = {n for n, config in owner.configs.items() if invocation_of(config) is not None}
+    alora = {n for n, config in adapters.configs.items() if invocation_of(config) is not None}
     new = [
         path
         for path, place in places.items()
         if place == BESIDE
-        and path not in owner.beside
-        and alora & {*owner.layers[path].lora_A, *owner.layers[path].lora_embedding_A}
+        and path not in adapters.beside
+        and alora & {*adapters.layers[path].lora_A, *adapters.layers[path].lora_embedding_A}
     ]
     if not new:
         return
-    owner.beside.update(new)
+    adapters.beside.update(new)
     logger.warning(
         "alora_kernels: %d layers do not see the tokens (a tower, a projector, cross-attention "
         "over other states). Activated LoRAs are off there and train nothing; plain LoRAs run as "

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from .layers import AcceleratedLayer
+from torch import Tensor, nn
 
 logger = logging.getLogger("alora_kernels")
 
@@ -31,7 +28,7 @@ class Group:
     whose layers turn out not to share an x is dissolved.
     """
 
-    def __init__(self, parent: nn.Module, members: list[AcceleratedLayer]) -> None:
+    def __init__(self, parent: nn.Module, members: list[Any]) -> None:
         self.parent, self.members = parent, members
         self.enabled = True
 
@@ -54,6 +51,35 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.members)
+
+
+class Pending:
+    """Outputs of a group that wait for their layers."""
+
+    def __init__(
+        self, group: Group, names: tuple[str, ...], x: Tensor, outputs: dict[int, Tensor]
+    ) -> None:
+        self.group, self.names, self.x, self.outputs = group, names, x, outputs
+        self.mode = _mode(x)
+
+    def fits(self, x: Tensor, names: tuple[str, ...]) -> bool:
+        """Whether `names` are asked for in the mode and on the tensor that the group read, and it
+        has not been written since."""
+        return x is self.x and names == self.names and _mode(x) == self.mode
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    """What beside x decides a layer's output: what was written to x, and the modes of torch."""
+    if torch.compiler.is_compiling():
+        return ()  # a compiler follows them by itself
+    autocast = torch._C._is_any_autocast_enabled()
+    return (
+        x._version,
+        torch.is_grad_enabled(),
+        torch.get_autocast_dtype(x.device.type)
+        if autocast and torch.is_autocast_enabled(x.device.type)
+        else None,
+    )
 
 
 def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:

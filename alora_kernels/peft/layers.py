@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..checks import MAX_DIM
 from ..functional import run
-from .ambient import ForwardState, Pending, current_state
+from .adapters import Adapters, active_in
 from .elsewhere import elsewhere
-from .groups import Group
-from .parts import Step, runs_plainly, steps_of
-from .unserved import peft_arguments
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
+from .groups import Group, Pending
+from .peft_path import peft_arguments
+from .state import ForwardState, current_state, state_outside
+from .tensors import Step, runs_plainly, steps_of
 
 
 class AcceleratedLayer:
@@ -33,7 +31,7 @@ class AcceleratedLayer:
     _active_adapter: str | list[str]
     merged_adapters: list[str]
 
-    alora_owner: Acceleration
+    alora_adapters: Adapters
     alora_group: Group | None
     alora_index: int
     alora_rows: str | None  # where its rows are not the forward's tokens: see `stream`
@@ -53,13 +51,12 @@ class AcceleratedLayer:
                 return self._by_peft(x, state, state.names)  # which refuses to choose
             return self.alora_kind.forward(self, x)
         if self.alora_rows is not None:
-            state = elsewhere(self.alora_owner, self.alora_rows, state)
+            state = elsewhere(self.alora_adapters, self.alora_rows, state)
         if state is None:
-            state = self.alora_owner.outside(self, x)
+            state = state_outside(self.alora_adapters, self, x)
         asked = state.names
         if asked is None:
-            active = self._active_adapter
-            asked = (active,) if isinstance(active, str) else tuple(active)
+            asked = active_in(self)
         waiting = self._waiting(x, asked, state)
         if waiting is not None:
             return waiting
@@ -150,7 +147,7 @@ class AcceleratedLayer:
         self, x: Tensor, state: ForwardState, steps: list[Step], outputs: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
         """The outputs after all steps, one after the other; `outputs`: the base's, if computed."""
-        options = self.alora_owner.options
+        options = self.alora_adapters.options
         inplace = False
         for step in steps:
             dtype = None if outputs is None else outputs[0].dtype
@@ -194,7 +191,7 @@ class AcceleratedLayer:
         return y
 
     def _no_sum(self, output: Any) -> TypeError:
-        mine = [path for path, layer in self.alora_owner.layers.items() if layer is self]
+        mine = [path for path, layer in self.alora_adapters.layers.items() if layer is self]
         return TypeError(
             f"{', '.join(mine)}: the base layer, a {type(self._modules['base_layer']).__name__}, "
             f"returns a {type(output).__name__}, to which no adapter's part can be added (PEFT "
@@ -203,5 +200,5 @@ class AcceleratedLayer:
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
         """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
-        arguments = peft_arguments(self.alora_owner, self, state, tuple(names), x)
+        arguments = peft_arguments(self, state, tuple(names), x)
         return self.alora_kind.forward(self, x, **arguments)

@@ -12,10 +12,10 @@ from torch import nn
 from ..activation import Activation
 from ..contract import Options
 from .acceleration import Acceleration
-from .adopted import OURS
-from .adoption import check_configs, check_names, detach, look_again, refusals, table
-from .ambient import ForwardState, Names, Request, current_state, requesting, set_state
-from .rows import BlockState, restrict, rows_of
+from .adapters import OURS, Adapters
+from .adoption import check_configs, refusals, table
+from .requests import Names, Request, requesting, rows_of
+from .state import BlockState, ForwardState, current_state, restrict, set_state
 from .wrappers import root_of, unwrap, wrap
 
 
@@ -69,10 +69,10 @@ def accelerate(
     wrappers = [unwrap(model)]
     if OURS in root.__dict__:
         wrappers += root.__dict__[OURS].wrappers
-        detach(root.__dict__[OURS])
+        root.__dict__[OURS].detach()
     owner = Acceleration(root, options)
     owner.attach()
-    look_again(owner)
+    owner.look_again()
     for wrapper in wrappers:
         wrap(wrapper, owner)
     return model
@@ -82,7 +82,7 @@ def restore(model: Any) -> Any:
     """Undo `accelerate`: the model is as before; returns the same object."""
     owner = root_of(model).__dict__.get(OURS)
     if owner is not None:
-        detach(owner)
+        owner.detach()
     return model
 
 
@@ -124,12 +124,12 @@ def adapter_scope(
     if activation is not None and starts is not None:
         raise ValueError("adapter_scope: give activation or starts, not both")
     names = [adapter] if adapter is None or isinstance(adapter, str) else list(adapter)
-    check_names(owner, [n for n in names if n is not None], "adapter_scope")
+    owner.check_names([n for n in names if n is not None], "adapter_scope")
     chosen = adapter if adapter is None or isinstance(adapter, str) else names
-    request = Request(owner, True, chosen, starts=starts, activation=activation)
+    request = Request(owner.adapters, True, chosen, starts=starts, activation=activation)
     outer, state = current_state(), None
     if activation is not None or adapter is None:
-        state = _fixed_state(owner, chosen, activation)
+        state = _fixed_state(owner.adapters, chosen, activation)
         set_state(state)
     try:
         with requesting(request):
@@ -139,7 +139,7 @@ def adapter_scope(
             set_state(outer)
 
 
-def _fixed_state(owner: Acceleration, chosen: Names, activation: Activation | None) -> ForwardState:
+def _fixed_state(adapters: Adapters, chosen: Names, activation: Activation | None) -> ForwardState:
     """The state for layers that are called on their own inside a scope."""
     rows = 0 if activation is None else activation.num_rows
     batch = len(chosen) if isinstance(chosen, list) else 1
@@ -151,7 +151,7 @@ def _fixed_state(owner: Acceleration, chosen: Names, activation: Activation | No
     names, row_names = rows_of(chosen, batch)
     if row_names is None:
         batch = 0  # any layout of these rows will do
-    state = BlockState(owner, names, {}, batch, rows // max(batch, 1), row_names=row_names)
+    state = BlockState(adapters, names, {}, batch, rows // max(batch, 1), row_names=row_names)
     for name in names:
         assert activation is not None
         state.activations[name] = restrict(state, name, activation)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..activation import Activation, find_invocation_starts
-from . import caches, records
-from .ambient import ForwardState, Note, Request
-from .lonely import LonelyRows
-from .refusal import invocation_of
-from .rows import starts_of
-from .search import packed_mask, restarts
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
+from . import caches
+from .adapters import Adapters
+from .cache_record import (
+    CacheRecord,
+    Chunk,
+    continued_starts,
+    forget,
+    recall,
+    record_of,
+    write_record,
+)
+from .requests import Request
+from .starts import LonelyRows, packed_mask, restarts
+from .state import ForwardState, Note, starts_of
 
 Starts = list[int | None]
 
@@ -30,15 +35,10 @@ class Sequences:
     its cache's record, or else is a new sequence, in whose tokens the invocation is looked for.
     """
 
-    def __init__(self, owner: Acceleration) -> None:
-        self.owner = owner
+    def __init__(self, adapters: Adapters) -> None:
+        self.adapters = adapters
         self.recent: dict[Any, Activation] = {}
         self.lonely = LonelyRows()
-
-    @property
-    def remembers(self) -> bool:
-        """Whether some adapter will ask what a cache holds."""
-        return any(invocation_of(config) is not None for config in self.owner.configs.values())
 
     def find(
         self,
@@ -54,7 +54,7 @@ class Sequences:
         cache = caches.among(arguments)
         if generation is not None and generation.owns(tokens, ids, cache):
             state.generation = generation
-        invocations = {name: invocation_of(self.owner.configs.get(name)) for name in names}
+        invocations = {name: self.adapters.invocation(name) for name in names}
         told = {name: self._told(state, name, request) for name in names}
         if all(t is None and told[n] is None for n, t in invocations.items()):
             for name in names:  # no place to find, so the cache is not asked for anything
@@ -69,7 +69,7 @@ class Sequences:
         record = None
         continued = past is None or isinstance(past, Tensor) or past > 0
         if continued and not compiling and (state.generation is None or past is None):
-            record = records.recall(cache, past, self.owner.key)
+            record = recall(cache, past, self.adapters.key)
             if past is None and record is not None:
                 past = record.length
         starts: dict[str, Starts] = {}
@@ -92,7 +92,7 @@ class Sequences:
                     )
                 if past is None:
                     raise self.lengthless(name, cache)
-                given = records.continued_starts(name, invocation, ids, past, record, state.batch)
+                given = continued_starts(name, invocation, ids, past, record, state.batch)
             if given is not None:
                 given = starts_of(state, name, given)
                 if past is None and any(given) and told[name] is not None:
@@ -148,7 +148,7 @@ class Sequences:
 
     def lengthless(self, name: str, cache: Any) -> ValueError:
         return ValueError(
-            f"adapter {name!r}: {type(self.owner.root).__name__} continues a "
+            f"adapter {name!r}: {type(self.adapters.root).__name__} continues a "
             f"{type(cache).__name__}, of which it is not known how many tokens it has read, so "
             "where the adapter begins is not known either. Use model.generate, continue the very "
             "cache that this model wrote last, or tell the active rows: alora_offsets (counted "
@@ -200,8 +200,8 @@ class Sequences:
             mask, lonely = mask & mine.unsqueeze(1), lonely & mine
         if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids):
             return Activation.from_mask(mask)
-        training = self.owner.root.training and torch.is_grad_enabled()
-        if begin is not None or (self.owner.root.training and ids.device.type != "cpu"):
+        training = self.adapters.root.training and torch.is_grad_enabled()
+        if begin is not None or (self.adapters.root.training and ids.device.type != "cpu"):
             self.lonely.look(name, tokens, lonely, training)
             return Activation.from_mask(mask)
         rows = [None if s < 0 else s for s in found.tolist()]
@@ -215,7 +215,7 @@ class Sequences:
         self, row_names: list[str | None] | None, name: str, starts: Starts, training: bool = False
     ) -> None:
         """Say once which rows that run `name` have no invocation."""
-        tokens = invocation_of(self.owner.configs.get(name))
+        tokens = self.adapters.invocation(name)
         mine = [name] * len(starts) if row_names is None else row_names
         lonely = [s is None and n == name for s, n in zip(starts, mine)]
         self.lonely.look(name, tokens or [], lonely, training)
@@ -229,7 +229,7 @@ class Sequences:
     def remember(self, state: ForwardState, arguments: Mapping[str, Any], output: Any) -> None:
         """Write down with the cache what this forward fed it."""
         note, given = state.note, caches.among(arguments)
-        if note is None or not self.remembers:
+        if note is None or not self.adapters.any_activated():
             return
         cache = caches.of_output(output)
         cache = given if cache is None else cache
@@ -239,20 +239,20 @@ class Sequences:
             state.generation.wrote(cache, note.past + state.seq_len)
         bits = caches.fingerprint(cache, state.seq_len)
         if bits is None or (note.past is None and not note.plain):
-            records.forget(cache)  # what cannot be compared cannot be believed
+            forget(cache)  # what cannot be compared cannot be believed
             return
-        chunk = records.Chunk(state.seq_len, note.ids, bits, note.plain)
+        chunk = Chunk(state.seq_len, note.ids, bits, note.plain)
         record = note.record
         if note.plain and given is not None:
-            record = records.record_of(given) or records.CacheRecord(None, self.owner.key)
+            record = record_of(given) or CacheRecord(None, self.adapters.key)
         elif state.generation is not None and note.past:
-            record = records.record_of(cache)
+            record = record_of(cache)
             if record is not None:
-                fits = record.length >= note.past and record.writer == self.owner.key
+                fits = record.length >= note.past and record.writer == self.adapters.key
                 record = record.cut(note.past) if fits else None
         if record is None:
-            record = records.CacheRecord(note.past or 0, self.owner.key)
-        records.write_record(cache, record.extended(chunk, note.starts))
+            record = CacheRecord(note.past or 0, self.adapters.key)
+        write_record(cache, record.extended(chunk, note.starts))
 
 
 _unsearched = object()

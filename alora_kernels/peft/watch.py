@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.utils.parametrize import ParametrizationList
 
-from .ambient import current_state
+from .adapters import is_adopted
+from .state import current_state
 
 ADAPTED = (BaseTunerLayer, AuxiliaryTrainingWrapper)
 TOKENS = "alora_invocation_tokens"
@@ -81,7 +82,7 @@ def _guard_forwards() -> None:
     @functools.wraps(check)
     def checked(layer: Any, x: Any, *args: Any, **kwargs: Any) -> None:
         state = current_state()
-        if state is not None and "alora_owner" not in layer.__dict__:
+        if state is not None and not is_adopted(layer):
             _refuse_unnoticed(layer, state)
         check(layer, x, *args, **kwargs)
 
@@ -90,7 +91,7 @@ def _guard_forwards() -> None:
 
 @torch.compiler.disable
 def _refuse_unnoticed(layer: Any, state: Any) -> None:
-    for path, module in state.owner.root.named_modules():
+    for path, module in state.adapters.root.named_modules():
         if module is layer:
             note_change()
             raise RuntimeError(

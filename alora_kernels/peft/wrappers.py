@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -12,15 +12,14 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .adopted import OURS, reduced
-from .adoption import check_names, detach, release
-from .ambient import Request, current_request, requesting
+from .acceleration import Acceleration
+from .adapters import OURS
+from .adopted import reduced
+from .adoption import release
 from .classes import accelerated_class, is_accelerated
-from .refusal import check_arriving, check_config, why_unsuited
-from .unserved import SERVED_HERE, before_model
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
+from .peft_path import SERVED_HERE, before_model
+from .requests import Request, current_request, requesting
+from .support import check_arriving, check_config, why_unsuited
 
 # Before 0.21 PEFT calls its model's `forward`, past every hook on the model, ours among them.
 SKIPS_HOOKS = "forward" in BaseTuner.forward.__code__.co_names
@@ -89,7 +88,7 @@ class AcceleratedTuner:
         result = self.alora_kind._unload_and_optionally_merge(self, *args, **kwargs)
         owner = root.__dict__.get(OURS)
         if owner is not None:  # (When merging raises, the model stays accelerated.)
-            detach(owner)
+            owner.detach()
         return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -119,15 +118,15 @@ class AcceleratedModel:
         offsets = None if offsets is SERVED_HERE else offsets
         if names is None and offsets is None:
             return nullcontext()
-        outer = current_request(owner)
+        outer = current_request(owner.adapters)
         if names is not None:
             if self.training:
                 raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-            check_names(owner, names, "adapter_names")
-            return requesting(Request(owner, True, list(names), offsets=offsets))
+            owner.check_names(names, "adapter_names")
+            return requesting(Request(owner.adapters, True, list(names), offsets=offsets))
         if outer is not None and outer.chosen:
-            return requesting(Request(owner, True, outer.names, offsets=offsets))
-        return requesting(Request(owner, offsets=offsets))
+            return requesting(Request(owner.adapters, True, outer.names, offsets=offsets))
+        return requesting(Request(owner.adapters, offsets=offsets))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.__dict__.get(OURS)
@@ -151,7 +150,8 @@ class AcceleratedModel:
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         owner = self.__dict__[OURS]
-        check_arriving(adapter_name, model_id, owner.configs)
+        owner.refresh()
+        check_arriving(adapter_name, model_id, owner.adapters.configs)
         result = self.alora_kind.load_adapter(self, model_id, adapter_name, *args, **kwargs)
         owner.refresh()
         return result

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from ..invocation import invocation_of
 from ..once import warn_once
 from .foreign import foreign_code
 from .guard import PrefixError, attention_windows, check_prefix, text_config, unwrap
@@ -298,7 +299,7 @@ def _check_positions(call: ModelCall, layout: Layout) -> None:
 
 def _invocation(model: nn.Module) -> list[int] | None:
     peft: Any = unwrap(model)
-    return getattr(peft.active_peft_config, "alora_invocation_tokens", None)
+    return invocation_of(peft.active_peft_config)
 
 
 def _positions(layout: Layout, input_ids: Tensor) -> Tensor:

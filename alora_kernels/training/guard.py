@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..peft.refusal import why_unsuited
+from ..invocation import invocation_of
+from ..peft.adapters import is_adopted
 from ..peft.stream import reads_cache
+from ..peft.support import why_unsuited
 from .checkpointing import checkpointed_layers, hooks_run_again
 
 _DROPOUTS = (
@@ -138,7 +140,7 @@ def _problems(model: nn.Module, inputs: Mapping[str, Any]) -> Iterator[str]:
         config = peft.peft_config[adapter]
         if config.peft_type != PeftType.LORA:
             yield f"adapter {adapter!r} is {config.peft_type}: only aLoRA leaves the prefix alone"
-        elif not getattr(config, "alora_invocation_tokens", None):
+        elif not invocation_of(config):
             yield (
                 f"adapter {adapter!r} is a plain LoRA (no alora_invocation_tokens): it acts on the "
                 "prefix too"
@@ -170,9 +172,7 @@ def _trainable(peft: Any) -> Iterator[str]:
             f"{other[0]}"
         )
     plain = sorted(
-        adapter
-        for adapter, config in peft.peft_config.items()
-        if not getattr(config, "alora_invocation_tokens", None)
+        adapter for adapter, config in peft.peft_config.items() if not invocation_of(config)
     )
     for adapter in plain:
         part = f".{adapter}."
@@ -240,7 +240,7 @@ def _cache(peft: Any) -> Iterator[str]:
         path
         for path, layer in base.named_modules()
         if any(adapter in getattr(layer, "lora_A", {}) for adapter in peft.active_adapters)
-        and not hasattr(layer, "alora_owner")
+        and not is_adopted(layer)
         and reads_cache(base, path)
     ]
     if foreign:
@@ -296,7 +296,7 @@ def _checkpointing(peft: Any) -> Iterator[str]:
     on = any(getattr(m, "gradient_checkpointing", False) for m in peft.modules())
     if not on:
         return
-    accelerated = any(hasattr(m, "alora_owner") for m in peft.modules())
+    accelerated = any(is_adopted(m) for m in peft.modules())
     # Where enable_input_require_grads puts its hook.
     inputs_have_gradients = bool(peft.get_input_embeddings()._forward_hooks)
     if hooks_run_again() and not accelerated and not inputs_have_gradients:

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.lora.variants import ALoraLinearVariant
 from torch import Tensor, nn
 
+from ..peft.adapters import is_adopted
 from .checkpointing import lending
 from .fingerprint import is_sharded
 from .guard import text_config, unwrap
@@ -114,7 +115,7 @@ def unmasked_adapter(peft: Any) -> Iterator[None]:
     changed = []
     for module in modules:
         variants = getattr(module, "lora_variant", None)
-        if variants and not hasattr(module, "alora_owner"):
+        if variants and not is_adopted(module):
             changed.append((module, variants))
             module.lora_variant = {
                 name: v for name, v in variants.items() if not isinstance(v, ALoraLinearVariant)

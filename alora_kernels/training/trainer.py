@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from ..invocation import invocation_of
 from .forward import MODES, PrefixOutput, prefix_forward
 from .guard import PrefixError, check_prefix, unwrap
 from .layout import IGNORE
@@ -190,7 +191,7 @@ class AloraTrainerMixin:
         """The invocation of the active adapter; None for a plain LoRA or no adapter at all."""
         peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         config = getattr(unwrap(peft), "active_peft_config", None)
-        return getattr(config, "alora_invocation_tokens", None)
+        return invocation_of(config)
 
     def _starts_before_answer(self, inputs: dict[str, Any]) -> Tensor | None:
         """The last invocation that stands before the first label: an answer cannot move it.

@@ -11,7 +11,7 @@ ROOT = Path(alora_kernels.__file__).parent
 
 # From the bottom to the top. A name is a module or a whole folder of the package.
 LAYERS = (
-    ("invocation", "reference", "files", "once", "_cuda", "_cpu"),
+    ("ambient", "invocation", "reference", "files", "once", "_cuda", "_cpu"),
     ("activation",),
     ("contract", "hardware"),
     ("backends",),

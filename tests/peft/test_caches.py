@@ -231,18 +231,18 @@ def test_adapters_without_a_place_never_ask_the_cache(pair, how):
     keywords = {"input_ids": ids, "position_ids": places, **cached(model, Mute())}
     if how == "plain":
         model.set_adapter("plain")
-        state = owner.state_of((), keywords)
+        state = owner.forwards.state_of((), keywords)
         model.set_adapter("ask")
         assert state.activations["plain"].num_active == 9
     elif how == "disabled":
         with model.disable_adapter():
-            assert owner.state_of((), keywords).activations == {}
+            assert owner.forwards.state_of((), keywords).activations == {}
     else:
         with adapter_scope(model, None if how == "base" else ["plain"]):
-            state = owner.state_of((), keywords)
+            state = owner.forwards.state_of((), keywords)
         assert len(state.activations) == (how != "base")
     with pytest.raises(AssertionError, match="asked"):
-        owner.state_of((), keywords)
+        owner.forwards.state_of((), keywords)
 
 
 def recurrent(kind):
@@ -324,9 +324,11 @@ def test_a_state_that_is_a_list_is_no_new_sequence():
     with torch.no_grad():
         state = model(input_ids=ids, use_cache=True).state
     new = {"input_ids": prompt(1, 1)}
-    assert owner.state_of((), {**new, "state": state}).activations["default"].num_active == 1
+    assert (
+        owner.forwards.state_of((), {**new, "state": state}).activations["default"].num_active == 1
+    )
     with pytest.raises(ValueError, match="not known how many tokens"):
-        owner.state_of((), {**new, "state": [t.clone() + 1 for t in state]})
+        owner.forwards.state_of((), {**new, "state": [t.clone() + 1 for t in state]})
     out = generate(model, ids)
     with torch.no_grad(), adapter_scope(model, "default", starts=[4]):  # transformers' own decoding
         told, state = ids, None

@@ -132,8 +132,8 @@ def test_every_layer_of_these_models_is_served(kind):
     stock = adapted(base_model(kind))
     model = accelerate(copy.deepcopy(stock), strict=True)
     owner = model.__dict__["_alora_acceleration"]
-    assert owner.served == set(owner.layers)
-    assert len(owner.served) == {"gpt2": 8, "opt": 12}.get(kind, 14)
+    assert owner.adapters.served == set(owner.adapters.layers)
+    assert len(owner.adapters.served) == {"gpt2": 8, "opt": 12}.get(kind, 14)
     ids = put(put(prompt(3, 14), 0, 3, ASK), 1, 9, ASK)
     mask = torch.ones_like(ids)
     if kind == "opt":  # its MLP is fed [B·T, K], on which PEFT's aLoRA raises
@@ -146,7 +146,7 @@ def test_every_layer_of_these_models_is_served(kind):
         m(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
     pairs = zip(model.named_parameters(), stock.parameters())
     trained = [(n, p.grad, q.grad) for (n, p), q in pairs if q.requires_grad]
-    assert len(trained) == 2 * len(owner.served)
+    assert len(trained) == 2 * len(owner.adapters.served)
     for _, mine, other in trained:
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-4)
     for names in (["ask", "sum", "plain"], ["__base__", "sum", "ask"]):

@@ -82,12 +82,12 @@ def test_layers_neither_wait_nor_upload(dtype, train):
 
 
 def test_the_search_happens_once_per_forward(monkeypatch):
-    from alora_kernels.peft import generation, sequences
+    from alora_kernels.peft import generate, sequences
 
     model, _ = twins()
     calls = []
     search = sequences.find_invocation_starts
-    for module in (sequences, generation):
+    for module in (sequences, generate):
         monkeypatch.setattr(
             module, "find_invocation_starts", lambda *a: calls.append(1) or search(*a)
         )

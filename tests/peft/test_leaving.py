@@ -91,7 +91,7 @@ def test_where_merging_raises_the_model_stays_accelerated(failing):
     torch.testing.assert_close(logits(model, ids), expected)
     owner = model.__dict__["_alora_acceleration"]
     layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    assert owner.served and len(owner.layers) == len(layers)
+    assert owner.adapters.served and len(owner.adapters.layers) == len(layers)
     with adapter_scope(model, "sum"):
         stock.set_adapter("sum")
         torch.testing.assert_close(logits(model, ids), logits(stock, ids))

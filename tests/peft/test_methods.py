@@ -61,7 +61,7 @@ def test_an_adapter_may_bring_new_layers():
         m.add_adapter("sum", copy.deepcopy(config))
         m.set_adapter("sum")
     owner = model.__dict__["_alora_acceleration"]
-    assert len(owner.served) == 6
+    assert len(owner.adapters.served) == 6
     same(model, stock, put(prompt(2, 10), 0, 4, SUM))
 
 
@@ -135,7 +135,7 @@ def test_copies_are_accelerated_models_of_their_own():
     assert owner.root is twin.get_base_model()
     assert owner is not model.__dict__["_alora_acceleration"]
     layer = twin.get_base_model().model.layers[0].self_attn.q_proj
-    assert layer.alora_owner is owner and layer in layer.alora_group.members
+    assert layer.alora_adapters is owner.adapters and layer in layer.alora_group.members
     assert restore(twin) is twin and type(twin) is type(stock)
 
 

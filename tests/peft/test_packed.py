@@ -19,13 +19,13 @@ def test_packed_rows_run_each_sequence_on_its_own():
     row = torch.cat([one, two, three], 1)
     position_ids = torch.cat([torch.arange(n) for n in (9, 12, 5)])[None]
     owner = model.__dict__["_alora_acceleration"]
-    state = owner.state_of((), {"input_ids": row, "position_ids": position_ids})
-    alone = [owner.state_of((), {"input_ids": s}) for s in (one, two, three)]
+    state = owner.forwards.state_of((), {"input_ids": row, "position_ids": position_ids})
+    alone = [owner.forwards.state_of((), {"input_ids": s}) for s in (one, two, three)]
     expected = torch.cat([s.activations["ask"].mask for s in alone])
     assert torch.equal(state.activations["ask"].mask, expected)
     assert expected.sum() == 5 + 6
     borders = {"input_ids": row, "cu_seq_lens_q": torch.tensor([0, 9, 21, 26])}
-    by_borders = owner.state_of((), borders)
+    by_borders = owner.forwards.state_of((), borders)
     assert torch.equal(by_borders.activations["ask"].mask, expected)
     with torch.no_grad():
         got = model(input_ids=row, position_ids=position_ids, use_cache=False).logits
@@ -38,9 +38,9 @@ def test_an_invocation_across_a_border_does_not_count():
     row = put(prompt(1, 12), 0, 5, ASK)
     position_ids = torch.cat([torch.arange(6), torch.arange(6)])[None]
     owner = model.__dict__["_alora_acceleration"]
-    state = owner.state_of((), {"input_ids": row, "position_ids": position_ids})
+    state = owner.forwards.state_of((), {"input_ids": row, "position_ids": position_ids})
     assert not state.activations["ask"].mask.any()
-    state = owner.state_of((), {"input_ids": row})
+    state = owner.forwards.state_of((), {"input_ids": row})
     assert state.activations["ask"].mask.sum() == 7
 
 
@@ -62,7 +62,7 @@ def test_position_ids_of_padding_are_no_border(side):
 
 def test_random_packings():
     """The packed search against a loop over the sequences."""
-    from alora_kernels.peft.search import packed_mask
+    from alora_kernels.peft.starts import packed_mask
 
     for _ in range(50):
         length, tokens = int(torch.randint(1, 24, ())), [1, 2][: int(torch.randint(1, 3, ()))]

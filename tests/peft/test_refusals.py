@@ -10,7 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from alora_kernels.peft import accelerate, check_adapter_folder
-from alora_kernels.peft.refusal import check_config, why_unsuited
+from alora_kernels.peft.support import check_config, why_unsuited
 
 from .models import ASK, base_model, lora, twins
 

@@ -12,7 +12,7 @@ from .models import ASK, prompt, put, twins
 
 
 def test_an_exception_inside_forward_leaves_nothing_behind():
-    from alora_kernels.peft.ambient import current_state
+    from alora_kernels.peft.state import current_state
 
     model, stock = twins()
     ids = put(prompt(2, 12), 0, 3, ASK)

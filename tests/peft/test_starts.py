@@ -33,7 +33,7 @@ def test_where_a_row_begins(row, start, masked):
     ids = torch.tensor([row])
     keywords = {"attention_mask": (ids != 0).long()} if masked and any(row) else {}
     owner = model.__dict__["_alora_acceleration"]
-    mask = owner.state_of((), {"input_ids": ids, **keywords}).activations["ask"].mask
+    mask = owner.forwards.state_of((), {"input_ids": ids, **keywords}).activations["ask"].mask
     expected = torch.arange(len(row)) >= (len(row) if start is None else start)
     assert torch.equal(mask, expected)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def test_token_ids_are_matched_not_text():
     model, _ = twins()
     owner = model.__dict__["_alora_acceleration"]
     merged = torch.tensor([[20, 40, 41]])  # ids that a tokenizer may give the same letters
-    assert not owner.state_of((), {"input_ids": merged}).activations["ask"].mask.any()
+    assert not owner.forwards.state_of((), {"input_ids": merged}).activations["ask"].mask.any()
 
 
 @pytest.mark.parametrize("how", ["forward", "generate", "packed", "mixed"])

@@ -61,12 +61,12 @@ def test_states_of_a_checkpointed_forward_are_freed():
     model.train()
     owner = model.__dict__["_alora_acceleration"]
     seen = []
-    state_of = owner.state_of
-    owner.state_of = lambda *a: seen.append(weakref.ref(s := state_of(*a))) or s
+    state_of = owner.forwards.state_of
+    owner.forwards.state_of = lambda *a: seen.append(weakref.ref(s := state_of(*a))) or s
     loss = model(input_ids=first, labels=first, use_cache=False).loss
     assert seen[0]() is not None
     loss.backward()
-    del loss, owner.state_of
+    del loss, owner.forwards.state_of
     gc.collect()
     assert seen[0]() is None
 

@@ -64,7 +64,7 @@ def test_what_is_loaded_is_accelerated_and_right(way):
     owner = loaded.__dict__["_alora_acceleration"]
     assert owner is not model.__dict__["_alora_acceleration"]
     assert owner.root is loaded.get_base_model() and owner.options.backend == "auto"
-    assert len(owner.served) == 14 and not owner.refused
+    assert len(owner.adapters.served) == 14 and not owner.adapters.refused
     with adapter_scope(loaded, "sum"):
         stock.set_adapter("sum")
         torch.testing.assert_close(logits(loaded, ids), logits(stock, ids))

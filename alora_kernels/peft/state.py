@@ -1,61 +1,21 @@
-"""What the current forward runs: a request from outside, and the state that layers read.
-
-A ContextVar is right across threads and asyncio tasks; a compiler cannot trace one, so a
-thread-local mirror serves compiled code, as `activation.activate` does it.
-"""
+"""The state of a forward: the adapters that its layers run, and on which rows."""
 
 from __future__ import annotations
 
-import contextvars
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..activation import Activation
-from .refusal import invocation_of
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
-    from .generation import Generation
-    from .layers import Group
-    from .records import CacheRecord
-
-Names = str | list[str | None] | None
-
-
-class Request:
-    """Which adapters the forwards of one model run, and where they begin.
-
-    Attributes:
-        owner: the accelerated model that this request is for.
-        chosen: whether `names` overrides the active adapters.
-        names: one adapter for all rows, one (or None for the base model) a row, or None: the base.
-        starts: absolute start of the adapter in each row (None = base), or None: search.
-        offsets: PEFT's `alora_offsets`, counted from the end of the tokens of each forward.
-        activation: the active rows themselves.
-        generation: the call of `generate` that runs, which tells starts to its own forwards alone.
-        outer: the request around this one, perhaps of another model.
-    """
-
-    def __init__(
-        self,
-        owner: Acceleration,
-        chosen: bool = False,
-        names: Names = None,
-        starts: Sequence[int | None] | None = None,
-        offsets: Sequence[int | None] | None = None,
-        activation: Activation | None = None,
-        generation: Generation | None = None,
-    ) -> None:
-        self.owner, self.chosen, self.names = owner, chosen, names
-        self.starts, self.offsets = starts, offsets
-        self.activation, self.generation = activation, generation
-        self.outer: Request | None = None
+from ..activation import Activation, current_activation
+from ..ambient import Ambient
+from .adapters import Adapters, active_in
+from .cache_record import CacheRecord
+from .generation import Generation
+from .groups import Pending
 
 
 @dataclass(frozen=True)
@@ -81,7 +41,7 @@ class ForwardState:
     """The adapters of one forward, shared by all its layers.
 
     Attributes:
-        owner: the accelerated model.
+        adapters: those of the accelerated model.
         names: None: every layer runs its own active adapters; else the adapters to run, whatever
             is active.
         row_names: the adapter of each row, where rows differ.
@@ -100,7 +60,7 @@ class ForwardState:
 
     def __init__(
         self,
-        owner: Acceleration,
+        adapters: Adapters,
         names: tuple[str, ...] | None,
         activations: dict[str, Activation],
         batch: int,
@@ -108,7 +68,7 @@ class ForwardState:
         keep: int | Tensor = 0,
         row_names: list[str | None] | None = None,
     ) -> None:
-        self.owner, self.names, self.activations = owner, names, activations
+        self.adapters, self.names, self.activations = adapters, names, activations
         self.row_names = row_names
         self.batch, self.seq_len, self.rows = batch, seq_len, batch * seq_len
         self.keep = keep
@@ -130,7 +90,7 @@ class ForwardState:
         """
         activation = self.activations.get(name)
         if activation is None:
-            activation = self.owner.late_activation(self, name)
+            activation = self.late_activation(name)
         shape = x.shape
         if (
             len(shape) == 3
@@ -145,6 +105,15 @@ class ForwardState:
             found = self.shaped[key] = self.reshaped(activation, x, name).to(x.device)
         return found
 
+    def late_activation(self, name: str) -> Activation:
+        """For an adapter that is active in some layer only: it cannot be searched for now."""
+        if self.rows and self.adapters.invocation(name) is None:
+            return Activation.all(self.rows)
+        raise RuntimeError(
+            f"adapter {name!r} is active in a layer but not in the first LoRA layer of the model, "
+            "so its invocation was not searched for; activate adapters through model.set_adapter"
+        )
+
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
         """`activation` of the tokens for an x that is not `[B, T, K]`."""
         return reshape(self, activation, x, name)
@@ -154,36 +123,15 @@ class ForwardState:
         starts = self.starts.get(name)
         if starts is not None:
             return all(start == 0 for start in starts)
-        return self.past is not None and invocation_of(self.owner.configs.get(name)) is None
+        return self.past is not None and self.adapters.invocation(name) is None
 
 
-class Pending:
-    """Outputs of a group that wait for their layers."""
+class BlockState(ForwardState):
+    """The state of layers that are called on their own inside an `adapter_scope`.
 
-    def __init__(
-        self, group: Group, names: tuple[str, ...], x: Tensor, outputs: dict[int, Tensor]
-    ) -> None:
-        self.group, self.names, self.x, self.outputs = group, names, x, outputs
-        self.mode = _mode(x)
-
-    def fits(self, x: Tensor, names: tuple[str, ...]) -> bool:
-        """Whether `names` are asked for in the mode and on the tensor that the group read, and it
-        has not been written since."""
-        return x is self.x and names == self.names and _mode(x) == self.mode
-
-
-def _mode(x: Tensor) -> tuple[Any, ...]:
-    """What beside x decides a layer's output: what was written to x, and the modes of torch."""
-    if torch.compiler.is_compiling():
-        return ()  # a compiler follows them by itself
-    autocast = torch._C._is_any_autocast_enabled()
-    return (
-        x._version,
-        torch.is_grad_enabled(),
-        torch.get_autocast_dtype(x.device.type)
-        if autocast and torch.is_autocast_enabled(x.device.type)
-        else None,
-    )
+    It lasts as long as the block, in which PEFT may be asked which adapters are active, so layers
+    that keep PEFT's forward are told by arguments alone what to run.
+    """
 
 
 def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -> Activation:
@@ -202,7 +150,7 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
         return Activation.from_mask(mask.view(batch, seq_len, *(1,) * len(lead[2:])).expand(lead))
     if len(lead) >= 3 and (lead[0], lead[-1]) == (batch, seq_len):  # [B, H, T, K]
         return Activation.from_mask(mask.view(batch, *(1,) * len(lead[1:-1]), seq_len).expand(lead))
-    if lead == (batch,) and invocation_of(state.owner.configs.get(name)) is None:
+    if lead == (batch,) and state.adapters.invocation(name) is None:
         return Activation.from_mask(mask[:, 0])  # one vector a row: a plain LoRA has whole rows
     if state.after_decoder and len(lead) == 2 and lead[0] == batch:
         kept = mask[:, -state.keep :] if isinstance(state.keep, int) else mask[:, state.keep]
@@ -222,69 +170,9 @@ def unknown_rows(state: ForwardState, x: Tensor, name: str) -> RuntimeError:
     )
 
 
-class _Mirror(threading.local):
-    # Set for each thread, not defaults of the class: a graph traced while a name is missing from
-    # the thread's dict is guarded by its absence, and would be made again after a forward.
-    def __init__(self) -> None:
-        self.request: Request | None = None
-        self.state: ForwardState | None = None
-
-
-_mirror = _Mirror()
-_request: contextvars.ContextVar[Request | None] = contextvars.ContextVar(
-    "alora_request", default=None
-)
-_state: contextvars.ContextVar[ForwardState | None] = contextvars.ContextVar(
-    "alora_state", default=None
-)
-
-
-def current_state() -> ForwardState | None:
-    """The state of the innermost forward of this thread or task."""
-    if torch.compiler.is_compiling():
-        return _mirror.state
-    return _state.get()
-
-
-def set_state(state: ForwardState | None) -> None:
-    _mirror.state = state
-    if not torch.compiler.is_compiling():
-        _state.set(state)
-
-
-def current_request(owner: Acceleration) -> Request | None:
-    """The innermost request for `owner`."""
-    request = _mirror.request if torch.compiler.is_compiling() else _request.get()
-    while request is not None and request.owner is not owner:
-        request = request.outer
-    return request
-
-
-def set_request(request: Request | None) -> Request | None:
-    """Make `request` the current one; returns the one before."""
-    if torch.compiler.is_compiling():
-        before = _mirror.request
-    else:
-        before = _request.get()
-        _request.set(request)
-    _mirror.request = request
-    return before
-
-
-class requesting:
-    """`with requesting(request):`; a class, because a compiler traces it more easily."""
-
-    def __init__(self, request: Request | None) -> None:
-        self.request = request
-        self.before: Request | None = None
-
-    def __enter__(self) -> None:
-        self.before = set_request(self.request)
-        if self.request is not None:
-            self.request.outer = self.before
-
-    def __exit__(self, *error: object) -> None:
-        set_request(self.before)
+_current: Ambient[ForwardState] = Ambient("alora_state")
+current_state = _current.get
+set_state = _current.set
 
 
 @contextmanager
@@ -298,3 +186,42 @@ def within(state: ForwardState | None) -> Iterator[None]:
         if state is not None:
             state.pending = pending
         set_state(before)
+
+
+def starts_of(state: ForwardState, name: str, starts: list[int | None]) -> list[int | None]:
+    """`starts` for the rows that run `name`, None for the others."""
+    if state.row_names is None:
+        return starts
+    return [s if n == name else None for s, n in zip(starts, state.row_names)]
+
+
+def restrict(state: ForwardState, name: str, activation: Activation) -> Activation:
+    """The rows of `activation` that run `name`."""
+    if state.row_names is None:
+        return activation
+    mine = [n == name for n in state.row_names]
+    rows = activation.num_rows // len(mine)
+    mask = torch.tensor(mine).repeat_interleave(rows).to(activation.device)
+    return Activation.from_mask(activation.mask & mask)
+
+
+def state_outside(adapters: Adapters, layer: Any, x: Tensor) -> ForwardState:
+    """The state of a layer that is called on its own: by `activate`, or plain LoRA alone."""
+    rows = x.shape[:-1].numel()
+    batch, seq_len = (x.shape[0], rows // x.shape[0]) if x.dim() > 2 and rows else (1, rows)
+    state = ForwardState(adapters, None, {}, batch, seq_len)
+    ambient = current_activation()
+    for name in active_in(layer):
+        if adapters.invocation(name) is None:
+            state.activations[name] = Activation.all(rows, device=x.device)
+        elif ambient is not None:
+            state.activations[name] = ambient
+        elif name in layer.lora_A:
+            raise RuntimeError(
+                f"adapter {name!r}: a layer was called outside the forward of "
+                f"{type(adapters.root).__name__}, so where its invocation begins is not known; "
+                "call the whole model, or run the layer under adapter_scope(model, name, "
+                "activation) or activate(activation). (A recomputation by a checkpoint that "
+                "is not the model's own gradient_checkpointing comes here too.)"
+            )
+    return state

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ambient import ForwardState, current_state
+from .adapters import active_in
 from .elsewhere import elsewhere
-from .refusal import invocation_of
-from .rows import BASE, BlockState
+from .requests import BASE
+from .state import BlockState, ForwardState, current_state
 from .stream import BESIDE
-
-if TYPE_CHECKING:
-    from .acceleration import Acceleration
 
 SERVED_HERE = object()  # in place of alora_offsets: PEFT then neither searches nor sets hooks
 
 
 def peft_arguments(
-    owner: Acceleration,
     layer: Any,
     state: ForwardState,
     names: tuple[str, ...],
@@ -35,7 +31,7 @@ def peft_arguments(
         refuse_merged(layer)
     offsets: list[int | None] | None = None
     for name in names:
-        if invocation_of(owner.configs.get(name)) is None or name not in layer.lora_A:
+        if state.adapters.invocation(name) is None or name not in layer.lora_A:
             continue
         mine = _offsets(state, name, x)
         if offsets is None:
@@ -105,15 +101,10 @@ def chosen_for(module: Any) -> tuple[str, ...] | None:
 def _chosen_beside(module: Any, state: ForwardState | None) -> tuple[str, ...] | None:
     """The same for a layer outside the tokens, where activated LoRAs are off."""
     chosen = None if state is None else state.names
-    asked = _there(module, _active(module) if chosen is None else chosen)
-    configs = module.alora_owner.configs
-    plain = tuple([name for name in asked if invocation_of(configs.get(name)) is None])
+    asked = _there(module, active_in(module) if chosen is None else chosen)
+    adapters = module.alora_adapters
+    plain = tuple([name for name in asked if adapters.invocation(name) is None])
     return None if chosen is None and plain == asked else plain
-
-
-def _active(module: Any) -> tuple[str, ...]:
-    active: Any = module._active_adapter
-    return (active,) if isinstance(active, str) else tuple(active)
 
 
 def _there(module: Any, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -148,7 +139,7 @@ def before_layer(
     """Of a LoRA layer: hand it what PEFT would."""
     state, place = current_state(), layer.alora_rows
     if place is not None:
-        state = elsewhere(layer.alora_owner, place, state)
+        state = elsewhere(layer.alora_adapters, place, state)
     x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
     if state is None or x is None or layer._disable_adapters:
         return None
@@ -156,8 +147,8 @@ def before_layer(
         for name in _chosen_beside(layer, state) or ():
             state.activation_for(name, x)  # refuses rows that run different adapters
         return None
-    mine = _there(layer, _active(layer) if state.names is None else state.names)
-    return args, {**kwargs, **peft_arguments(state.owner, layer, state, mine, x)}
+    mine = _there(layer, active_in(layer) if state.names is None else state.names)
+    return args, {**kwargs, **peft_arguments(layer, state, mine, x)}
 
 
 def before_auxiliary(
