@@ -69,8 +69,8 @@ class Identity:
     def differences(self, saved: Identity) -> list[str]:
         """Each setting in which this model differs from a saved one, with both values.
 
-        A setting that only one config has is no difference: another version of transformers may
-        know settings that the saved config does not have.
+        A name that only one of the `config`s has is no difference: another version of transformers
+        may know settings that the saved config does not have.
         """
         names = {**self.settings, **saved.settings}
         differ = [k for k in names if saved.settings.get(k) != self.settings.get(k)]

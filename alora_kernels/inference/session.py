@@ -273,7 +273,7 @@ class Session:
     # ------------------------------------------------------------------ how
 
     def _now(self) -> State:
-        """What the session has read. It waits for a thread that is just appending something."""
+        """What the session has read. If a thread is just appending something, this waits for it."""
         with self._lock:
             return self._state
 
