@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import statistics
 import time
 import warnings
@@ -31,6 +30,7 @@ from alora_kernels import accelerate
 from bench.common import flags, report
 from bench.common.machine import describe_machine
 from bench.common.statistics import ratio_spread
+from bench.models.cache import cache_name
 
 INVOCATION = [5, 6, 7]
 TOKENS = 16  # decoded in each sample
@@ -81,13 +81,6 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "PEFT aLoRA": stock,
         "alora_kernels": accelerate(copy.deepcopy(stock), strict=True),
     }
-
-
-def cache_name(model: Any) -> str:
-    """The name of the cache argument of a forward, in this version of transformers."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(inner.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def sampler(name: str, model: Any, prompt: torch.Tensor) -> Callable[[], tuple[float, Any]]:

@@ -33,6 +33,7 @@ from bench.common import flags, report
 from bench.common.clocks import READERS
 from bench.common.machine import describe_machine
 from bench.common.statistics import ratio_interval, ratio_spread
+from bench.models.cache import cache_name
 from bench.models.serve_models import load_models
 from bench.models.serve_report import (
     ALL,
@@ -136,7 +137,7 @@ class Bench:
         ).tolist()
         self.names = [f"a{i}" for i in range(o.adapters)]
         self.session = Session(activated, tokenizer).extend(self.ids)
-        self.device = activated.device
+        self.device, self.cache_name = activated.device, cache_name(activated)
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
     def suffix(self, name: str) -> list[int]:
@@ -215,7 +216,7 @@ class Bench:
         ids = torch.tensor([self.suffix(self.names[0])], device=self.device)
         with torch.no_grad(), self.session.adapters.scope(None, [None]):
             view = view_of(self.session.cache)
-            return self.session.base(ids, logits_to_keep=1, past_key_values=view)
+            return self.session.base(ids, logits_to_keep=1, **{self.cache_name: view})
 
     def first_plain(self) -> Any:
         return self._plain(self.names[:1], {"max_new_tokens": 1})
