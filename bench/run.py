@@ -1,4 +1,4 @@
-"""The door of all benchmarks. docs/benchmark.md says what is measured and how.
+"""The one command for all benchmarks. docs/benchmark.md says what is measured, and how.
 
 python bench/run.py                                     one layer of small models, two minutes
 python bench/run.py --model Mistral-7B --active 0.1,0.5
@@ -55,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # Python puts a script's folder on the path, where bench/vllm would be taken for vLLM. The
-    # repository stands there instead, so that `bench` is found.
+    # Python puts the folder of a script on its path, so `import vllm` would find bench/vllm. The
+    # repository takes that folder's place, and `bench` is found in it.
     here = Path(__file__).resolve().parent
     sys.path[:] = [str(here.parent), *(p for p in sys.path if Path(p).resolve() != here)]
     sys.exit(main())

@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, evaluate, save. Returns 0, or 2 when the flags cannot be carried out."""
+    """Train, evaluate, save. Returns 0, or 2 if the flags ask for something impossible."""
     options = parser().parse_args(arguments)
     options.invocation_string = options.invocation_string.replace("\\n", "\n")
     try:
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
     with display:
         model = wrap(base, tokenizer, options, activated=True)
         if options.prefix != "full":
-            check_prefix(model.train())  # the Trainer would refuse later
+            check_prefix(model.train())  # the Trainer would refuse it only later
         if heldout:
             with model.disable_adapter():
                 scores["base, zero-shot"] = score(display, "base", model, tokenizer, heldout), 0.0
@@ -148,7 +148,7 @@ def encode_all(
 
 
 def wrap(base: Any, tokenizer: Any, options: argparse.Namespace, activated: bool) -> Any:
-    """The PEFT model around `base`: an Activated LoRA, or a plain LoRA of the same size."""
+    """`base` as a PEFT model: with an Activated LoRA, or with a plain LoRA of the same size."""
     targets = options.lora_target_modules
     tokens = tokenizer(options.invocation_string, add_special_tokens=False)["input_ids"]
     config = LoraConfig(
@@ -172,7 +172,7 @@ def fit(
     validation: list[Example],
     options: argparse.Namespace,
 ) -> tuple[float, list[dict[str, float]]]:
-    """Train; returns the seconds and the logged losses."""
+    """Train. Returns the seconds, and the losses that were logged."""
     activated = name == "aLoRA"
     collator = AloraDataCollator(
         tokenizer(options.invocation_string, add_special_tokens=False)["input_ids"],
@@ -212,10 +212,10 @@ def fit(
         callbacks=[display.callback(name)],
         prefix=options.prefix if activated else "full",
     )
-    trainer.remove_callback(PrinterCallback)  # the display shows what it would print
+    trainer.remove_callback(PrinterCallback)  # the display shows the same figures
     began = time.monotonic()
     trainer.train()
-    with contextlib.suppress(OSError):  # without --save_step the Trainer's folder stays empty
+    with contextlib.suppress(OSError):  # the Trainer's folder is empty without --save_step
         Path(arguments.output_dir).rmdir()
     return time.monotonic() - began, trainer.state.log_history
 
@@ -226,7 +226,7 @@ def score(display: Display, name: str, model: Any, tokenizer: Any, heldout: list
 
 
 def show_answer(base: Any, tokenizer: Any, example: Example, options: argparse.Namespace) -> None:
-    """Load the saved adapter with stock PEFT and let it answer on a context that was read once."""
+    """Load the saved adapter in stock PEFT, and let it answer on a context that is read once."""
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(base, options.output_dir).eval()
@@ -267,7 +267,7 @@ def push(options: argparse.Namespace) -> None:
 def _split(
     options: argparse.Namespace, examples: list[Example]
 ) -> tuple[list[Example], list[Example]]:
-    """Shuffled, the last `--val_set_size` rows for validation."""
+    """Shuffle the rows. The last `--val_set_size` of them are for validation."""
     if options.val_set_size >= len(examples):
         raise RowError(
             f"--val_set_size {options.val_set_size} leaves nothing of {len(examples)} rows to train"
@@ -293,7 +293,7 @@ def _eos_ids(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _for_plain_lora(collator: AloraDataCollator) -> Any:
-    """The same batch for a plain LoRA: no starts, and logits only from the first answer on."""
+    """The batch for a plain LoRA: without starts, with logits from the first answer on."""
 
     def collate(features: Any) -> Any:
         batch = collator(features)

@@ -1,4 +1,4 @@
-"""Progress while training, and the picture of the losses."""
+"""Progress during training, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from transformers import TrainerCallback
 
 
 class Display:
-    """One bar for each phase; losses beside the bar."""
+    """One bar for each phase, with the losses beside it."""
 
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            TextColumn("{task.description:<18}"),  # all of it fits into 80 columns
+            TextColumn("{task.description:<18}"),  # the whole line fits into 80 columns
             BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -94,7 +94,7 @@ def plot_losses(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
 
 
 def _machine() -> str:
-    """Machine, versions and commit, as under the plots of bench/; nothing where that is missing."""
+    """Machine, versions and commit, as in the plots of bench/. Empty if bench/ is not there."""
     file = Path(__file__).parents[1] / "bench" / "common" / "machine.py"
     if not file.is_file():
         return ""

@@ -1,7 +1,7 @@
 """One context, read once: base → adapter → base → all adapters, with timings.
 
 python examples/kv_reuse.py                               Gemma 3 270M, untrained adapters
-python examples/kv_reuse.py --adapter alora-adapter       with what alora_finetuning.py saved
+python examples/kv_reuse.py --adapter alora-adapter       an adapter from alora_finetuning.py
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def with_adapters(base: Any, tokenizer: Any, folder: str | None) -> tuple[Any, list[str]]:
-    """Three adapters: the trained one under each name, or untrained ones."""
+    """Three adapters: the trained one under three names, or untrained ones."""
     names = ["appointment", "summary", "safety"]
     if folder is not None:
         model = PeftModel.from_pretrained(base, folder, adapter_name=names[0])

@@ -13,15 +13,15 @@ from alora_kernels.gguf import convert_gguf, gemma_270m
 
 
 class HubError(RuntimeError):
-    """The hub cannot be reached, or refuses."""
+    """The hub cannot be reached, or refuses the request."""
 
 
 class FlagError(ValueError):
-    """A flag cannot be carried out on this machine or with this model."""
+    """A flag asks for something impossible on this machine or with this model."""
 
 
 def device_of(name: str) -> str:
-    """`auto`: a GPU where there is one. Else the name, once it is known to be there."""
+    """The device of a flag. `auto` is a GPU if there is one; other names must exist here."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -32,7 +32,7 @@ def device_of(name: str) -> str:
 
 
 def check_hub(push: bool, name: str | None) -> None:
-    """Fail before any work when the result could not be pushed."""
+    """Fail before any work if the result could not be pushed."""
     if not push:
         return
     if not name:
@@ -49,7 +49,7 @@ def check_hub(push: bool, name: str | None) -> None:
 
 
 def load_base(name: str | None, output_dir: Path, quantize: bool, device: str) -> tuple[Any, str]:
-    """The model, and the folder or name that its tokenizer comes from."""
+    """The model, and the folder or name that holds its tokenizer."""
     if name is None:
         source = str(gemma_270m())
     elif name.endswith(".gguf"):
@@ -85,7 +85,7 @@ def load_base(name: str | None, output_dir: Path, quantize: bool, device: str) -
 
 
 def load_tokenizer(source: str, template: Path) -> Any:
-    """With a chat template: the model's own, or Gemma's for a tokenizer that knows its turns."""
+    """The tokenizer, with its own chat template or, if it knows Gemma's turns, with Gemma's."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.chat_template is None:
         turns = tokenizer.convert_tokens_to_ids(["<start_of_turn>", "<end_of_turn>"])

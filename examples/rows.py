@@ -1,4 +1,4 @@
-"""Rows of a chat data set to token ids, with everything that can go wrong said early."""
+"""Turns rows of a chat data set into token ids, and reports every mistake in them early."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class RowError(ValueError):
-    """A row cannot be trained on; says which and why."""
+    """A row cannot be trained on. The message says which row, and why."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row: the prompt's token ids, invocation included, and the answer's, EOS included."""
+    """One row: the prompt's token ids with the invocation, and the answer's with EOS."""
 
     messages: Messages
     prompt_ids: list[int]
@@ -94,7 +94,7 @@ def encode(
         )
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         if invocation not in prompt:
-            # An invocation of one's own follows the chat, in place of the generation prompt.
+            # The user's own invocation follows the chat, in place of the generation prompt.
             prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False) + invocation
             answer = messages[-1]["content"] + (tokenizer.eos_token or "")
         elif whole.startswith(prompt):

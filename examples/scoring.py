@@ -1,4 +1,4 @@
-"""Held-out exact match with its interval, and generation in batches."""
+"""Exact match on held-out rows with its confidence interval, and generation in batches."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 @dataclass(frozen=True)
 class Score:
-    """`right` of `count` answers equal to the letter."""
+    """`right` of `count` answers are exactly as expected."""
 
     right: int
     count: int
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
+        """Wilson's 95 % interval of the fraction of right answers."""
         z, n = 1.959964, self.count
         p = self.right / n
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -35,16 +35,16 @@ class Score:
 
 
 class Mismatch(StoppingCriteria):
-    """Ends a row whose answer can no longer become the expected one.
+    """Stops a row when its answer can no longer become the expected one.
 
-    Tokens are only ever appended, so what was generated must be the beginning of the expected
-    answer, or all of it and spaces. Anything else is wrong, whatever follows.
-    The test is on text, as the score's is: other tokens that spell the same answer stay right.
+    Generation only appends tokens. So what was generated must be the beginning of the expected
+    answer, or all of it followed by spaces. Anything else is wrong, whatever follows.
+    Texts are compared, as in the score: other tokens that spell the same answer are right.
     """
 
     def __init__(self, tokenizer: Any, width: int, expected: Sequence[str]) -> None:
         self.tokenizer = tokenizer
-        self.width = width  # tokens of the padded prompts
+        self.width = width  # of the padded prompts, in tokens
         self.expected = [text.strip() for text in expected]
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
@@ -55,17 +55,17 @@ class Mismatch(StoppingCriteria):
 
 def may_become(text: str, expected: str) -> bool:
     """Whether `text`, continued and stripped, can equal `expected`."""
-    text = text.lstrip().rstrip("\ufffd")  # the character's other bytes are still to come
+    text = text.lstrip().rstrip("\ufffd")  # the other bytes of the character are yet to come
     return expected.startswith(text) or text.rstrip() == expected
 
 
 def decode(tokenizer: Any, ids: Any) -> str:
-    # Cleaning would remove spaces from what stands already once more tokens follow.
+    # Cleaning would remove spaces that are already there, once more tokens follow.
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def answer_limit(examples: Sequence[Example]) -> int:
-    """New tokens that any model may generate on these rows: the longest answer and a few more."""
+    """How many tokens a model may generate on these rows: the longest answer, and a few more."""
     return max(len(e.answer_ids) for e in examples) + 4
 
 
@@ -77,17 +77,17 @@ def exact_match(
     batch_size: int = 16,
     on_batch: Callable[[int], None] = lambda count: None,
 ) -> tuple[Score, list[str]]:
-    """Greedy answers of a model in eval mode, compared with the rows' after stripping spaces.
+    """Greedy answers of a model in eval mode, compared with the rows' answers without outer spaces.
 
-    A row ends at its end token, where it went wrong (`Mismatch`), or after `answer_limit` tokens;
-    a wrong answer is therefore returned only as far as it was generated.
+    A row ends at its end token, where it went wrong (`Mismatch`), or after `answer_limit` tokens.
+    So a wrong answer is returned only as far as it was generated.
     """
     limit = answer_limit(examples)
     was_training = model.training
     model.eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts: dict[int, str] = {}
-    # Rows of like length share a batch: less padding.
+    # Rows of similar length share a batch, so there is less padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt_ids))
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]

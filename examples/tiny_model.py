@@ -1,6 +1,6 @@
 """A model that is made on the spot: random weights, a tokenizer of bytes, Gemma's turns.
 
-It says nothing of sense, and runs everywhere at once: for tests, and examples without a download.
+Its answers make no sense, but it runs anywhere, without a download. Tests and examples use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPECIAL = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 
 def make_tiny_model(folder: Path, max_length: int = 2048) -> Path:
-    """Writes a Llama of two layers in float32 with its tokenizer; a token is a byte."""
+    """Writes a two-layer Llama in float32, and a tokenizer whose tokens are bytes."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({c: i + len(SPECIAL) for i, c in enumerate(letters)}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -27,7 +27,7 @@ def make_tiny_model(folder: Path, max_length: int = 2048) -> Path:
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,  # vLLM's attention on a CPU begins at 32 columns a head
+        hidden_size=128,  # vLLM's CPU attention needs at least 32 columns a head
         intermediate_size=192,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -1,7 +1,8 @@
 """Train an AloraLinear in a few seconds on a CPU.
 
-A frozen layer gets an adapter that must learn a low-rank change of the layer, on active tokens
-only. The five lines that use the package are marked; the rest makes the task and shows the result.
+A frozen layer gets an adapter. The adapter must learn a low-rank change of the layer, which applies
+to active tokens only. The five lines that use the package are numbered. The others make the task
+and show the result.
 
     python examples/train_layer.py
 """
@@ -20,7 +21,7 @@ BATCH, SEQ_LEN, FEATURES, RANK = 8, 64, 96, 4
 def make_batch(
     generator: torch.Generator, teacher: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Token ids `[B, T]` with one invocation each, inputs `[B, T, K]`, and the wanted change."""
+    """Token ids `[B, T]` with one invocation in each row, inputs `[B, T, K]`, wanted change."""
     input_ids = torch.randint(10, VOCABULARY, (BATCH, SEQ_LEN), generator=generator)
     for row in input_ids:
         start = int(torch.randint(SEQ_LEN // 2, SEQ_LEN - 8, (), generator=generator))
@@ -30,7 +31,7 @@ def make_batch(
 
 
 def main(steps: int = 200, seed: int = 0) -> tuple[float, float]:
-    """Train; print the loss as it falls. Returns the first loss and the last."""
+    """Train, and print the loss as it falls. Returns the first and the last loss."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     base = nn.Linear(FEATURES, FEATURES)

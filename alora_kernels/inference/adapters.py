@@ -1,12 +1,11 @@
-"""The adapters that a session can invoke, and what the model calls its cache."""
+"""The adapters that a session can invoke."""
 
 from __future__ import annotations
 
-import inspect
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-Names = "str | None | list[str | None]"
+from ..peft import accelerate, adapter_scope
 
 
 class AdapterTable:
@@ -27,20 +26,7 @@ class AdapterTable:
                 "model, or a PeftModel around one"
             )
         if self.is_peft:
-            from ..peft import accelerate
-
             accelerate(model)
-        parameters = inspect.signature(self.base.forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self.limits_logits = "logits_to_keep" in parameters
-        self.takes_positions = "position_ids" in parameters
-
-    def own_settings(self) -> Any:
-        """The model's generation_config; a PeftModel's goes to its base, as PEFT does it."""
-        own = getattr(self.model, "generation_config", None)
-        if self.is_peft and own is not None and own is not self.base.generation_config:
-            self.base.generation_config = own
-        return own
 
     def names(self) -> list[str]:
         """Every adapter that can be invoked."""
@@ -88,14 +74,12 @@ class AdapterTable:
     def scope(
         self, names: str | list[str | None] | None, starts: list[int | None]
     ) -> AbstractContextManager[Any]:
-        """Run `names` (one for all rows, or one a row; None: the base) from `starts` on.
+        """Run the adapters `names`, in this thread or task, while the block lasts.
 
-        `starts` are positions in the cache, one a row. The choice belongs to this thread or task.
+        Args:
+            names: one adapter for all rows, or one for each row; None is the base model.
+            starts: for each row, the position in the cache from which on its adapter is active.
         """
         if not self.is_peft:
-            from contextlib import nullcontext
-
             return nullcontext()
-        from ..peft import adapter_scope
-
         return adapter_scope(self.model, names, starts=starts)

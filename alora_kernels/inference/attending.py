@@ -1,7 +1,7 @@
-"""Switches a model's attention over to a shared prefix, for one thread and one block of code.
+"""Lets the attention layers of a model read a shared prefix, in one thread and one block of code.
 
-Registered through transformers' `AttentionInterface` under a name of its own. Outside
-`attending(...)` the function hands over to the implementation that the model had before.
+It registers a function of its own through transformers' `AttentionInterface`. Outside of
+`attending(...)` that function calls the attention that the model had before.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..peft.stream import projects_cache
 from .shared_prefix import SharedPrefixCache, SharedPrefixError
 
 NAME = "alora_shared_prefix"
-# Rotary embeddings that look at the longest row of a batch.
+# Rotary embeddings that depend on the longest row of a batch.
 _BY_LONGEST_ROW = ("dynamic", "longrope")
 
 _current: contextvars.ContextVar[SharedPrefixCache | None] = contextvars.ContextVar(
@@ -35,7 +36,7 @@ _users: weakref.WeakKeyDictionary[nn.Module, list[Any]] = weakref.WeakKeyDiction
 
 
 def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
-    """Why `model` cannot share the prefix in `cache`, as far as its config says; or None.
+    """Why `model` cannot share the prefix in `cache`, as far as its config tells; else None.
 
     Args:
         padded: the rows differ in length.
@@ -49,8 +50,6 @@ def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
     if any(kind.__name__ == "DummyLayer" for layer in cache.layers for kind in type(layer).__mro__):
         return "some layers read the keys of others"
     if hasattr(model, "peft_config"):
-        from ..peft.stream import projects_cache
-
         projected = projects_cache(model)
         if projected is not None:
             return f"{projected} projects what its cache returns"
@@ -76,7 +75,7 @@ def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
 
 @contextmanager
 def attending(model: Any, cache: SharedPrefixCache) -> Iterator[None]:
-    """Within the block `model`'s attention layers, in this thread, read `cache`'s prefix."""
+    """While the block lasts, `model`'s attention layers read `cache`'s prefix in this thread."""
     _enter(model)
     token = _current.set(cache)
     try:
@@ -87,13 +86,13 @@ def attending(model: Any, cache: SharedPrefixCache) -> Iterator[None]:
 
 
 def implementation_of(config: Any) -> str | None:
-    """The attention that a model has, or had before it was switched over."""
+    """The name of a model's attention, or of the one before `attending` replaced it."""
     name: str | None = config._attn_implementation
     return name.removeprefix(NAME + "_") if name else name
 
 
 def _rope_types(parameters: Any) -> list[str]:
-    """Of the layers' kinds: some models have a rotary embedding for each."""
+    """The kinds of rotary embedding. Some models have one for each kind of layer."""
     if not isinstance(parameters, dict):
         return []
     found = [str(parameters[key]) for key in ("rope_type", "type") if key in parameters]
@@ -101,8 +100,11 @@ def _rope_types(parameters: Any) -> list[str]:
 
 
 def _enter(model: Any) -> None:
-    """The first of several concurrent users switches the attention; to others it changes nothing:
-    masks and, outside `attending`, results are those of the implementation before."""
+    """Replace the attention, if no other thread has done so.
+
+    Threads outside of `attending` see no change: their masks and results are those of the
+    implementation before.
+    """
     with _lock:
         state = _users.setdefault(model, [0, None])
         if state[0] == 0:
@@ -111,7 +113,7 @@ def _enter(model: Any) -> None:
             name = f"{NAME}_{state[1]}"
             AttentionInterface.register(name, _FORWARDS[state[1]])
             AttentionMaskInterface.register(name, _MASKS[state[1]])
-            # Of the decoder alone: other parts of a model may have another attention.
+            # Only the decoder's: other parts of a model may have another attention.
             config._attn_implementation = name
         state[0] += 1
 
@@ -146,7 +148,7 @@ def _forward(original: str) -> Any:
 
         def own(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
             function = _implementation(original, module)
-            if original == "eager":  # adds its mask
+            if original == "eager":  # it adds its mask to the scores
                 mask = query.new_zeros(mask.shape).masked_fill_(~mask, -torch.inf)
             out: Tensor = function(module, query, key, value, mask, scaling=scaling, **kwargs)[0]
             return out
@@ -161,14 +163,14 @@ def _mask(original: str) -> Any:
     def mask(*args: Any, **kwargs: Any) -> Any:
         if _current.get() is None:
             return ALL_MASK_ATTENTION_FUNCTIONS[original](*args, **kwargs)
-        kwargs["allow_is_causal_skip"] = False  # the mask is looked at, so there must be one
+        kwargs["allow_is_causal_skip"] = False  # the mask is checked, so there must be one
         return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
     return mask
 
 
 def _implementation(name: str, module: Any) -> Any:
-    """The attention that `module` would have called. Eager is a function of its own file."""
+    """The attention that `module` would have called. Eager is a function in the model's file."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]

@@ -1,4 +1,4 @@
-"""Chat messages behind those that a context holds: the whole chat is rendered, its end is new."""
+"""New messages behind those of a context: the whole chat is rendered, and its end is new."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
-# Stands for an answer while the template shows what it puts behind one.
+# Stands for an answer, to see what the template writes behind one.
 _ANSWER = "alora0answer"
 _OTHER_ANSWER = "another0answer0of0alora"
-# In place of the text or token ids that a chat continues.
+# Stands for the text or token ids that a chat continues.
 _QUESTION: tuple[Message, ...] = ({"role": "user", "content": "x"},)
 
 
 class ChatTemplate:
-    """A tokenizer's chat template.
+    """The chat template of a tokenizer.
 
     Raises:
         ValueError: the tokenizer has none.
@@ -57,7 +57,7 @@ class ChatTemplate:
         """What the template writes behind an answer to `known`.
 
         Args:
-            ended_by: the text of the answer's last token if that ends it, else "".
+            ended_by: the text of the answer's last token, if that token ends the answer; else "".
 
         Raises:
             ValueError: the template changes an answer, or writes something that depends on it.
@@ -79,10 +79,13 @@ class ChatTemplate:
     def behind_other(
         self, answer: str | None, new: Sequence[Message], prompted: bool, ended_by: str
     ) -> tuple[tuple[Message, ...], str]:
-        """The same in the middle of a chat that is not known; the chat that stands for it, too.
+        """What the template writes for `new` behind a context that is not known as messages.
 
         Args:
-            answer: the text of an answer that was kept at the end.
+            answer: the text of an answer that was kept at the end of the context, if there is one.
+
+        Returns:
+            Messages that stand for the context, and the text.
         """
         if new[0].get("role") == "assistant":
             return _QUESTION, self.behind(_QUESTION, new, prompted)
@@ -93,7 +96,7 @@ class ChatTemplate:
         return known, text
 
     def difference(self, whole: str, before: str) -> str:
-        """What `whole` has more than `before`.
+        """What `whole` has behind `before`.
 
         Raises:
             ValueError: `whole` does not begin with `before`.

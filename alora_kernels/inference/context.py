@@ -1,4 +1,4 @@
-"""What a session has been given: token ids, and the text and messages that they came from."""
+"""What a session was given: token ids, and the text and messages that they came from."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Context:
         ids: the tokens.
         border: the tokens before it came as ids, or were generated; they stay as they are.
         text: the text whose tokens are `ids[border:]`.
-        messages: of the chat so far, kept answers among them.
-        rendered: what the template made of them.
+        messages: those of the chat so far, with kept answers among them.
+        rendered: what the template made of the messages.
         prompted: `rendered` ends with a generation prompt.
-        since: the text of what came behind `rendered`, not as a message.
+        since: the text of everything behind `rendered` that did not come as a message.
         answer: the text of the last answer that was kept behind `rendered`.
     """
 
@@ -36,18 +36,18 @@ class Context:
     answer: str | None = None
 
     def with_ids(self, ids: Sequence[int], encoder: Encoder) -> Context:
-        """Token ids behind the context."""
+        """The context with token ids behind it."""
         whole = (*self.ids, *ids)
         since = self.since + encoder.show(ids)
         return replace(self, ids=whole, border=len(whole), text="", since=since, answer=None)
 
     def with_answer(self, added: Sequence[int], answer: Any, encoder: Encoder) -> Context:
-        """What a call added, and its answer."""
+        """The context with the tokens that a call added, and its answer, behind it."""
         behind = self.with_ids([*added, *answer.token_ids], encoder)
         return replace(behind, answer=answer.text)
 
     def with_text(self, text: str, cached: int, encoder: Encoder) -> Context:
-        """A text behind the context; `cached` of its tokens have been read and must stay."""
+        """The context with a text behind it. Its first `cached` tokens were read and must stay."""
         if not self.ids:
             lead = tuple(encoder.lead())
             start = replace(self, ids=lead, border=len(lead))
@@ -63,7 +63,7 @@ class Context:
         encoder: Encoder,
         ends: Collection[int],
     ) -> Context:
-        """Messages behind the context; `ends` are the tokens that end an answer."""
+        """The context with messages behind it. `ends` are the tokens that end an answer."""
         template = ChatTemplate(encoder.tokenizer)
         new = tuple(copy.deepcopy(list(messages)))
         known, text = self._rendering(new, add_generation_prompt, template, encoder, ends)
@@ -82,7 +82,7 @@ class Context:
         )
 
     def prompt(self, text: str, encoder: Encoder) -> list[int]:
-        """The tokens of a call's own text behind the context, which stays as it is."""
+        """The tokens of a call's own text behind the context. The context stays as it is."""
         if not text:
             return []
         behind = self._continued(text, len(self.ids), encoder)
@@ -91,10 +91,10 @@ class Context:
     # ------------------------------------------------------------------ how
 
     def _continued(self, text: str, fixed: int, encoder: Encoder) -> Context:
-        """The text goes on: it and the text before it are tokenised as one.
+        """The context with a text behind it: its own text and the new one are tokenised as one.
 
         Raises:
-            ValueError: one of the first `fixed` tokens would be another.
+            ValueError: one of the first `fixed` tokens would change.
         """
         whole = self.text + text
         tokens = encoder.after(self.ids[: self.border], whole)
@@ -130,7 +130,7 @@ class Context:
             return self.messages, template.difference(whole, self.rendered)
         if self.answer is None and not self.prompted:
             return self.messages, template.behind(self.messages, new, prompted)
-        # What came behind the messages is the assistant's turn.
+        # The text behind the messages is the assistant's turn.
         turn = self.since.removesuffix(ended_by)
         if self.prompted:
             known = (*self.messages, assistant(turn))

@@ -1,4 +1,4 @@
-"""Where an answer ends when several rows are generated at once, each until its own end."""
+"""Where an answer ends, when several rows are generated at once and each has its own end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .options import Settings
 
 
 def until_end(before: Sequence[int], generated: list[int], settings: Settings) -> list[int]:
-    """An answer without what a batch puts behind a row's end."""
+    """The answer without the tokens that a batch generates behind the end of a row."""
     ends = settings.ends
     for i, token in enumerate(generated):
         if token in ends:
@@ -30,9 +30,9 @@ def until_end(before: Sequence[int], generated: list[int], settings: Settings) -
 
 
 class RowStops(StoppingCriteria):
-    """Stop strings over rows that have padding behind their first `prefix` tokens.
+    """Stop strings for rows that have padding behind their first `prefix` tokens.
 
-    Each row is looked at without it: a stop string may begin in the row's prompt.
+    Each row is checked without its padding, since a stop string may begin in the row's prompt.
     """
 
     def __init__(self, settings: Settings, prefix: int, padding: Sequence[int]) -> None:
@@ -66,7 +66,7 @@ def check_stop_strings(settings: Settings) -> None:
 
 
 def _stops(settings: Settings) -> StopStringCriteria:
-    # Kept by transformers for a tokenizer and its strings.
+    # Not kept here: transformers keeps it, for a tokenizer and its strings.
     tokenizer = settings.get("tokenizer") or settings.tokenizer
     return StopStringCriteria(tokenizer=tokenizer, stop_strings=settings.stop_strings)
 

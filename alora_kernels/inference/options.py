@@ -37,12 +37,12 @@ OWN_OPTIONS = {
     "force_words_ids": _SEARCH,
     "token_healing": "it would replace tokens that are in the context",
 }
-# A value of these that is neither None nor empty, and changes nothing all the same.
+# When a value of these options has no effect, although it is neither None nor empty.
 _IDLE: dict[str, Callable[[Any], bool]] = {
     "num_beam_groups": lambda value: value <= 1,
     "penalty_alpha": lambda value: value <= 0,
 }
-# What decides nothing about the tokens of an answer: set to what a session needs.
+# Options that do not change an answer's tokens, and the value that a session needs of them.
 _HARMLESS = {
     "use_cache": True,
     "cache_implementation": None,
@@ -52,7 +52,7 @@ _HARMLESS = {
     "output_scores": False,
     "output_logits": False,
 }
-# These read the tokens before the one that they judge, padding among them.
+# These read the tokens before the one that they judge, and so the padding, too.
 _READ_TOKENS = (
     "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size",
@@ -60,20 +60,21 @@ _READ_TOKENS = (
     "sequence_bias",
     "watermarking_config",
 )
-# Code of the caller that may ask which row it sees.
+# Code of the caller, which may depend on the row that it sees.
 _CALLED = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
 class Settings:
     """What is in effect for one call of `generate`.
 
-    An option means the same from the call's keyword, from its `generation_config=` and from the
-    model's own `generation_config`; the first that sets it decides. A keyword sets it also to None.
+    An option means the same whether it is a keyword of the call, a field of its
+    `generation_config=`, or a field of the model's own `generation_config`. The first of these that
+    sets it decides. A keyword also decides with the value None.
 
     Args:
-        options: of the call.
+        options: the keywords of the call.
         own: the model's generation_config as it is now.
-        tokenizer: ends an answer where nothing else says how, and reads `stop_strings`.
+        tokenizer: ends an answer if nothing else says how, and reads `stop_strings`.
         where: the method that was called, for errors.
     """
 
@@ -91,7 +92,7 @@ class Settings:
                 )
 
     def get(self, name: str) -> Any:
-        """The value in effect; None: nobody sets it, or a keyword sets it to None."""
+        """The value in effect; None if nobody sets it, or if a keyword sets it to None."""
         if name in self.options:
             return self.options[name]
         for config in (self.options.get("generation_config"), self.own):
@@ -101,12 +102,12 @@ class Settings:
         return None
 
     def number(self, name: str) -> int:
-        """A count; one where nothing sets it."""
+        """A count. It is one if nothing sets it."""
         return int(self.get(name) or 1)
 
     @property
     def rows(self) -> int:
-        """How many rows transformers makes of one prompt."""
+        """How many rows transformers makes of a prompt."""
         return max(self.number("num_beams"), self.number("num_return_sequences"))
 
     @property
@@ -116,25 +117,25 @@ class Settings:
 
     @property
     def ends(self) -> set[int]:
-        """The tokens that end an answer: the model's, else the tokenizer's."""
+        """The tokens that end an answer: the model's, or else the tokenizer's."""
         value = self.get("eos_token_id")
         if value is None and "eos_token_id" not in self.options:
             value = getattr(self.tokenizer, "eos_token_id", None)
         return _ids(value)
 
     def length(self, prompt: int) -> int:
-        """How long the prompt of `prompt` tokens and an answer to it can get, as far as is said."""
+        """How long a prompt of `prompt` tokens and its answer can get, as far as options say."""
         new = self.get("max_new_tokens")
         if new is not None:
             return prompt + int(new)
         return max(prompt + 1, int(self.get("max_length") or 0))
 
     def keywords(self) -> dict[str, Any]:
-        """The call's options as transformers is to get them."""
+        """The options of the call, in the form that transformers gets."""
         given = {k: v for k, v in self.options.items() if k not in OWN_OPTIONS and k != "keep"}
         for name in OWN_OPTIONS:
             value = self._configured(name)
-            if name not in _IDLE and value is not None:  # off, or it would have been refused
+            if name not in _IDLE and value is not None:  # it is off, or it was refused before
                 given[name] = False if isinstance(value, bool) else None
         for name, value in _HARMLESS.items():
             if name in given or self.get(name) not in (None, value):
@@ -156,10 +157,10 @@ class Settings:
             given["stop_strings"] = None
         return given
 
-    # ------------------------------------------------------------------ what a way can have
+    # ------------------------------------------------------------------ what each call accepts
 
     def check_one_adapter(self) -> None:
-        """Refuse what a batch of adapters cannot have.
+        """Refuse options that a batch of adapters does not accept.
 
         Raises:
             ValueError: several answers of one row, a prompt in chunks, guidance by another
@@ -175,7 +176,7 @@ class Settings:
             )
 
     def check_stream(self) -> None:
-        """Refuse what cannot be given piece by piece.
+        """Refuse options that do not work piece by piece.
 
         Raises:
             ValueError: several answers, beams, or a streamer beside the session's.
@@ -190,7 +191,7 @@ class Settings:
             raise ValueError(f"{self.where}: streamer is the stream's own; use generate()")
 
     def why_alone(self, padded: bool) -> str | None:
-        """Why a batch could answer otherwise than its rows alone; None: it cannot.
+        """Why a batch could answer differently from its rows alone; None if it cannot.
 
         Args:
             padded: the rows differ in length, so that some have padding before their own tokens.
@@ -226,7 +227,7 @@ class Settings:
 
 
 def _empty(value: Any) -> bool:
-    """None, False, 0, or a collection of nothing."""
+    """Whether it is None, False, 0, or an empty collection."""
     if value is None:
         return True
     if isinstance(value, bool | int | float | str | list | tuple | dict | set):

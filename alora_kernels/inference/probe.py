@@ -1,7 +1,7 @@
-"""The first ask of a model: two tokens of the batch are compared with those of rows alone.
+"""A model's first `ask`: two tokens of a batch are compared with those of its rows alone.
 
-What the shared attention itself can see, it checks in every forward. This finds the rest: positions
-that a model counts in the cache, rows that change each other, states beside the cache.
+The shared attention checks in every forward what it can see. This finds the rest: positions that a
+model counts in the cache, rows that change each other, and states beside the cache.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from .attending import implementation_of
-from .calls import Call
 from .options import Settings
 from .shared_prefix import SharedPrefixError
+from .turns import Turn
 
-# How far apart two orders of the same sums may be. float64 models have parts in float32, too.
+# How far two orders of summation may differ. Models in float64 compute some parts in float32.
 _FINE = 4096 * torch.finfo(torch.float32).eps
 _COARSE = 0.05
 
@@ -32,7 +32,7 @@ Answering = Callable[[Any, Settings], Any]
 
 
 class _Two(Settings):
-    """Two greedy tokens and their logits, whatever else is in effect."""
+    """Settings for two greedy tokens and their logits, whatever else is in effect."""
 
     def keywords(self) -> dict[str, Any]:
         nothing = ("generation_config", "max_time", "max_length", "eos_token_id", "min_new_tokens")
@@ -54,46 +54,46 @@ class _Two(Settings):
 def first_use_problem(
     model: nn.Module,
     cache: Cache,
-    calls: Sequence[Call],
+    turns: Sequence[Turn],
     settings: Settings,
     batch: Answering,
     alone: Answering,
 ) -> str | None:
-    """Why the batch of `calls` does not answer as they do one by one, or None.
+    """Why the batch of `turns` does not answer as they do one by one, or None.
 
     The verdict is kept with the model, for what it can depend on: the forwards of its modules, the
     config, the attention, the dtype, autocast, whether rows are padded, and the length of the
     context up to a power of two.
 
     Args:
-        batch: answers all calls at once with the given settings, and returns the logits of each
-            token; not the cache, which would stay alive.
-        alone: the same of one call.
+        batch: answers all turns at once with the given settings, and returns the logits of each
+            token. It returns no cache, since that would stay alive.
+        alone: answers one turn, and returns its logits.
     """
-    key = _key(model, cache, calls)
+    key = _key(model, cache, turns)
     with _lock:
         known = _verdicts.setdefault(model, {})
         if key in known:
             return known[key]
     two = _Two(settings.options, settings.own, settings.tokenizer, settings.where)
     try:
-        problem = _compared(model, calls, two, batch, alone)
+        problem = _compared(model, turns, two, batch, alone)
     except SharedPrefixError as error:
         problem = str(error)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-        return f"a batch fails: {type(error).__name__}: {error}"  # for this call: it may pass
+        return f"a batch fails: {type(error).__name__}: {error}"  # not kept: the next call may work
     with _lock:
         known[key] = problem
     return problem
 
 
 def _compared(
-    model: Any, calls: Sequence[Call], two: Settings, batch: Answering, alone: Answering
+    model: Any, turns: Sequence[Turn], two: Settings, batch: Answering, alone: Answering
 ) -> str | None:
-    lengths = [len(call.suffix) for call in calls]
-    together = batch(calls, two)
+    lengths = [len(turn.suffix) for turn in turns]
+    together = batch(turns, two)
     for row in {lengths.index(max(lengths)), lengths.index(min(lengths))}:
-        single = alone(calls[row], two)
+        single = alone(turns[row], two)
         for step, (all_rows, one) in enumerate(zip(together, single)):
             if not _close(all_rows[row], one[0], _tolerance(model)):
                 return (
@@ -106,7 +106,7 @@ def _compared(
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether the difference is small beside how much the logits differ from each other."""
+    """Whether two tensors of logits differ little, compared with how much logits vary."""
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
     finite = torch.isfinite(a) & torch.isfinite(b)
     if not torch.equal(a[~finite], b[~finite]):
@@ -129,8 +129,8 @@ def _autocast(device: str) -> str:
     return str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
 
 
-def _key(model: Any, cache: Cache, calls: Sequence[Call]) -> Any:
-    lengths = {len(call.suffix) for call in calls}
+def _key(model: Any, cache: Cache, turns: Sequence[Turn]) -> Any:
+    lengths = {len(turn.suffix) for turn in turns}
     return (
         tuple(_forward_of(module) for module in model.modules()),
         json.dumps(model.config.to_dict(), default=str, sort_keys=True),
@@ -144,6 +144,9 @@ def _key(model: Any, cache: Cache, calls: Sequence[Call]) -> Any:
 
 
 def _forward_of(module: nn.Module) -> Any:
-    """The function that runs a module. One of its own may hold the model, so it is held weakly."""
+    """The function that runs a module.
+
+    A function of the module's own may hold the model, so only a weak reference to it is kept.
+    """
     own = module.__dict__.get("forward")
     return type(module).forward if own is None else weakref.ref(own)

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-# Scores of one product are held in float32: at most this many, 64 MiB.
+# How many scores of one product are held at once: 64 MiB in float32.
 MAX_SCORES = 1 << 24
-# Of the prefix, for the comparison with the model's own attention.
+# How much of the prefix the comparison with the model's own attention reads.
 _COMPARED_TOKENS = 256
 
 
 class SharedPrefixError(RuntimeError):
-    """The model's attention is not the one that shares a prefix."""
+    """The model's attention is not the one that can share a prefix."""
 
 
 def shared_prefix_attention(
@@ -68,7 +68,8 @@ def shared_prefix_attention(
         suffix_mask = suffix_mask.unsqueeze(1).expand(-1, group, -1, -1)
         suffix_mask = suffix_mask.reshape(batch, 1, group * queries, -1)
     out_s, lse_s = _attend(rows, key, value, scaling, suffix_mask)
-    # A side that sees nothing has −inf; a query that sees nothing at all (padding) gets zeros.
+    # Where a query sees nothing of one side, that side's sum is −inf. A query that sees nothing at
+    # all (padding) gets zeros.
     top = torch.maximum(lse_p, lse_s)
     top = torch.where(top.isinf(), torch.zeros_like(top), top)
     weight_p, weight_s = (lse_p - top).exp().unsqueeze(-1), (lse_s - top).exp().unsqueeze(-1)
@@ -106,7 +107,7 @@ def _attend(
 
 
 class _SharedLayer(CacheLayerMixin):
-    """One layer: the base's prefix, never written, and the rows' own suffixes."""
+    """One layer: the prefix of the base cache, never written, and the suffix of each row."""
 
     is_compileable = False
 
@@ -117,8 +118,8 @@ class _SharedLayer(CacheLayerMixin):
         self.is_sliding = isinstance(layer, DynamicSlidingWindowLayer)
         self.window: int | None = layer.sliding_window if self.is_sliding else None
         self.is_initialized = True
-        self.unread = False  # written, and not yet attended to
-        self.compared = False  # with the model's own attention
+        self.unread = False  # written, and not read by `attend` since
+        self.compared = False  # by `_compare`, with the model's own attention
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing to prepare."""
@@ -145,7 +146,7 @@ class _SharedLayer(CacheLayerMixin):
         return self.keys, self.values
 
     def check_read(self) -> None:
-        """Raise if the last forward has read this layer in another way than through `attend`."""
+        """Raise if the last forward did not read this layer through `attend`."""
         if self.unread:
             raise SharedPrefixError("some layers do not take their attention from the interface")
 
@@ -153,7 +154,7 @@ class _SharedLayer(CacheLayerMixin):
         return self.length + self.suffix_length
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        if isinstance(query_length, Tensor):  # transformers 4 passes the positions
+        if isinstance(query_length, Tensor):  # transformers 4 passes positions
             query_length = query_length.shape[0]
         return self.stored + self.suffix_length + query_length, self.length - self.stored
 
@@ -166,9 +167,9 @@ class _SharedLayer(CacheLayerMixin):
 class SharedPrefixCache(Cache):
     """A base cache of one row, lent to many rows that each append their own tokens.
 
-    Nothing about the model is taken on trust: each layer must read the very keys and values that
-    it put here, its mask must be the one that this cache stands for, and in the first forward its
-    own attention must give the same.
+    It takes nothing about the model on trust. Each layer must read the very keys and values that it
+    put here. The model's mask must be the one that the positions give. And in the first forward the
+    model's own attention must give the same result.
 
     Args:
         base: a cache of dynamic layers with batch size 1. It is not written.
@@ -183,7 +184,7 @@ class SharedPrefixCache(Cache):
         self._masks_of = -1
 
     def check_read(self) -> None:
-        """Raise if some layer was not read through `attend`."""
+        """Raise if the last forward did not read some layer through `attend`."""
         layers: list[Any] = self.layers
         for layer in layers:
             layer.check_read()
@@ -202,11 +203,11 @@ class SharedPrefixCache(Cache):
 
         Args:
             mask: bool `[B, 1, Q, stored + suffix]`, as the model has made it for this cache.
-            own: the attention that the model has without a shared prefix, of query, key, value
-                and a bool mask.
+            own: the attention that the model has without a shared prefix. Its arguments are query,
+                key, value and a bool mask.
 
         Raises:
-            SharedPrefixError: this attention is another one.
+            SharedPrefixError: the model's attention is not this one.
         """
         layer = self._layer_of(module, key, value)
         prefix_mask, suffix_mask = self._masks_for(module, layer, mask, query.shape[-2])
@@ -249,10 +250,11 @@ class SharedPrefixCache(Cache):
         """Which tokens of the prefix and of the suffix each query sees, by their positions.
 
         The model's mask counts places in the cache, and padding moves a row's tokens to later
-        places. So that mask is not used, but must be the one that the places give.
+        places. So the masks are computed here, and the model's mask must be the one that its places
+        give.
         """
         suffix = layer.suffix_length
-        if self._masks_of != suffix:  # of another forward
+        if self._masks_of != suffix:  # the masks are another forward's
             self._masks, self._masks_of = {}, suffix
         name = (id(mask), layer.stored, layer.window)
         if name in self._masks:
@@ -274,7 +276,7 @@ class SharedPrefixCache(Cache):
         seen = (distance >= 0) & ((place < self.length) | (place >= first))
         if layer.window is not None:
             seen = seen & (distance < layer.window)
-        real = query[:, None] >= first  # padding asks for nothing
+        real = query[:, None] >= first  # the others are padding, whose results nobody reads
         if not torch.equal(mask[:, 0] & real, seen & real):
             raise SharedPrefixError(
                 f"{type(module).__name__} sees other tokens than those before it"
@@ -288,7 +290,7 @@ class SharedPrefixCache(Cache):
                 after = (position - layer.window).unsqueeze(-1)
                 prefix_mask = place[: layer.stored] > after
         found = prefix_mask, seen[..., layer.stored :]
-        self._masks[name] = mask, found  # the mask stays alive, so that its id is its own
+        self._masks[name] = mask, found  # the mask is kept, so that no other gets its id
         return found
 
     def _compare(
@@ -300,7 +302,7 @@ class SharedPrefixCache(Cache):
         scaling: float,
         own: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> None:
-        """The last query of the first row, by this formula and by the model's own attention."""
+        """Compare this formula with the model's own attention, on the first row's last query."""
         dtype = torch.float32 if query.device.type == "mps" else torch.float64
         begin = max(layer.stored - _COMPARED_TOKENS, 0)
         prefix_key, prefix_value = (
@@ -327,7 +329,7 @@ class SharedPrefixCache(Cache):
             raise SharedPrefixError(
                 f"the attention of {type(module).__name__} cannot be compared: {error}"
             ) from error
-        # Some eager attentions take the softmax in float32.
+        # Some eager attentions compute the softmax in float32, whatever the dtype.
         if not bool(gap <= 1e-5 * whole.abs().max()):
             raise SharedPrefixError(
                 f"{type(module).__name__} computes more than softmax(scaling · q kᵀ) v"

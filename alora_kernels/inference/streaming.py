@@ -1,4 +1,4 @@
-"""An answer piece by piece, while a thread of its own generates it."""
+"""Gives an answer piece by piece, while another thread generates it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ def stream_answer(
     stopping_criteria: Sequence[Any] | None,
     device: str,
 ) -> Iterator[str]:
-    """The text that `generate` makes; a closed iterator stops it and keeps nothing.
+    """The text that `generate` makes, in pieces. Closing the iterator stops it and keeps nothing.
 
     Args:
         generate: takes the options that make it a stream, and a function that says whether its
             answer is still wanted.
-        stopping_criteria: the caller's.
-        device: the model's type of device: this thread's autocast for it holds in the other one.
+        stopping_criteria: those of the caller.
+        device: the model's type of device. Autocast of this thread for that type holds in the
+            other thread, too.
     """
     autocast = torch.autocast(
         device,
@@ -41,7 +42,7 @@ def stream_answer(
     failure: queue.SimpleQueue[BaseException] = queue.SimpleQueue()
 
     def wanted() -> bool:
-        over.wait()  # an answer that is there may still be closed before it is read
+        over.wait()  # the iterator may be closed before the whole answer was read
         return not cancelled.is_set()
 
     def work() -> None:
@@ -68,7 +69,7 @@ def stream_answer(
 
 
 class _Stop(StoppingCriteria):
-    """Stops a generation from outside."""
+    """Stops a generation when another thread sets an event."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event

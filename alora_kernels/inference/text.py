@@ -1,24 +1,24 @@
-"""Text to token ids, so that a text given in pieces has the tokens of the whole."""
+"""Turns text into token ids, so that a text given in pieces has the tokens of the whole text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-# A text that continues is tokenised behind one of these where the tokens before it cannot serve.
+# If the tokens before a text cannot be used, the text is tokenised behind one of these.
 _BEFORE = ("\n", ".", "a", "1")
-# How many of the last tokens stand for all that are before a text.
+# A text is tokenised behind so many of the tokens before it, if these are enough.
 _TAILS = (16, 256)
 
 
 class Encoder:
-    """A tokenizer's tokens of a text at the start, and behind tokens that are there already."""
+    """Tokenises a text at the start of a context, or behind tokens that are already there."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def plain(self, text: str) -> list[int]:
-        """The tokens of a text, without any special token that the text does not contain."""
+        """The tokens of a text. Special tokens are among them only if the text contains them."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def lead(self) -> list[int]:
@@ -33,9 +33,10 @@ class Encoder:
     def after(self, ids: Sequence[int], text: str) -> list[int]:
         """The tokens of `text` where it goes on behind `ids`, which stay as they are.
 
-        No word space is invented or lost between the two: the text is tokenised together with the
-        text of the last tokens. Where that would merge tokens across the seam, or where the tokens
-        are no text's (a generated answer may be such), it is tokenised behind a neutral character.
+        No space between words is added or lost: the text is tokenised together with the text of the
+        last tokens. That fails if tokens would merge across the seam, or if no text has these
+        tokens (those of a generated answer, for one). Then it is tokenised behind a neutral
+        character.
         """
         ids = list(ids)
         if not text or not ids or ids == self.lead():
@@ -52,7 +53,7 @@ class Encoder:
         return self.plain(text)
 
     def show(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens written out."""
+        """The text of token ids, with special tokens written out."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -1,8 +1,8 @@
 """Views of a base cache: new layer objects over the same tensors.
 
-transformers' dynamic layers never write into a stored tensor: `update` concatenates and stores the
-result. A view therefore grows on its own and the base keeps what it had, bit for bit. `crop` is not
-used: a sliding layer cannot give back what has left its window.
+transformers' dynamic layers never write into a stored tensor: `update` concatenates, and stores the
+result. So a view grows by itself, and the base keeps what it had, bit for bit. `crop` is not used:
+a sliding layer cannot give back what has left its window.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-# Layers that only ever replace their tensors: a shallow copy is a view.
+# These layers replace their tensors and never write to them: a shallow copy is a view.
 _VIEWED = (DynamicLayer, DynamicSlidingWindowLayer)
-# Layers that write in place, but whose whole state is tensors: a deep copy is a snapshot. Looked
-# up by name because older transformers lack some.
+# These layers write in place, but their whole state is tensors: a deep copy is a snapshot. They are
+# found by name, because older versions of transformers lack some.
 _SNAPSHOT = tuple(
     getattr(cache_utils, name)
     for name in ("StaticLayer", "LinearAttentionCacheLayerMixin", "DummyLayer")
     if hasattr(cache_utils, name)
 )
-# By config.model_type: models that cannot go on from what a session has read.
+# By config.model_type: models that cannot continue what a session has read, and why.
 _OWN_WAYS = {
     "prophetnet": "takes one token at a time with a cache, so no context can be read into it",
     "kosmos-2.5": "counts positions from its padding index, otherwise than it does in a session",
@@ -41,13 +41,13 @@ _REFUSED = {
 
 
 class CacheError(TypeError):
-    """This kind of cache cannot serve many calls."""
+    """This kind of cache cannot serve several calls."""
 
 
 def view_of(cache: Cache) -> Cache:
-    """A cache that reads what `cache` holds and can grow without changing it.
+    """A cache that reads what `cache` holds, and can grow without changing it.
 
-    Dynamic layers (full and sliding) are shared, static and recurrent ones copied.
+    Dynamic layers (full and sliding) are shared, static and recurrent ones are copied.
 
     Raises:
         CacheError: a quantised, offloaded, encoder-decoder or unknown cache; says which and why.
@@ -96,7 +96,8 @@ def check_model(model: Any) -> None:
     """Refuse a model that does not keep all of its state in transformers' DynamicCache.
 
     Raises:
-        CacheError: names the model and the version: some moved to DynamicCache in transformers 5.
+        CacheError: names the model, and the version of transformers: in version 5 some models
+            moved to DynamicCache.
     """
     reason = _OWN_WAYS.get(str(getattr(model.config, "model_type", None)))
     if reason is not None:
@@ -115,16 +116,16 @@ def shared_layers(cache: Cache) -> bool:
 
 
 def is_recurrent(cache: Cache) -> bool:
-    """Whether some layer's state can be continued by one token at a time only.
+    """Whether the state of some layer can be continued by one token at a time only.
 
-    Seen on transformers 5.24 (Bamba): several tokens at once begin with an empty state.
+    Seen on transformers 5.24 (Bamba): with several tokens at once it began with an empty state.
     """
     kind = getattr(cache_utils, "LinearAttentionCacheLayerMixin", None)
     return kind is not None and any(isinstance(layer, kind) for layer in cache.layers)
 
 
 def check_states(cache: Cache, model: Any) -> None:
-    """Refuse a model whose recurrent layers have read tokens and left their cache layers empty.
+    """Refuse a model whose recurrent layers leave their part of the cache empty when they read.
 
     Raises:
         CacheError: seen on transformers 5.24 (RecurrentGemma keeps its state in its modules).

@@ -1,7 +1,7 @@
-"""What an adapter's folder says of its invocation, and whether it still says so.
+"""Reads the invocation of an adapter from its folder, and notices when the folder's files change.
 
 The workers read an adapter's files once. The process that admits requests must go by the same
-files: it reads them at the adapter's first request and compares their size and time afterwards.
+files: it reads them at the adapter's first request, and compares their sizes and times afterwards.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 def invocation_tokens(config: dict[str, Any]) -> tuple[int, ...] | None:
     """The invocation of a PEFT configuration; None for a plain LoRA.
 
-    Raises ValueError for what would be served as a plain LoRA although it was trained otherwise.
+    Raises ValueError for an Activated LoRA that vLLM would run as a plain one.
     """
     tokens = config.get("alora_invocation_tokens")
     if tokens is None:
@@ -43,8 +43,8 @@ def invocation_tokens(config: dict[str, Any]) -> tuple[int, ...] | None:
 class Adapter:
     """An adapter's files at one moment.
 
-    `tokens` is its invocation, None for a plain LoRA. `stamp` tells these files from other ones at
-    the same path.
+    `tokens` is its invocation, None for a plain LoRA. `stamp` differs when other files lie at the
+    path.
     """
 
     tokens: tuple[int, ...] | None
@@ -52,7 +52,7 @@ class Adapter:
 
     @property
     def identity(self) -> str:
-        """A short name for these tokens and files, for the keys of cached blocks."""
+        """A digest of the tokens and the files. It is part of the keys of cached blocks."""
         return hashlib.sha256(repr((self.tokens, self.stamp)).encode()).hexdigest()[:32]
 
 
@@ -69,14 +69,14 @@ def stamp(folder: str) -> tuple[tuple[str, int, int], ...]:
 
 
 def read(folder: str) -> Adapter:
-    """Reads a folder. Raises OSError or ValueError where it is not an adapter's."""
+    """Reads a folder. Raises OSError or ValueError if it holds no adapter."""
     seen = stamp(folder)
     with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
         return Adapter(invocation_tokens(json.load(file)), seen)
 
 
 class Adapters:
-    """The adapters that requests of this process have named, as their files were then."""
+    """The adapters that requests have named so far, with their files as they were then."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[int, str, str], tuple[str, Adapter]] = {}
@@ -84,9 +84,9 @@ class Adapters:
     def of(self, lora_request: Any) -> Adapter:
         """The adapter of a vLLM LoRARequest.
 
-        A request with `load_inplace` makes the workers read the files again, so they are read again
-        here. Otherwise files that have changed or gone are refused when either version is an aLoRA:
-        the workers may hold either one. Raises ValueError.
+        A request with `load_inplace` makes the workers read the files again, so this method does it
+        too. Otherwise it refuses files that have changed or are gone, if the old or the new version
+        is an aLoRA: the workers may hold either of them. Raises ValueError.
         """
         key = (lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path)
         folder, known = self._known.get(key, ("", None))

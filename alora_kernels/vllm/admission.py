@@ -1,8 +1,8 @@
-"""Touched place: admission. The start of the invocation is found here, once, for each request.
+"""Touched place: admission. The start of the invocation is found here, once for each request.
 
-vLLM's input processor runs in the process that talks to clients and sees the tokens that the model
-will see: after the chat template and after truncation. What is refused here is an error of that
-request alone.
+vLLM's input processor runs in the process that talks to clients. It sees the tokens that the model
+will see: after the chat template and after truncation. A refusal here is an error of one request;
+the others go on.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ ADAPTERS = Adapters()
 
 
 def install() -> None:
-    """Puts the search behind vLLM's input processor."""
+    """Lets the search for an invocation run after vLLM's input processor."""
     error_when_missing()
     wrap(INPUTS, _admitting)
     wrap(BEAM, _remembering)
 
 
 def error_when_missing() -> bool:
-    """Whether a prompt without the invocation is an error; else the base model answers it."""
+    """Whether a prompt without invocation is an error. If not, the base model answers it."""
     given = os.environ.get(MISSING, "base")
     if given not in ("base", "error"):
         raise ValueError(f"{MISSING}={given!r}: expected base (the default) or error")
@@ -75,10 +75,10 @@ def _remembering(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def admit(vllm_config: Any, request: Any, prompt_length: int | None = None) -> None:
-    """Writes the invocation into an EngineCoreRequest that names an adapter.
+    """Writes the start of the invocation into an EngineCoreRequest that names an adapter.
 
-    Where the prompt has no invocation, the request becomes the base model's. `prompt_length` is
-    where the user's prompt ends if generated tokens follow it (beam search).
+    A request whose prompt has no invocation becomes one to the base model. `prompt_length` is where
+    the user's prompt ends, if generated tokens follow it (beam search).
     """
     from vllm.exceptions import VLLMValidationError
 
@@ -115,7 +115,7 @@ def admit(vllm_config: Any, request: Any, prompt_length: int | None = None) -> N
 
 
 def _token_ids(request: Any) -> list[int]:
-    """The prompt's token ids; −1 where an embedding stands in for a token."""
+    """The prompt's token ids, with −1 for an embedding in the place of a token."""
     ids: list[int] = request.prompt_token_ids
     if request.prompt_is_token_ids is None:
         return ids
@@ -123,7 +123,7 @@ def _token_ids(request: Any) -> list[int]:
 
 
 def refusal(vllm_config: Any, request: Any) -> str | None:
-    """What this request or engine does that was not made right for an aLoRA; None if nothing."""
+    """Why this request or this engine cannot run an aLoRA; None if it can."""
     from . import mapping_v2
 
     if request.sampling_params is None:

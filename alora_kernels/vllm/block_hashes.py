@@ -1,11 +1,11 @@
 """Touched place: the keys of cached blocks.
 
-A block of a LoRA request is keyed by its tokens, its predecessor and the adapter. What an aLoRA
-request has before its invocation is the base model's, so those blocks lose the adapter's key, and
-only that one: salt, images and embeddings stay. Blocks from the start on keep the adapter's name
-and path, to which the plugin adds what tells apart other files at the same path.
+A block of a LoRA request is keyed by its tokens, its predecessor and the adapter. Before its
+invocation an aLoRA request has the base model's keys and values, so these blocks lose the adapter
+from their key. Salt, images and embeddings stay in it. Blocks from the start on keep the adapter's
+name and path; the plugin adds a digest, which differs for other files at the same path.
 
-vLLM's own hasher does the work. It sees the request twice: as a base request that ends at the
+vLLM's own hasher does the work. It sees the request twice: first as a base request that ends at the
 start, then as the LoRA request that it is.
 """
 
@@ -23,7 +23,7 @@ UPDATE = Touch(
     "(self)",
     "blocks before the invocation are the base model's and are shared with it",
 )
-# Not changed, but relied on.
+# The first is replaced. The plugin relies on the others as they are.
 TOUCHED: tuple[Touch, ...] = (
     UPDATE,
     Touch(
@@ -45,7 +45,7 @@ TOUCHED: tuple[Touch, ...] = (
 
 
 def install() -> None:
-    """Replaces the method that appends new hashes; a base request makes no call more."""
+    """Replaces the method that appends new hashes. Base requests take the same steps as before."""
     wrap(UPDATE, _updating)
 
 
@@ -63,7 +63,7 @@ def _updating(function: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 class _View:
-    """A request as the hasher shall see it: another adapter, and perhaps fewer tokens."""
+    """A request as the hasher is to see it: another adapter, and perhaps fewer tokens."""
 
     def __init__(self, request: Any, lora_request: Any, num_tokens: int) -> None:
         self._request = request

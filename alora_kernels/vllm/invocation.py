@@ -13,14 +13,14 @@ KEY = "alora_kernels_invocation"
 
 
 class Invocation(NamedTuple):
-    """Of one request: the position of its first active token, and which adapter files it means."""
+    """One request's first active position, and the digest of its adapter's files."""
 
     start: int
     identity: str
 
 
 def put(sampling_params: Any, invocation: Invocation) -> None:
-    """Writes the invocation into a request's own parameters; a shared dictionary is not touched."""
+    """Writes the invocation into one request's parameters. A shared dictionary is not changed."""
     extra = dict(sampling_params.extra_args or {})
     extra[KEY] = list(invocation)
     sampling_params.extra_args = extra

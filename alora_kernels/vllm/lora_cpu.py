@@ -1,15 +1,15 @@
-"""LoRA in vLLM's layout, on grouped active rows: no copy of A or B, and −1 means no adapter.
+"""vLLM's LoRA op on a CPU: rows are grouped by adapter, so that A and B are never copied.
 
     y[rows of s, slice i] += scale · (x[rows of s] · A_i[s]ᵀ) · B_i[s]ᵀ      for every slot s in use
 
 vLLM keeps the adapters of one layer in *slots*: `lora_a_stacked[i] [n, 1, R, K]` and
 `lora_b_stacked[i] [n, 1, N_i, R]`, one tensor for each output slice i (q, k and v; gate and up).
-`indices [M]` names the slot of every row, −1 for a row that runs the base model. Rows of one slot
-are found once for each batch (`group_rows`) and read where they lie, as slices; only scattered rows
-are gathered. B holds `lora_alpha / r` already, so `scale` is 1 in vLLM.
+`indices [M]` names the slot of every row, −1 for a row that runs the base model. The rows of each
+slot are found once for a batch (`group_rows`). Neighbouring rows are read in place, as a slice;
+only scattered rows are gathered. B is already multiplied by `lora_alpha / r`: vLLM's `scale` is 1.
 
-vLLM's own CPU ops instead gather A and B once for each *row* (M · R · (K + N) elements), and index
-with −1, which is the last slot.
+vLLM's own CPU ops gather A and B once for each *row* instead (M · R · (K + N) elements). They use
+−1 as an index, and so read the last slot.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Group(NamedTuple):
 
 
 def group_rows(indices: Tensor) -> list[Group]:
-    """The groups of `indices` (integer `[M]` on the CPU), by slot; rows with −1 are in none."""
+    """The rows of each slot in `indices` (integer `[M]` on the CPU), without those that have −1."""
     found = indices.numpy()
     rows = found.shape[0]
     groups = []
@@ -53,14 +53,14 @@ def group_rows(indices: Tensor) -> list[Group]:
 
 
 class Slots:
-    """Each slot's matrices as views, made once for each stack: a layer asks for them every time."""
+    """Views of each slot's matrices, made once for a stack: every call of a layer needs them."""
 
     def __init__(self) -> None:
-        # The stack is kept with its views, so its id stays its own.
+        # By the stack's id. The stack is kept, too, so that no other tensor can get its id.
         self._known: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     def __call__(self, stack: Tensor) -> tuple[Tensor, ...]:
-        """The slots of `stack [n, 1, a, b]` or `[n, a, b]`, each `[a, b]`."""
+        """The matrices `[a, b]` of all slots of a stack `[n, 1, a, b]` or `[n, a, b]`."""
         known = self._known.get(id(stack))
         if known is None:
             views = stack.view(stack.shape[0], *stack.shape[-2:]).unbind(0)
@@ -80,7 +80,7 @@ def add_linear(
     """y[:, slice i] += scale · (x · A_iᵀ) · B_iᵀ on the rows of each group, in place."""
     if not groups:
         return
-    rows = groups[0].activation.num_rows  # vLLM may pad a batch beyond what it mapped
+    rows = groups[0].activation.num_rows  # vLLM may pad the batch with rows that have no slot
     y, x = y[:rows], x[:rows].to(y.dtype)
     edges = [0]
     for size in output_slices:
@@ -120,8 +120,11 @@ def expand(
     offset: int = 0,
     add_inputs: bool = True,
 ) -> None:
-    """y[:, slice i] += xa_i · B_iᵀ on the rows of each group; without `add_inputs` the slices are
-    zero on all other rows. A slice is cut where y ends: vLLM pads a vocabulary differently."""
+    """y[:, slice i] += xa_i · B_iᵀ on the rows of each group.
+
+    Without `add_inputs` the slices are set to zero first. A slice is cut where y ends, since vLLM
+    pads the vocabularies of B and of y differently.
+    """
     for low, slots, size in zip(xa, lora_b, output_slices):
         out = y[:, offset : offset + size]
         offset += size

@@ -2,11 +2,11 @@
 
     y[rows of s, slice i] += scale · (x[rows of s] · A_i[s]ᵀ) · B_i[s]ᵀ      for every slot s
 
-The layout is that of `grouped.py`; here everything about the rows lies on the device. `DeviceRows`
-is written once for each batch, in place, without a synchronisation, into tensors that never move: a
-captured graph reads the next batch's rows. Launches are sized for every row, and programs past a
-slot's count exit at once: a layer costs one shrink for each slot and one expand for each slot and
-slice, whether a row runs the slot or not.
+The layout is that of `lora_cpu.py`, but here the device itself holds which rows run which slot
+(`DeviceRows`). These tensors are rewritten for each batch, in place and without a synchronisation.
+They never move, so a captured graph reads the rows of the next batch. Launches are sized for all
+rows, and programs past a slot's count exit at once. So a layer costs one shrink for each slot, and
+one expand for each slot and slice, even if no row runs the slot.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _library.define(
 
 
 class DeviceRows:
-    """Which rows of the batch run each slot: tensors of fixed address, rewritten for each batch."""
+    """Which rows of a batch run each slot, in tensors that are rewritten for each batch."""
 
     def __init__(self, slots: int, rows: int, device: torch.device | str) -> None:
         def full(*shape: int) -> Tensor:
@@ -40,14 +40,15 @@ class DeviceRows:
         self.active_count = torch.zeros(slots, dtype=torch.int32, device=device)
 
     def update(self, indices: Tensor) -> None:
-        """Take the slot of every row, integer `[M]` on the device; −1 runs none."""
+        """Store the slot of every row, integer `[M]` on the device. A row with −1 runs no slot."""
         slots, capacity = self.row_adapter.shape
         count = indices.shape[0]
         numbers = torch.arange(slots, device=indices.device, dtype=indices.dtype)
         mine = indices.unsqueeze(0) == numbers.unsqueeze(1)  # [slots, M]
         self.row_adapter.fill_(-1)
         self.row_adapter[:, :count] = mine.to(torch.int32) - 1
-        # Each active row goes to its rank within the slot, all others to a column that is cut off.
+        # A row goes to the column of its rank within the slot. All others go to one more column,
+        # which is cut off.
         rank = torch.where(mine, torch.cumsum(mine, 1, dtype=torch.int64) - 1, capacity)
         listed = self.active_rows.new_full((slots, capacity + 1), -1)
         row = torch.arange(count, device=indices.device, dtype=torch.int32)
@@ -67,7 +68,7 @@ def add_linear(
     scale: float,
     output_slices: Sequence[int],
 ) -> None:
-    """The op itself, on every device that a backend of this package runs on."""
+    """The op itself. It runs on every device that a backend of this package serves."""
     rows = x.shape[0]
     outs = list(torch.split(y[:, : sum(output_slices)], list(output_slices), dim=1))
     for slot in range(row_adapter.shape[0]):

@@ -16,7 +16,7 @@ ACTIVE = Touch(
     "mapping_type=<LoRAMappingType.LANGUAGE: 1>)",
     "tokens before the invocation run no adapter",
 )
-# Not changed, but relied on.
+# The first is replaced. The plugin relies on the others as they are.
 TOUCHED: tuple[Touch, ...] = (
     ACTIVE,
     Touch(
@@ -34,7 +34,7 @@ TOUCHED: tuple[Touch, ...] = (
 
 
 def install() -> None:
-    """Puts the mapping between vLLM's two steps; a batch without adapters makes no call more."""
+    """Changes the mapping between vLLM's two steps, for batches with adapters only."""
     wrap(ACTIVE, _mapping)
 
 
@@ -64,7 +64,7 @@ def _mapping(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def starts_of_prefills(requests: dict[str, Any], input_batch: Any) -> dict[int, int]:
-    """Row of the batch → start, for aLoRA requests that are still reading their prompt.
+    """The start of each aLoRA request that is still reading its prompt, by its row of the batch.
 
     An invocation lies in the prompt, so whatever comes after the prompt is active.
     """
@@ -85,12 +85,13 @@ def mapped(
     computed: np.ndarray,
     scheduled: np.ndarray,
 ) -> tuple[int, ...]:
-    """`token_lora` with 0 (no adapter) for tokens before their request's start.
+    """`token_lora`, with 0 (no adapter) for the tokens before their request's start.
 
     Args:
         token_lora: the adapter of each token of the batch, row after row.
-        starts: row → position of its first active token.
-        computed, scheduled: by row, the position of its first token in this batch, and how many.
+        starts: for some rows, the position of the first active token.
+        computed: for each row, the position of its first token in this batch.
+        scheduled: for each row, how many tokens it has in this batch.
     """
     out = np.asarray(token_lora)
     ends = np.cumsum(scheduled)

@@ -1,8 +1,8 @@
 """Touched place: which adapter each token of a batch runs, in vLLM's V2 model runner.
 
-The V2 runner needs Triton and a GPU. This module has never run inside it: its mapping is the pure
-function of `mapping`, tested against recorded inputs. Where the V2 runner is not as expected, it
-stays untouched and aLoRA requests are refused there (`PROBLEMS` says why), while V1 goes on.
+The V2 runner needs Triton and a GPU, and this module has never run inside it. Its mapping is the
+pure function `mapping.mapped`, tested against recorded inputs. If the V2 runner is not as expected,
+it stays untouched: aLoRA requests are refused there (`PROBLEMS` says why), and served in V1.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROBLEMS: list[str] = []
 
 
 def install() -> None:
-    """Touches the V2 runner where it can run and is as expected; else fills `PROBLEMS`."""
+    """Changes the V2 runner if it can run here and is as expected. If not, fills `PROBLEMS`."""
     from vllm.platforms import current_platform
 
     PROBLEMS.clear()
@@ -64,7 +64,7 @@ def _adding(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def add(lora_state: Any, req_id: str, start: int, req_states: Any) -> None:
-    """Keeps a request's start on vLLM's LoraState, and where the positions are found."""
+    """Keeps a request's start on vLLM's LoraState, together with vLLM's table of positions."""
     if not hasattr(lora_state, "alora_starts"):
         lora_state.alora_starts = {}
         lora_state.alora_positions = req_states.num_computed_tokens_np

@@ -1,10 +1,10 @@
 """Touched place: vLLM's LoRA ops.
 
-On a CPU vLLM gathers A and B once for each row and takes the index −1 ("no adapter") for the last
-slot. `AloraWrapperCPU` replaces its wrapper: vLLM asks its platform for the class's name.
+On a CPU vLLM gathers A and B once for each row, and takes the index −1 ("no adapter") for the last
+slot. `AloraWrapperCPU` replaces that wrapper: vLLM asks its platform for the name of the class.
 
-On a GPU vLLM's Triton ops skip −1 already and stay. `ALORA_VLLM_OPS=1` puts this package's kernels
-behind `add_lora_linear` there; embeddings, logits and fully sharded layers stay vLLM's.
+On a GPU vLLM's Triton ops skip −1 already, and they stay. `ALORA_VLLM_OPS=1` puts this package's
+kernels behind `add_lora_linear` there. Embeddings, logits and fully sharded layers stay vLLM's.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ TOUCHED: tuple[Touch, ...] = (CHOICE, *ON_CPU, *(ON_GPU if on_gpu() else ()))
 
 
 def install() -> None:
-    """Puts the CPU wrapper in place, and with `ALORA_VLLM_OPS=1` the GPU's linear op."""
+    """Puts the CPU wrapper in place, and with `ALORA_VLLM_OPS=1` the linear op on a GPU."""
     wrap(CHOICE, _cpu_wrapper)
     if on_gpu():
         for touch, make in zip(ON_GPU, (_with_rows, _updating_rows, _with_our_kernels)):
@@ -93,7 +93,7 @@ def _with_rows(function: Callable[..., None]) -> Callable[..., None]:
         self: Any, max_num_batched_tokens: int, max_batches: int, device: Any, **kwargs: Any
     ) -> None:
         function(self, max_num_batched_tokens, max_batches, device, **kwargs)
-        # Now, not at the first batch: a graph that was captured before must read the same tensors.
+        # Not at the first batch: a graph may be captured before it, and must read these tensors.
         self.alora_rows = DeviceRows(self.max_loras, max_num_batched_tokens, device)
 
     return __init__
@@ -123,7 +123,8 @@ def _with_our_kernels(function: Callable[..., None]) -> Callable[..., None]:
         **kwargs: Any,
     ) -> None:
         if not kwargs.get("add_inputs", True) or y.dtype != x.dtype:
-            # vLLM's second stream hands over a fresh y, and a float32 head reads 16-bit rows.
+            # vLLM's second stream passes a y that is to be overwritten, and a float32 head reads
+            # 16-bit rows. The kernels serve neither of them.
             function(self, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         rows = self.alora_rows

@@ -1,8 +1,8 @@
-"""The record of a place in vLLM that this plugin touches, and the check that all are as expected.
+"""The record of a place in vLLM that this plugin touches, and the check that it is as expected.
 
 Each module of the plugin lists its places in `TOUCHED` and changes them in `install()`. Before any
-is changed, `mismatches` compares every place with what was expected: one that is missing or has
-other parameters means that this vLLM was never tested, and then nothing is changed at all.
+of them is changed, `mismatches` compares all of them with what was expected. If one is missing or
+has other parameters, this vLLM was never tested, and then nothing is changed at all.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ class Touch:
 
 
 def find(name: str) -> tuple[Any, str, Any]:
-    """The module or class that holds `name`, the attribute, and the attribute's raw value there.
+    """The module or class that holds `name`, the attribute's own name, and its raw value there.
 
-    A class or static method comes as its descriptor. Raises LookupError where there is none.
+    The raw value of a class or static method is its descriptor. Raises LookupError if it is
+    missing.
     """
     parts = name.split(".")
     for count in range(len(parts) - 1, 0, -1):
@@ -63,7 +64,7 @@ def function_of(value: Any) -> Any:
 
 
 def original(function: Any) -> Any:
-    """vLLM's own function, behind what the plugin may have put in its place."""
+    """vLLM's own function, also when the plugin has replaced it."""
     return getattr(function, MARK, function)
 
 
@@ -76,7 +77,7 @@ def signature(function: Any) -> str:
 
 
 def mismatches(touches: Iterable[Touch]) -> list[str]:
-    """What is not as expected, one line each; empty when all is well. Changes nothing."""
+    """What is not as expected, one line each. Nothing is changed."""
     found = []
     for touch in touches:
         try:
@@ -91,9 +92,10 @@ def mismatches(touches: Iterable[Touch]) -> list[str]:
 
 
 def wrap(touch: Touch, make: Callable[[Any], Any]) -> None:
-    """Puts `make(function)` in the place of vLLM's function; the second time, does nothing.
+    """Puts `make(function)` in the place of vLLM's function. A second call does nothing.
 
-    `make` gets the plain function and returns a plain function; a class or static method stays one.
+    `make` gets a plain function and returns one. A class method, static method or property of vLLM
+    remains what it was.
     """
     owner, attribute, value = find(touch.name)
     function = function_of(value)

@@ -1,7 +1,7 @@
 """Touched place: the check of PEFT's configuration.
 
-vLLM refuses `alora_invocation_tokens`. Here it is accepted, while an invocation that vLLM would
-overlook (an empty list, the older format with `invocation_string`) is refused.
+vLLM refuses `alora_invocation_tokens`; the plugin accepts them. It refuses what vLLM would
+overlook: an empty list, and the older format with `invocation_string`.
 """
 
 from __future__ import annotations

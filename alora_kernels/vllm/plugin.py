@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes before it makes an engine."""
+"""The plugin's entry: vLLM calls `register` in each of its processes, before it makes an engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def modules() -> tuple[Any, ...]:
 
 
 def touched() -> tuple[Touch, ...]:
-    """Every place that must be as expected. The V2 runner is looked at apart, for itself."""
+    """Every place that must be as expected, except the V2 runner's, which is checked by itself."""
     from . import mapping_v2
 
     return tuple(t for module in modules() if module is not mapping_v2 for t in module.TOUCHED)
@@ -53,7 +53,7 @@ def version_problems() -> list[str]:
 
 
 def message(problems: list[str]) -> str:
-    """What the user is told of an unsupported vLLM."""
+    """What the user is told when this vLLM is not supported."""
     return (
         f"alora_kernels serves Activated LoRA with vLLM {SUPPORTED}; it did not touch this one: "
         + "; ".join(problems)
@@ -63,7 +63,7 @@ def message(problems: list[str]) -> str:
 def refuse(problems: list[str]) -> None:
     """Warns, and makes vLLM refuse aLoRA adapters with the reason. Nothing else is changed.
 
-    An older vLLM would not refuse them by itself but run them as plain LoRA.
+    Without it an older vLLM would run them as plain LoRA.
     """
     text = message(problems)
     logger.warning("%s. Activated LoRA adapters are refused.", text)

@@ -1,10 +1,10 @@
-"""Touched place: a bad adapter is refused before any worker hears of it.
+"""Touched place: a bad adapter is refused before any worker opens it.
 
-vLLM hands the path of an adapter to its workers, which open it. Where one of several workers fails
-(tensor parallelism), the engine dies with it, and every user's requests. Here the process that
-talks to clients looks at the folder first: the path, the configuration, the rank, and the names,
-types and shapes of all tensors against the base model's layers. No weights are read. What was found
-is kept until one of the adapter's files changes.
+vLLM hands the path of an adapter to its workers. If one of several workers fails on it (tensor
+parallelism), the whole engine dies, and with it the requests of every user. So the process that
+talks to clients examines the folder first: the path, the configuration, the rank, and the names,
+types and shapes of all tensors against the base model's layers. It reads no weights. The verdict is
+kept until one of the adapter's files changes.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class BadAdapter(ValueError):
 
     def __init__(self, message: str, missing: bool = False) -> None:
         super().__init__(message)
-        self.missing = missing  # nothing is there, as opposed to something wrong
+        self.missing = missing  # there is nothing, rather than something wrong
 
 
 def install() -> None:
-    """Puts the check in front of the four ways on which an adapter reaches the engine."""
+    """Puts the check in front of the four ways in which an adapter reaches the engine."""
     wrap(LOADING, _checked_loading)
     wrap(ASYNC, _checked_async)
     wrap(OFFLINE, _checked_offline)
@@ -60,7 +60,7 @@ def check(path: str, lora_config: Any, model_config: Any) -> None:
     """Raises BadAdapter unless the workers can load the adapter at `path`.
 
     Args:
-        path: a folder, or the name of a hub repository, which is then fetched as the workers would.
+        path: a folder, or the name of a hub repository, which is then fetched as the workers do.
         lora_config, model_config: vLLM's.
     """
     folder = _folder(path)
@@ -75,7 +75,7 @@ def check(path: str, lora_config: Any, model_config: Any) -> None:
 
 
 class _By:
-    """A key by identity for a value that has no hash. Kept alive by the cache that it keys."""
+    """Compares a value by identity, as a key of a cache. The cache keeps the value alive."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -92,7 +92,7 @@ def _folder(path: str) -> str:
 
     try:
         folder = get_adapter_absolute_path(path)
-    except Exception as error:  # no network, a gated repository, a name that is none
+    except Exception as error:  # no network, a gated or unknown repository
         raise BadAdapter(f"no folder {path}, and the hub says: {error}", missing=True) from error
     if not os.path.isdir(folder):
         raise BadAdapter(f"{folder} is not a folder", missing=True)
@@ -125,7 +125,7 @@ def _examine(folder: str, files: list[str], lora_config: Any, model_config: Any)
         helper = PEFTHelper.from_local_dir(folder, None)
         helper.validate_legal(lora_config)
     except Exception as error:
-        # The server writes "<path>" for whatever looks like one: the file's name stands apart.
+        # The server shows "<path>" in place of a path, so the file is named apart from its folder.
         raise BadAdapter(f"{CONFIG} of {folder}: {error}") from error
     if TENSORS in files:
         shapes = _shapes(os.path.join(folder, TENSORS))
@@ -137,7 +137,7 @@ def _examine(folder: str, files: list[str], lora_config: Any, model_config: Any)
 
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, from the header."""
+    """Name and shape of every tensor, read from the file's header."""
     import safetensors
 
     try:
@@ -151,7 +151,7 @@ def _shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def _examine_pickle(folder: str, files: list[str], helper: Any, model_config: Any) -> None:
-    """Older adapters keep their tensors in torch's format, which has no header: it is read."""
+    """Older adapters are in torch's format. It has no header, so the file itself is opened."""
     import torch
 
     path = os.path.join(folder, next(name for name in OTHER_TENSORS if name in files))
@@ -172,7 +172,7 @@ def _examine_tensors(
     helper: Any,
     layers: dict[str, tuple[int, int]],
 ) -> None:
-    """Every A has its B, of the configured rank, and both fit the layer they name."""
+    """Check that every A has its B, of the configured rank, and that both fit their layer."""
     from vllm.lora.utils import is_base_embedding_weights, parse_fine_tuned_lora_name
 
     if not shapes:
@@ -213,11 +213,12 @@ def _examine_tensors(
 
 @functools.lru_cache(maxsize=4)
 def _layers(model_config: _By) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of every layer of the base model, by PEFT's name.
+    """(out_features, in_features) of every layer of the base model, by PEFT's name for it.
 
-    From the model's class in transformers, built without memory. Empty where there is none: then
-    shapes are compared with the configuration alone. Multimodal checkpoints name their layers in
-    several ways; a name that is not found here is compared by its last part alone, as vLLM does.
+    They come from the model's class in transformers, built without memory. If there is no such
+    class, the result is empty, and shapes are compared with the configuration alone. Multimodal
+    checkpoints name their layers in several ways. A name that is not in the result is compared by
+    its last component only, as vLLM does.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -238,14 +239,14 @@ def _layers(model_config: _By) -> dict[str, tuple[int, int]]:
         if ends and name.rpartition(".")[2] not in looked_up:
             continue
         out, into = weight.shape
-        # GPT-2's Conv1D keeps its weight the other way round; an embedding's A is looked up.
+        # GPT-2's Conv1D keeps its weight transposed. An embedding looks up its rows in A.
         turned = type(module).__name__ == "Conv1D" or module is model.get_input_embeddings()
         layers[name] = (into, out) if turned else (out, into)
     return layers
 
 
 def _embeddings(model_config: Any) -> set[str]:
-    """The embeddings, of input and output, that vLLM's class of this model adapts."""
+    """The input and output embeddings that vLLM's class of this model can adapt, by name."""
     from vllm.model_executor.model_loader import get_model_architecture
 
     return set(getattr(get_model_architecture(model_config)[0], "embedding_modules", None) or ())
@@ -260,7 +261,7 @@ def _checked_loading(function: Callable[..., Any]) -> Callable[..., Any]:
         from vllm.entrypoints.serve import create_error_response
 
         try:
-            # A hub name may be fetched: not in the loop that answers everybody.
+            # This may fetch a repository, so it must not block the loop that answers everybody.
             await asyncio.to_thread(
                 check, request.lora_path, config.lora_config, config.model_config
             )
@@ -296,7 +297,7 @@ def _checked_request(function: Callable[..., Any]) -> Callable[..., Any]:
         function(self, lora_request)
         if lora_request is None:
             return
-        # Looked at once: what was loaded goes on working when its folder is removed, as in vLLM.
+        # Checked once: as in vLLM, a loaded adapter still works when its folder is removed.
         known = self.__dict__.setdefault("_alora_accepted", set())
         key = (lora_request.lora_int_id, lora_request.lora_name, lora_request.lora_path)
         if key not in known or lora_request.load_inplace:
@@ -307,7 +308,7 @@ def _checked_request(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_request(lora_request: Any, vllm_config: Any) -> None:
-    """BadAdapter as the error that vLLM reports to the client."""
+    """Runs `check`, and turns BadAdapter into the error that vLLM reports to the client."""
     if vllm_config.lora_config is None:
         return
     from vllm.exceptions import VLLMValidationError

@@ -1,4 +1,4 @@
-"""vLLM's punica wrappers with this package's arithmetic. Imported by vLLM, when it makes one."""
+"""vLLM's punica wrapper on a CPU, with this package's arithmetic. vLLM imports it by name."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class AloraWrapperCPU(PunicaWrapperCPU):
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        # The indices alone. vLLM's own ops also want the batch in runs of one slot, and have room
-        # for one run a request: a prefill that straddles its invocation makes two.
+        # Only vLLM's index tensors are updated. Its own ops also split the batch into runs of one
+        # slot, with room for one run per request, but a prefill across its invocation has two.
         self._update_base_metadata(mapping, lora_index_to_id, max_loras, vocab_size)
         self.is_prefill = mapping.is_prefill
         self._groups = group_rows(self.token_lora_indices)

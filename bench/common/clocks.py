@@ -1,7 +1,7 @@
 """How the time and the memory of a call are measured.
 
-Variants run in turn, round after round, so that a machine whose speed drifts slows all of them;
-the medians over the rounds are compared.
+The variants run in turn, round after round. If the speed of the machine drifts, all of them become
+slower together. What is compared are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.common.statistics import Timing
 
 Call = Callable[[], object]
 
-# By the name that --clock gives. The processor's time is that of all threads of this process.
+# By the value of --clock. Processor time is that of all threads of this process together.
 READERS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 MIN_ROUNDS = 5
@@ -26,7 +26,7 @@ SAMPLE_SECONDS = 4e-3  # a sample repeats a short call until it lasts this long
 
 
 class CannotCapture(Exception):
-    """A call that synchronises with the host cannot become a CUDA graph."""
+    """The call synchronises with the host, so it cannot become a CUDA graph."""
 
 
 class Clock(Protocol):
@@ -57,9 +57,9 @@ class CpuClock:
 
 
 class CudaClock:
-    """CUDA events around each call, with an L2 cache that holds none of the operands.
+    """CUDA events around each call. The L2 cache holds none of the operands when a call begins.
 
-    With `graph` the call is captured once and replayed, which leaves out the host's part.
+    With `graph` the call is captured once and replayed, so the host's work is not in the time.
     """
 
     def __init__(self, device: torch.device, graph: bool, cuda: Any = torch.cuda) -> None:
@@ -76,14 +76,14 @@ class CudaClock:
         side = self._cuda.Stream()
         side.wait_stream(self._cuda.current_stream())
         with self._cuda.stream(side):
-            for _ in range(3):  # lazy initialisation must not be captured
+            for _ in range(3):  # so that nothing initialises itself during the capture
                 call()
         self._cuda.current_stream().wait_stream(side)
         graph = self._cuda.CUDAGraph()
         try:
             with self._cuda.graph(graph):
                 call()
-        except RuntimeError as error:  # a synchronisation, as a search for active rows makes
+        except RuntimeError as error:  # it synchronises: the search for active rows does, for one
             self._cuda.synchronize()
             first = str(error).strip().splitlines()[0]
             raise CannotCapture(f"cannot be captured in a CUDA graph ({first})") from error
@@ -113,8 +113,8 @@ def interleave(
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Time all calls in turn for about `seconds`, at least `min_rounds` rounds.
 
-    Every second round runs backwards, so that none is always measured after the same neighbour.
-    Returns the timings, and the reason for each call that the clock could not prepare.
+    Every second round runs backwards, so that no call always follows the same neighbour. Returns
+    the timings, and for each call that the clock could not prepare the reason.
     """
     ready: dict[str, Call] = {}
     refused: dict[str, str] = {}
@@ -152,8 +152,8 @@ def peak_memory(call: Call, device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device) - before
         del kept
         return peak
-    # The CPU allocator keeps no statistics, but it reports every allocation to the profiler, whose
-    # own log lines would stand in the table.
+    # The CPU allocator keeps no statistics, but it reports each allocation to the profiler. The
+    # profiler's own log lines would appear in the table, so they are turned off.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

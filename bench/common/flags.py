@@ -1,4 +1,4 @@
-"""The flags of the benchmarks: one parser style, and what a flag's value may be."""
+"""The flags of the benchmarks: they have one style, and their values are checked here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from bench.common.clocks import READERS
 
 
 class UsageError(Exception):
-    """The flags ask for what cannot be done here."""
+    """The flags ask for something that is not possible here."""
 
 
 class _Help(argparse.RawTextHelpFormatter):
-    """Help as it was written, with the default of each flag behind it."""
+    """Shows help texts with their own line breaks, each with its flag's default at the end."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, argparse.SUPPRESS):
@@ -39,25 +39,25 @@ def add_files(p: argparse.ArgumentParser, plot: str) -> None:
 
 
 def add_clock(p: argparse.ArgumentParser, condition: str) -> None:
-    """--clock; `condition` says what the processor's time needs."""
+    """--clock; `condition` is what a measurement of processor time requires."""
     about = f"cpu: processor time, for a machine that others use too; needs {condition}"
     p.add_argument("--clock", choices=READERS, default="wall", help=about)
 
 
 def add_device(p: argparse.ArgumentParser) -> None:
-    """--device: a GPU where there is one."""
+    """--device: by default a GPU if there is one."""
     here = "cuda" if torch.cuda.is_available() else "cpu"
     p.add_argument("--device", type=device, default=here, help="cpu, cuda or cuda:N")
 
 
 def add_threads(p: argparse.ArgumentParser, count: int | None = None) -> None:
-    """--threads: all cores, or `count`."""
+    """--threads: by default `count`, or all cores."""
     count = count or os.cpu_count() or 1
     p.add_argument("--threads", type=positive, default=count, help="of torch on the CPU")
 
 
 def add_timing(p: argparse.ArgumentParser, seconds_together: float) -> None:
-    """--seconds and --seed; `run` draws a seed where none is given."""
+    """--seconds and --seed; `run` draws a seed if the user gives none."""
     about = "for timing, all cases together"
     p.add_argument("--seconds", type=seconds, default=seconds_together, help=about)
     p.add_argument("--seed", type=int, help="of the operands (default: a fresh one, printed)")
@@ -68,7 +68,7 @@ def run(
     arguments: Sequence[str] | None,
     measure: Callable[[argparse.Namespace], int],
 ) -> int:
-    """Parse and measure. A UsageError is reported as the parser reports its own."""
+    """Parse the flags and measure. A UsageError is reported in the parser's own way."""
     options = p.parse_args(arguments)
     if getattr(options, "seed", 0) is None:
         options.seed = int.from_bytes(os.urandom(3), "little")
@@ -97,7 +97,7 @@ def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def active_fractions(text: str) -> list[str | float]:
-    """'text', or fractions between 0 and 1, comma-separated."""
+    """'text', or comma-separated fractions between 0 and 1."""
     values: list[str | float] = []
     for part in text.split(","):
         if part == "text":
@@ -153,7 +153,7 @@ def seconds(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """The CPU, or a GPU that is there."""
+    """The CPU, or a GPU that exists."""
     kind = text.partition(":")[0]
     if kind not in ("cpu", "cuda"):
         raise argparse.ArgumentTypeError(f"{text}: expected cpu or cuda")
@@ -166,7 +166,7 @@ def device(text: str) -> torch.device:
 
 
 def output_file(text: str) -> Path:
-    """A file in a folder that is there: an hour of measuring must not end in an error."""
+    """A file in a folder that exists: this is checked before an hour of measuring, not after."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text}: the folder {path.parent} does not exist")

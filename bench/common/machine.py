@@ -25,7 +25,7 @@ def describe_machine(device: torch.device) -> str:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability as 80, 90, ...; 0 off NVIDIA GPUs."""
+    """The compute capability, such as 80 or 90; 0 for anything but an NVIDIA GPU."""
     if device.type != "cuda" or torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -43,7 +43,7 @@ def cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on; packages that are absent are left out."""
+    """The versions that figures depend on. Packages that are not installed are left out."""
     found = {"torch": str(torch.__version__)}
     for name in ("peft", "triton"):
         try:
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked when files were changed since."""
+    """The commit of this checkout, with a mark if files have changed since."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""How figures are shown: tables, a csv file, plots of one look, and a warning of noise."""
+"""How figures are shown: tables, a csv file, plots of one style, and a warning of noise."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def make_console() -> Console:
-    """Standard output. A file or a pipe has no width: it gets one that holds the tables."""
+    """The standard output. A file or a pipe gets a width that all tables fit into."""
     return Console(width=None if sys.stdout.isatty() else 150)
 
 
 def print_lines(console: Console, *lines: str) -> None:
-    """Plain lines, such as those above a table: the machine, and what runs on it."""
+    """Print plain lines. Above a table they say what runs, and on which machine."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def make_progress() -> Progress:
-    """A bar on standard error that is gone when the work is done."""
+    """A progress bar on standard error, which is removed when the work is done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -49,7 +49,7 @@ def make_progress() -> Progress:
 
 
 def make_table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> Table:
-    """A table without rows; the columns in `left` hold words, the others numbers."""
+    """An empty table. The columns in `left` hold words, all others numbers."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in columns:
         table.add_column(name, justify="left" if name in left else "right", no_wrap=True)
@@ -57,7 +57,7 @@ def make_table(title: str, columns: Sequence[str], left: Sequence[str] = ()) -> 
 
 
 def warn_of_spread(console: Console, spreads: Mapping[str, float]) -> None:
-    """Warn when ratios spread too far to be believed; `spreads` by the ratios' names."""
+    """Warn when ratios spread too far to be believed. `spreads` has the ratios' names as keys."""
     noisy = {name: value for name, value in spreads.items() if value > NOISY}
     if not noisy:
         return
@@ -75,7 +75,7 @@ def warn_of_spread(console: Console, spreads: Mapping[str, float]) -> None:
 
 
 def write_csv(path: Path, *tables: Sequence[Any]) -> None:
-    """All figures at full precision. Each table is a list of one dataclass, with a head."""
+    """Write all figures at full precision. A table is a list of one dataclass, and has a header."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         for table in tables:
@@ -86,7 +86,7 @@ def write_csv(path: Path, *tables: Sequence[Any]) -> None:
 
 # ---------------------------------------------------------------------- plots
 
-WIDTH = 9.0  # inches of every plot: shown 900 pixels wide, a letter of 8 points is 11 pixels high
+WIDTH = 9.0  # inches, of every plot: at 900 pixels, a letter of 8 points is 11 pixels high
 SMALLEST = 8  # points
 GREY = "#6b6b6b"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6d3b", "#111111")
@@ -112,16 +112,16 @@ def plot(
     path: Path, title: str, *, notes: Sequence[str], rows: int = 1, columns: int = 1,
     height: float = 3.6, shared_legend: bool = False,
 ) -> Iterator[list[Axes]]:  # fmt: skip
-    """A figure of `rows` × `columns` panels, to be drawn on; saved at the end.
+    """A figure of `rows` × `columns` panels. The caller draws on them; then the figure is saved.
 
-    `notes` stand below: what ran, and the machine with its commit.
+    `notes` stand below the panels: what ran, and the machine with its commit.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure((WIDTH, height * rows + 0.9), dpi=200, layout="constrained")
-        panels: Any = figure.subfigures()  # a part of its own, so that the title stays above it
+        panels: Any = figure.subfigures()  # separate from the title, which so stays above them
         axes = list(panels.subplots(rows, columns, squeeze=False).flat)
         figure.suptitle(title, fontsize=11, fontweight="bold", wrap=True)
         below = "\n".join(textwrap.fill(note, letters(SMALLEST)) for note in notes)
@@ -129,18 +129,18 @@ def plot(
         yield axes
         if shared_legend:
             handles, labels = axes[0].get_legend_handles_labels()
-            longest = max(map(len, labels)) + 6  # with the line or box before it
+            longest = max(map(len, labels)) + 6  # letters, with the line or box in front
             fit = max(1, letters(SMALLEST) // longest)
             panels.legend(handles, labels, loc="outside upper center", ncols=fit)
         figure.savefig(path)
 
 
 def over_lengths(axis: Axes, lengths: Sequence[int], values: Sequence[float]) -> None:
-    """Logarithmic axes: the lengths that were measured on x; 1, 2, 5, 10, ... on y."""
+    """Make both axes logarithmic: ticks at the measured lengths on x, at 1, 2, 5, 10, ... on y."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
-    # The outermost ticks enclose the values, with room for what is marked at them.
+    # The outermost ticks enclose the values, with room for the marks beside them.
     decades = range(math.floor(math.log10(min(values))) - 1, math.ceil(math.log10(max(values))) + 2)
     ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
     lowest = max(tick for tick in ticks if tick <= min(values) / 1.25)
@@ -153,7 +153,7 @@ def over_lengths(axis: Axes, lengths: Sequence[int], values: Sequence[float]) ->
 
 
 def mark(axis: Axes, x: float, y: float, text: str, above: bool = True) -> None:
-    """A word at a point of a line."""
+    """Write a word beside a point of a line."""
     axis.annotate(
         text,
         (x, y),
@@ -165,10 +165,10 @@ def mark(axis: Axes, x: float, y: float, text: str, above: bool = True) -> None:
 
 
 def times(ratio: float) -> str:
-    """A ratio as plots mark it."""
+    """A ratio as it is written into plots."""
     return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×"
 
 
 def letters(points: float, width: float = 72 * WIDTH) -> int:
-    """How many letters of a size surely stand side by side in a width, both in points."""
+    """How many letters of a size fit into a width for certain. Both are in points."""
     return int(width / (0.6 * points))

@@ -1,4 +1,4 @@
-"""What samples say: the median, how far they spread, and how sure a ratio is."""
+"""What can be said from samples: the median, their spread, and how certain a ratio is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 DRAWS = 2000
-NOISY = 0.10  # a ratio that spreads further says that something else used the machine
+NOISY = 0.10  # if a ratio spreads further, something else used the machine
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Timing:
 
 
 def spread_of(samples: Sequence[float]) -> float:
-    """The distance between the quartiles, over the median. A single sample has no spread."""
+    """The distance between the quartiles, over the median. It is 0 for a single sample."""
     if len(samples) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
@@ -41,10 +41,10 @@ def spread_of(samples: Sequence[float]) -> float:
 
 
 def ratio_spread(over: Sequence[float], under: Sequence[float]) -> float:
-    """The spread of a ratio of two samples.
+    """The spread of a ratio of two lists of samples.
 
-    Two samples of one length were taken in turn. Their ratios are those of each round, so a machine
-    that slows both down does not count. Otherwise every sample stands over every other.
+    Lists of one length were measured in turn, so there is one ratio for each round: a machine that
+    slows both does not count. Otherwise each sample of one list is divided by each of the other.
     """
     if len(over) == len(under):
         return spread_of([a / b for a, b in zip(over, under)])
@@ -54,8 +54,8 @@ def ratio_spread(over: Sequence[float], under: Sequence[float]) -> float:
 def ratio_interval(pairs: Sequence[tuple[float, float]], seed: int) -> tuple[float, float]:
     """95 % bootstrap interval of the ratio of the medians, first over second.
 
-    Pairs are drawn whole: the two of a pair were measured one after the other, so what the machine
-    did meanwhile weighs on both.
+    Whole pairs are drawn. The two times of a pair were measured one after the other, so a
+    disturbance of the machine affected both.
     """
     draw = random.Random(seed)
     ratios = []
@@ -68,6 +68,6 @@ def ratio_interval(pairs: Sequence[tuple[float, float]], seed: int) -> tuple[flo
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
-    """Of those that exist, or None."""
+    """The mean of the values that exist, or None if there is none."""
     found = [v for v in values if v is not None]
     return statistics.geometric_mean(found) if found else None

@@ -1,1 +1,1 @@
-"""One adapted linear layer: timed, tuned, predicted, and what it costs the host."""
+"""Benchmarks of one adapted linear layer: its time, tuning, prediction, and cost on the host."""

@@ -1,4 +1,4 @@
-"""What is measured: the shapes of real models, and active rows found in real text."""
+"""What is measured: layers of the shapes of real models, with active rows from real text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHATS = Path(__file__).parents[1] / "data" / "chats.jsonl"
 ADAPTERS = ("summary", "certainty", "rewrite", "safety")
 
 # (in_features, out_features) of each adapted projection, from the models' published configurations.
-# Projections of one shape stand together, for their costs are equal.
+# Projections of one shape share a line, since their costs are equal.
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "Gemma-3-270M": {
         "q": (640, 1024),
@@ -53,15 +53,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Rows:
-    """The tokens of one batch and which of them are active.
+    """The tokens of one batch, and which of them are active.
 
-    Every sequence is active from its invocation to its end, so that PEFT's layer, which knows no
-    other case, can run these rows, too.
+    Every sequence is active from its invocation to its end. PEFT's layer knows no other case, so
+    it can run these rows, too.
     """
 
     batch: int
     seq_len: int
-    active: str  # where the active rows come from: "text", or a fraction
+    active: str  # where they come from: "text", or a fraction
     activation: Activation
     offsets: tuple[int, ...]  # active tokens at the end of each sequence: PEFT's alora_offsets
 
@@ -76,7 +76,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Case:
-    """One linear layer at one size; `backward` tells forward from forward + backward."""
+    """One linear layer at one size, either forward only or forward + backward."""
 
     model: str
     layer: str
@@ -101,11 +101,11 @@ class Case:
 
     @property
     def passes(self) -> tuple[bool, ...]:
-        """Whether each of its passes is a backward."""
+        """For each of its passes, whether it is a backward."""
         return (False, True) if self.backward else (False,)
 
     def problem(self, device: str, arch: int, backward: bool) -> Problem:
-        """The dispatcher's view of one pass."""
+        """One pass as the dispatcher sees it."""
         return Problem(
             rows=self.rows.num_rows,
             in_features=self.in_features,
@@ -123,10 +123,11 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     def flops(self, adapted: bool) -> float:
-        """Multiply-adds × 2 that the result needs, with or without the adapter's part.
+        """The floating-point operations that the result needs, with or without the adapter's.
 
-        The base costs 2MNK forward and 2MNK for dx (with `prefix_grad=False`, dx of the active rows
-        only). The adapter costs 2fMR(K + N) forward and twice that backward.
+        A multiply-add counts as two. The base takes 2MNK forward and 2MNK for dx (of active rows
+        only with `prefix_grad=False`). The adapter takes 2fMR(K + N) forward, and twice that
+        backward.
         """
         rows, active = self.rows.num_rows, self.rows.num_active
         base = 2.0 * rows * self.in_features * self.out_features
@@ -139,7 +140,7 @@ class Case:
         return total
 
     def bytes(self, adapted: bool) -> float:
-        """Bytes that must cross the memory bus when every operand and result crosses it once."""
+        """The bytes on the memory bus if every operand and every result crosses it once."""
         size, adapter_size = self.dtype.itemsize, self.adapter_dtype.itemsize
         rows, active = self.rows.num_rows, self.rows.num_active
         inputs, outputs = self.in_features, self.out_features
@@ -157,7 +158,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Tensors:
-    """The operands of a case. Variants share them, so no copy differs by accident."""
+    """The operands of a case. All variants use the same ones, so their results can be compared."""
 
     x: Tensor  # [B, T, K]
     weight: Tensor  # [N, K]
@@ -168,7 +169,7 @@ class Tensors:
 
 
 def make_tensors(case: Case, seed: int) -> Tensors:
-    """Random operands at the scale of a trained layer: x, the base output and the delta near 1."""
+    """Random operands like a trained layer's: x, base output and delta have a scale of about 1."""
     device = case.rows.activation.device
     generator = torch.Generator(device=device).manual_seed(seed)
 
@@ -192,7 +193,7 @@ def make_tensors(case: Case, seed: int) -> Tensors:
 
 
 def load_chats(adapter: str | None = None) -> list[dict[str, Any]]:
-    """The conversations of bench/data/chats.jsonl, all of them or those that call one adapter."""
+    """The conversations of bench/data/chats.jsonl: all, or those that call one adapter."""
     with CHATS.open(encoding="utf-8") as file:
         chats = [json.loads(line) for line in file]
     return [chat for chat in chats if adapter is None or chat["adapter"] == adapter]
@@ -205,7 +206,7 @@ def text_of(chat: dict[str, Any], with_answer: bool = True) -> str:
 
 
 def tokens_of(text: str) -> list[int]:
-    """Byte tokens: the UTF-8 bytes, plus one, so that 0 is free for padding."""
+    """Tokens of bytes: each UTF-8 byte plus one, so that 0 can be the padding."""
     return [byte + 1 for byte in text.encode("utf-8")]
 
 
@@ -214,7 +215,7 @@ def rows_from_text(
 ) -> Rows:
     """A training batch of conversations: padded on the left, the last `seq_len` tokens kept.
 
-    Those that need no padding come first, else in the order of the file.
+    Conversations that need no padding come first. Otherwise they have the order of the file.
     """
     chats = load_chats(adapter)
     if batch > len(chats):
@@ -241,7 +242,7 @@ def rows_from_text(
 def rows_from_fraction(
     batch: int, seq_len: int, fraction: float, device: torch.device | str = "cpu"
 ) -> Rows:
-    """The last `fraction` of every sequence is active."""
+    """A batch whose sequences are each active in the last `fraction` of their tokens."""
     return rows_from_offset(batch, seq_len, round(fraction * seq_len), device, f"{fraction:g}")
 
 
@@ -252,7 +253,7 @@ def rows_from_offset(
     device: torch.device | str = "cpu",
     active: str | None = None,
 ) -> Rows:
-    """The last `offset` tokens of every sequence are active."""
+    """A batch whose sequences are each active in their last `offset` tokens."""
     offsets = (offset,) * batch
     activation = Activation.from_offsets(offsets, seq_len, device=device)
     return Rows(batch, seq_len, active or f"{offset / seq_len:.3g}", activation, offsets)
@@ -266,7 +267,7 @@ def layer_cases(
     dtypes: Sequence[torch.dtype],
     adapter_dtype: torch.dtype | None,
 ) -> Iterator[Case]:
-    """Every shape × rows × dtype, as its forward + backward case."""
+    """The forward + backward case of every combination of shape, rows and dtype."""
     for model, layer, inputs, outputs in shapes:
         for dtype in dtypes:
             for batch in rows:

@@ -1,4 +1,4 @@
-"""No variant is timed before its result has been compared with the reference."""
+"""Compares each variant's result with the reference. Only a variant that passes is timed."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from alora_kernels import alora_linear_reference
 from bench.layer.cases import Case, Tensors
 from bench.layer.variants import BaseLinear, Outputs, Step, Variant
 
-# The error may be at most so many times PyTorch's own in the same dtype. The worst element of a
-# small tensor scatters by a factor of four between two right orders of summation (seen in 1 of 500
-# tries), so it only has to catch what the root mean square hides: one wrong row or column.
+# How many times PyTorch's own error in the same dtype is allowed. In a small tensor the error of
+# the worst element may differ by a factor of four between two correct orders of summation (in 1 of
+# 500 tries). So its bound is wide: it is there for one wrong row or column, which the rms hides.
 FACTORS = {"rms": 2.0, "largest": 8.0}
 
 
 class WrongResult(Exception):
-    """A variant's result is further from the truth than rounding explains."""
+    """A variant's error is larger than rounding explains."""
 
 
 class Checker:
-    """Compares variants of one case with the reference in float64.
+    """Compares the variants of one case with the reference in float64.
 
-    The bound is at most twice the error of the reference itself, run by PyTorch in the case's
-    dtype (root mean square over a tensor), and eight times for its worst element. The truth is
-    computed once for each arithmetic of the adapter and reused for every variant.
+    The bound is a multiple of the error that the reference itself has when PyTorch runs it in the
+    case's dtype: twice for the root mean square of a tensor, eight times for its worst element. The
+    truth is computed once for each arithmetic of the adapter, and is used for every variant.
     """
 
     def __init__(self, case: Case, tensors: Tensors) -> None:
@@ -38,8 +38,8 @@ class Checker:
     def check(self, variant: Variant, case: Case) -> None:
         """Raise WrongResult unless every output and gradient of `variant` is right.
 
-        `case` is the checker's case, or its forward alone. A variant that draws dropout by torch's
-        generator is checked without dropout, since its mask cannot be foretold.
+        `case` is the checker's case, or its forward alone. A variant that drops by torch's
+        generator is checked without dropout, since nobody can know its mask in advance.
         """
         if variant.own_dropout:
             case = case.but(dropout_p=0.0)
@@ -49,7 +49,7 @@ class Checker:
             compare(f"{variant.name}, {describe(case)}", name, got[name], truth[name], own[name])
 
     def _references(self, variant: Variant, case: Case) -> tuple[Outputs, Outputs]:
-        """The truth in float64 and PyTorch's own result in the case's dtype."""
+        """The truth in float64, and PyTorch's own result in the case's dtype."""
         precision = variant.adapter_precision(case)
         case = case.but(backward=case.backward or self._case.backward)
         key = (variant.adapted, precision, case.dropout_p)
@@ -73,13 +73,13 @@ def describe(case: Case) -> str:
 
 
 def grad_mode(case: Case, step: Step) -> Outputs:
-    """Run a step once, as it will be timed: without grad where there is no backward."""
+    """Run a step once, in the grad mode in which it will be timed."""
     with torch.set_grad_enabled(case.backward):
         return {name: tensor.detach() for name, tensor in step().items()}
 
 
 def double(case: Case, tensors: Tensors, precision: str) -> Tensors:
-    """The operands in float64, after the rounding of the adapter that the arithmetic asks for."""
+    """The operands in float64. The adapter is first rounded as the arithmetic requires."""
     rounded = case.dtype if precision == "compute" else case.adapter_dtype
     return Tensors(
         x=tensors.x.double(),
@@ -92,7 +92,7 @@ def double(case: Case, tensors: Tensors, precision: str) -> Tensors:
 
 
 def reference(case: Case, tensors: Tensors, adapted: bool, precision: str) -> Outputs:
-    """The definition's outputs and gradients."""
+    """The outputs and gradients by the definition."""
     leaves = {"x": tensors.x, "lora_a": tensors.lora_a, "lora_b": tensors.lora_b}
     leaves = {name: t.detach().requires_grad_(case.backward) for name, t in leaves.items()}
     active = case.rows.activation.mask
@@ -117,7 +117,7 @@ def reference(case: Case, tensors: Tensors, adapted: bool, precision: str) -> Ou
 
 
 def compare(where: str, name: str, got: Tensor, truth: Tensor, own: Tensor) -> None:
-    """Raise WrongResult where `got` is too far from `truth`; `own` is PyTorch's own result."""
+    """Raise WrongResult if `got` is too far from `truth`. `own` is PyTorch's own result."""
     what = "y" if name == "y" else f"the gradient of {name}"
     if got.shape != truth.shape:
         raise WrongResult(
@@ -125,8 +125,8 @@ def compare(where: str, name: str, got: Tensor, truth: Tensor, own: Tensor) -> N
         )
     for measure, norm in (("rms", _rms), ("largest", _largest)):
         error, own_error = norm(got, truth), norm(own, truth)
-        # One rounding to the result's dtype is granted to all: where PyTorch happens to be exact
-        # (a single active row, a zero), a multiple of nothing would ask for the impossible.
+        # One rounding to the result's dtype is always allowed. PyTorch may be exact (a single
+        # active row, a zero), and a multiple of its error would then be zero.
         rounding = torch.finfo(got.dtype).eps * norm(truth, None) / 2
         allowed = FACTORS[measure] * max(own_error, rounding)
         if not error <= allowed:  # NaN is wrong, too
@@ -149,7 +149,7 @@ def _largest(value: Tensor, truth: Tensor | None) -> float:
 def check_all(
     variants: Iterable[Variant], cases: Iterable[Case], tensors: Tensors
 ) -> dict[str, str]:
-    """Check every variant in every case; the reason for each variant that was found wrong."""
+    """Check every variant in every case. Returns the reason for each wrong one, by name."""
     cases = list(cases)
     checker = Checker(max(cases, key=lambda case: case.backward), tensors)
     wrong = {}
@@ -159,6 +159,6 @@ def check_all(
                 checker.check(variant, case)
         except WrongResult as error:
             if isinstance(variant, BaseLinear):
-                raise  # every ratio hangs on it
+                raise  # no ratio means anything without it
             wrong[variant.name] = str(error)
     return wrong

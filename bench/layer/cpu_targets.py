@@ -1,9 +1,10 @@
-"""The CPU targets of the package, measured.
+"""The package's targets on a CPU, and whether it meets them.
 
     python bench/run.py --mode cpu-targets
 
-Against the frozen nn.Linear and PEFT's own layer, in one run: forward + backward at a training
-size, once without the prefix's gradient and once with dropout, and the decoding of one token.
+The package, the frozen nn.Linear and PEFT's own layer are measured in one run: forward + backward
+at a training size, once without the prefix's gradient and once with dropout, and decoding one
+token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RANK = 32
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the table: a size, and the bounds for each dtype."""
+    """One line of the table: a size, with the bounds for each dtype."""
 
     batch: int
     seq_len: int
@@ -42,7 +43,7 @@ class Target:
     threads: tuple[int, ...] = field(default=(2,))
 
     def cases(self) -> Iterator[tuple[int, Case]]:
-        """Threads and case, for each dtype that has a bound."""
+        """The number of threads and the case, for each dtype that has a bound."""
         rows = rows_from_offset(self.batch, self.seq_len, self.active)
         for threads in self.threads:
             for dtype in self.over_base:
@@ -98,7 +99,7 @@ class Line:
     base: Timing
     ours: Timing
     peft: Timing
-    extra_bytes: int | None  # peak of a training step beyond the base linear's
+    extra_bytes: int | None  # peak memory of a training step, less the base linear's
     allowed_bytes: int | None
 
     @property
@@ -119,7 +120,7 @@ class Line:
 
     @property
     def spreads(self) -> dict[str, float]:
-        """How far the two ratios spread."""
+        """The spread of each of the two ratios."""
         where = f"{self.label}, {self.case.dtype_name}, {self.threads} threads"
         return {
             f"× base, {where}": ratio_spread(self.ours.samples, self.base.samples),
@@ -143,11 +144,11 @@ def allowed_memory(case: Case) -> int:
 
 
 def measure_line(target: Target, case: Case, threads: int, seconds: float, seed: int) -> Line:
-    """Check, then time and weigh, the three variants of one line."""
+    """Check the three variants of one line, then measure their time and memory."""
     torch.set_num_threads(threads)
     variants = (BaseLinear(), Package("cpu", "delta"), PeftLayer())
     tensors = make_tensors(case, seed)
-    # PEFT has no prefix_grad: it is measured, and checked, with the whole gradient.
+    # PEFT has no prefix_grad. It is measured and checked with the whole gradient.
     plain = case.but(prefix_grad=True)
     cases = {v.name: plain if isinstance(v, PeftLayer) else case for v in variants}
     for variant in variants:
@@ -194,7 +195,7 @@ def _measure(o: argparse.Namespace) -> int:
 
 
 def print_table(console: Console, lines: Sequence[Line]) -> None:
-    """Every line, with each target beside what was measured."""
+    """Print every line, each target beside its measured value."""
     words = ("B×T, active", "dtype", "met")
     figures = ("base ms", "ours ms", "PEFT ms", "±", "× base (≤)", "PEFT ÷ (≥)", "extra KiB (≤)")
     title = f"CPU targets: K=N={FEATURES}, R={RANK}, fp32 adapters, medians of interleaved runs"

@@ -1,18 +1,18 @@
-"""What one call costs the host, with the launch of kernels stubbed: Python and autograd alone.
+"""What one call costs on the host, in Python and autograd. Kernels are not launched.
 
     python bench/run.py --mode host [--backend cuda,cpu] [--rounds 200] [--calls 20]
 
-Kernels do not run: on the cuda path the extension is replaced by one whose programs return at
-once, so the tensors can lie on the CPU and no GPU is needed. What is left is what a GPU would wait
-for when its kernels are short: checking, choosing, finding the program, autograd. Allocating the
-outputs is timed alone and subtracted; nothing else is. What C++ does in a call is left out: a
-quarter of a microsecond, what the driver takes to encode each tensor map, and the launches.
+On the cuda path the extension is replaced by one whose programs return at once. So the tensors can
+lie on the CPU, and no GPU is needed. A GPU with short kernels would wait for what is left:
+checking, choosing, finding the program, autograd. Allocating the outputs is timed separately and
+subtracted; nothing else is. The work of C++ in a call is left out: a quarter of a microsecond, what
+the driver takes to encode each tensor map, and the launches.
 
-Times are processor time of the one thread that runs, so that other work on the machine adds little.
-"forward with grad" is one call that autograd records; "forward + backward" adds PyTorch's engine
+Times are processor time of the one running thread, so other work on the machine adds little.
+"forward with grad" is one call that autograd records. "forward + backward" adds PyTorch's engine
 and the second call, which the engine makes.
-The cpu backend and the vendor's GEMM in `delta` do their arithmetic, at a size where that is small:
-upper bounds.
+The cpu backend and the vendor's GEMM in `delta` do compute. Their layers are small, and their times
+are upper bounds.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from bench.common import flags, report
 from bench.common.machine import describe_machine
 from bench.common.statistics import Timing
 
-MACHINE = (132, 90)  # multiprocessors and arch that the cuda backend plans for: an H100
+MACHINE = (132, 90)  # the multiprocessors and arch of an H100, for which the cuda backend plans
 BACKENDS = ("cuda", "cpu")
 
 
 class Stub(SimpleNamespace):
-    """Stands for alora_kernels._cuda; counts launches."""
+    """Takes the place of alora_kernels._cuda, and counts launches."""
 
     def __init__(self) -> None:
         super().__init__(launches=0, **exported())
 
     def Program(self, launches: Sequence[Any], residues: Sequence[int]) -> Callable[..., bool]:
-        """Some launches that follow each other; a call of them takes addresses and a stream."""
+        """Several launches in a row. A call of the program takes addresses and a stream."""
 
         def call(addresses: list[int], device: int, stream: int) -> bool:
             self.launches += len(launches)
@@ -60,7 +60,7 @@ class Stub(SimpleNamespace):
 
 
 class StubbedCuda(CudaBackend):
-    """The cuda backend, told that it can run here and on which machine."""
+    """The cuda backend, made to believe that it runs on an H100."""
 
     def __init__(self) -> None:
         super().__init__(machine=MACHINE)
@@ -74,7 +74,7 @@ class StubbedCuda(CudaBackend):
 
 @contextmanager
 def stubbed() -> Iterator[Stub]:
-    """The cuda backend plans for an H100, takes CPU tensors, and launches nothing."""
+    """Let the cuda backend plan for an H100 with CPU tensors, and launch nothing."""
     stub = Stub()
     missing = object()
     places: list[tuple[Any, str, Any]] = [
@@ -113,19 +113,19 @@ class Cell(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Microseconds of a call, and of allocating its outputs."""
+    """The time of a call, and that of allocating its outputs."""
 
     call: Timing
     outputs: Timing
-    launches: int  # of one call; 0 where nothing was stubbed
+    launches: int  # of one call; 0 without a stub
 
     @property
     def beyond(self) -> float:
-        """Median microseconds of the call beyond its outputs."""
+        """Median microseconds of the call, less those of its outputs."""
         return (self.call.median - self.outputs.median) * 1e6
 
 
-# The cuda path's strategies at the sizes where each is at home; decode is onepass at M ≤ 16.
+# Each strategy of the cuda path at sizes that it is meant for. Decoding is onepass at M ≤ 16.
 SIZES = {
     "cuda": (("onepass", 1), ("onepass", 128), ("tail", 128), ("delta", 4)),
     "cpu": (("delta", 1),),
@@ -135,7 +135,7 @@ K, N, R = 64, 64, 16  # the host's work does not depend on the size
 
 
 def operands(rows: int, grad: bool) -> dict[str, Any]:
-    """A bfloat16 layer with a quarter of its rows active, at least one."""
+    """A bfloat16 layer. A quarter of its rows are active, at least one."""
     dtype = torch.bfloat16
     return {
         "x": torch.randn(rows, K).to(dtype).requires_grad_(grad),
@@ -149,7 +149,7 @@ def operands(rows: int, grad: bool) -> dict[str, Any]:
 
 
 def build(cell: Cell) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The call of a cell, and one that allocates its outputs alone."""
+    """A cell's call, and a call that only allocates its outputs."""
     with_grad = cell.direction.startswith("forward")
     given = operands(cell.rows, with_grad)
     x, lora_a, lora_b = given["x"], given["lora_a"], given["lora_b"]
@@ -180,7 +180,7 @@ def build(cell: Cell) -> tuple[Callable[[], object], Callable[[], object]]:
 
 
 def cells(backends: Sequence[str]) -> Iterator[Cell]:
-    """What is measured."""
+    """All cells to measure."""
     for backend in backends:
         for strategy, rows in SIZES[backend]:
             for direction in DIRECTIONS:
@@ -188,8 +188,8 @@ def cells(backends: Sequence[str]) -> Iterator[Cell]:
 
 
 def measure(cell: Cell, rounds: int, calls: int, stub: Stub) -> Cost:
-    """Medians over `rounds` of `calls` calls, the outputs' allocation in turn with the call."""
-    # The backend is "auto", as users leave it, where the choice is between one.
+    """Medians over `rounds` of `calls` calls. The call and its outputs are timed in turn."""
+    # The call says "auto", as most users do, but only this backend is there to choose.
     one = {cell.backend: dispatch.BACKENDS[cell.backend]}
     grad = torch.set_grad_enabled(cell.direction.startswith("forward"))
     forget()
@@ -200,7 +200,7 @@ def measure(cell: Cell, rounds: int, calls: int, stub: Stub) -> Cost:
 def _measure(
     call: Callable[[], object], outputs: Callable[[], object], rounds: int, calls: int, stub: Stub
 ) -> Cost:
-    for _ in range(20):  # caches of plans and choices fill
+    for _ in range(20):  # fills the caches of plans and choices
         call()
         outputs()
     before = stub.launches

@@ -1,4 +1,4 @@
-"""Every variant in every case: checked, then timed in turn."""
+"""Checks every variant in every case, then times the variants in turn."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Measured:
     """What was timed, and what was not, with the reasons."""
 
     results: list[Result] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)  # the result was wrong
-    notes: list[str] = field(default_factory=list)  # a clock could not time it
-    spreads: dict[str, float] = field(default_factory=dict)  # of the ratios, by their names
+    left_out: list[str] = field(default_factory=list)  # for a wrong result
+    notes: list[str] = field(default_factory=list)  # for clocks that could not time them
+    spreads: dict[str, float] = field(default_factory=dict)  # by the names of the ratios
 
 
 def measure_all(
@@ -36,7 +36,7 @@ def measure_all(
     seed: int,
     progress: Progress,
 ) -> Measured:
-    """Check and time every variant in every case, for about `seconds` together."""
+    """Check and time every variant in every case. All of it takes about `seconds`."""
     measured = Measured()
     total = len(cases) * len(directions) * len(clocks)
     task = progress.add_task("measuring", total=total)
@@ -68,7 +68,7 @@ def measure_all(
 
 
 def ratio_spreads(timings: Mapping[str, Timing], where: str) -> dict[str, float]:
-    """How far each ratio that the tables show spreads over the rounds."""
+    """The spread over the rounds of each ratio in the tables."""
     spreads = {}
     for name, timing in timings.items():
         if BASE in timings and name != BASE:

@@ -1,10 +1,10 @@
-"""ESTIMATES of the time over the base linear for each GPU, by the cost model: nothing is measured.
+"""ESTIMATES of the time over the base linear, for each GPU, by the cost model. Nothing is measured.
 
     python bench/run.py --mode predict [--k 4096] [--n 4096] [--r 32] [--efficiency 0.85]
 
-For each regime and GPU the least of what the cuda and triton backends would take with their own
-tiles, over the frozen linear by the vendor's library, and the strategy that gives it.
-docs/kernels.md holds this output.
+For each regime and GPU a cell shows the shortest time that the cuda and triton backends would take
+with their own tiles, over the time of the frozen linear by the vendor's library, and the strategy
+that takes it. docs/kernels.md holds this output.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ REGIMES = (
 
 
 def problems(regime: Regime, arch: int, k: int, n: int, rank: int) -> list[Problem]:
-    """The forward, and the backward where there is one: bf16, adapters in float32."""
+    """The forward, and the backward if the regime has one: bf16, adapters in float32."""
     active = max(1, round(regime.fraction * regime.rows))
     passes = (False, True) if regime.backward else (False,)
     return [
@@ -76,7 +76,7 @@ def ways(problem: Problem, rates: Rates, efficiency: float) -> Iterator[tuple[fl
 def cell(
     regime: Regime, gpu: str, k: int, n: int, rank: int, efficiency: float
 ) -> tuple[float, list[str]]:
-    """Time over the base linear, and the strategy of each pass."""
+    """The time over the base linear, and the strategy of each pass."""
     rates = GPUS[gpu]
     total = base = 0.0
     names = []

@@ -1,4 +1,4 @@
-"""The figures of one layer: the lines of the csv file, the tables, the plot."""
+"""The figures of one layer, and how they are shown: in a csv file, as tables, as a plot."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEFT = "PEFT"
 
 @dataclass(frozen=True)
 class Result:
-    """One variant in one case; the columns of the csv file."""
+    """One variant in one case; its fields are the columns of the csv file."""
 
     model: str
     layer: str
@@ -48,19 +48,19 @@ class Result:
     spread: float  # interquartile range over the median
     min_us: float
     tokens_per_s: float
-    gflop_per_s: float  # the FLOPs that the result needs, not those that were spent
-    gbyte_per_s: float  # the bytes of all operands and results, each once
-    over_base: float | None = None  # time over the base linear's
-    peft_over: float | None = None  # PEFT's time over this one's
+    gflop_per_s: float  # of the FLOPs that the result needs, not of those spent
+    gbyte_per_s: float  # of the bytes of all operands and results, each once
+    over_base: float | None = None  # its time over the base linear's
+    peft_over: float | None = None  # PEFT's time over its time
 
     @property
     def panel(self) -> tuple[str, str, str]:
-        """What the geometric mean is taken over, and what a panel of the plot shows."""
+        """Results of one panel share a geometric mean, and a panel of the plot."""
         return self.direction, self.dtype, self.launch
 
     @property
     def cell(self) -> tuple[object, ...]:
-        """What two results have in common that may be compared."""
+        """What two results must have in common to be compared."""
         return (
             self.model,
             self.layer,
@@ -74,7 +74,7 @@ class Result:
 
 
 def result_of(case: Case, variant: Variant, launch: str, timing: Timing) -> Result:
-    """The figures of one timing; ratios come later, when all variants of the case are known."""
+    """The figures of one timing. Ratios are added when all variants of the case are known."""
     return Result(
         model=case.model,
         layer=case.layer,
@@ -102,7 +102,7 @@ def result_of(case: Case, variant: Variant, launch: str, timing: Timing) -> Resu
 
 
 def with_ratios(results: Sequence[Result]) -> list[Result]:
-    """The results with their ratios of medians within each cell."""
+    """The results, with ratios to the medians of the base and of PEFT in the same cell."""
     medians = {(r.cell, r.variant): r.median_us for r in results}
     out = []
     for r in results:
@@ -121,7 +121,7 @@ def with_ratios(results: Sequence[Result]) -> list[Result]:
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
-    """One table for each model, a section for each case, then the geometric means."""
+    """Print a table for each model with a section for each case, then the geometric means."""
     for (model, rank), group in itertools.groupby(results, lambda r: (r.model, r.rank)):
         _print_model(console, f"{model}, R={rank}", list(group))
     _print_means(console, results)
@@ -178,12 +178,12 @@ def _ratio(value: float | None) -> str:
 
 # ---------------------------------------------------------------------- the plot
 
-ROOM = 0.8  # of the width of a group of bars, that its bars take
+ROOM = 0.8  # how much of a group's width its bars take
 NAMES = {"fwd": "forward", "fwd+bwd": "forward + backward"}
 
 
 def write_plot(path: Path, results: Sequence[Result], machine: str) -> None:
-    """Bars of the time over the base linear: a panel for each pass, dtype and launch."""
+    """Draw the time over the base linear as bars: a panel for each pass, dtype and launch."""
     shown = [r for r in results if r.variant != BASE and r.over_base is not None]
     if not shown:
         raise ValueError("--plot: nothing to draw, no variant beside the base linear was timed")
@@ -191,7 +191,7 @@ def write_plot(path: Path, results: Sequence[Result], machine: str) -> None:
     variants = list(dict.fromkeys(r.variant for r in shown))
     label = _labels(shown)
     groups = list(dict.fromkeys(map(label, shown)))
-    # Side by side where the bars are wide enough for their figures.
+    # Two panels beside each other, if their bars are then wide enough to carry figures.
     columns = 2 if len(panels) > 1 and _bar_points(2, groups, variants) >= report.SMALLEST else 1
     first = shown[0]
     size = f"{first.batch} × {first.seq_len} rows, R={first.rank}"
@@ -218,7 +218,7 @@ def write_plot(path: Path, results: Sequence[Result], machine: str) -> None:
 
 
 def _labels(shown: Sequence[Result]) -> Callable[[Result], str]:
-    """How a group of bars is called: its layer, and what else differs in this run."""
+    """The label of a group of bars: its layer, and what else differs in this run."""
     models = len({r.model for r in shown}) > 1
     actives = len({r.active for r in shown}) > 1
 
@@ -230,7 +230,7 @@ def _labels(shown: Sequence[Result]) -> Callable[[Result], str]:
 
 
 def _group_points(columns: int, groups: Sequence[str]) -> float:
-    """The width of a group of bars in points. One or two groups do not fill a panel."""
+    """The width of a group of bars in points. One or two groups leave room in a panel."""
     return 72 * 0.88 * report.WIDTH / columns / max(3, len(groups))
 
 
@@ -242,7 +242,7 @@ def _draw_bars(
     axis: Axes, values: dict[tuple[str, str], float], groups: Sequence[str],
     variants: Sequence[str], figures: bool,
 ) -> None:  # fmt: skip
-    """A bar for each group and variant; with `figures`, its value stands on it."""
+    """Draw a bar for each group and variant. With `figures` its value stands above it."""
     bar = ROOM / len(variants)
     for i, variant in enumerate(variants):
         places = [g + (i - (len(variants) - 1) / 2) * bar for g in range(len(groups))]
@@ -260,7 +260,7 @@ def _draw_bars(
 
 
 def _upright(groups: Sequence[str], columns: int) -> bool:
-    """Whether the names are too long to stand side by side."""
+    """Whether the labels are too long to stand beside each other."""
     longest = max(len(line) for group in groups for line in group.split("\n"))
     return longest > report.letters(report.SMALLEST, _group_points(columns, groups))
 

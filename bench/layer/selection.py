@@ -1,4 +1,4 @@
-"""Which layers, variants and clocks the flags ask for."""
+"""Turns flags into layers, variants and clocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bench.layer.cases import (
 )
 from bench.layer.variants import BaseLinear, ByHand, Package, PeftLayer, Variant
 
-# What two CPU cores measure within three minutes.
+# As much as two CPU cores can measure within three minutes.
 SMALL = {"Gemma-3-270M": tuple(MODELS["Gemma-3-270M"]), "Llama-3.2-3B": ("q,o", "k,v")}
 
 
@@ -60,7 +60,7 @@ def _rows(active: str | float, batch: int, seq_len: int, device: torch.device) -
 
 
 def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Variant]:
-    """The base, this package in each way that can run, PEFT, and the lines by hand."""
+    """The base, this package with each backend and strategy that can run, PEFT, and by hand."""
     ours = []
     refusals = []
     backends = [b for b in BACKENDS if b != "reference"]
@@ -89,7 +89,7 @@ def variants_of(options: argparse.Namespace, cases: Sequence[Case]) -> list[Vari
 def _refusal(
     cases: Sequence[Case], backend: str, strategy: str, device: torch.device
 ) -> str | None:
-    """Why this package cannot run the cases this way, in its dispatcher's own words."""
+    """Why this package cannot run the cases this way, in the words of its dispatcher."""
     for case in cases:
         try:
             choose(case.problem(device.type, arch_of(device), True), backend, strategy)

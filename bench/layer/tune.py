@@ -1,10 +1,10 @@
-"""Time every strategy on this GPU, so that dispatch knows.
+"""Times every strategy on this GPU, so that dispatch can choose by measurements.
 
     python bench/run.py --tune [--shape 4096x4096] [--seconds 180]
 
 A small grid of layers is checked and timed with the benchmark's own code (CUDA graphs, an L2 cache
-that holds no operand, medians of interleaved rounds). The times go to a json file that dispatch
-prefers to its cost model; a table shows where the model alone would have picked a slower strategy.
+that holds no operand, medians of interleaved rounds). The times go to a json file, which dispatch
+prefers to its cost model. A table shows where the model alone would have chosen a slower strategy.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from bench.layer.variants import Package
 SHAPES = (
     (4096, 4096),
     (4096, 14336),
-)  # in_features, out_features: attention and MLP of an 8B model
+)  # (in_features, out_features) of attention and MLP in an 8B model
 ROWS = ((1, 1.0), (16, 1.0), (256, 1.0), (2048, 0.1), (2048, 1.0), (8192, 0.1), (8192, 1.0))
 RANKS = (16, 64)
 NO_GPU = (
@@ -43,7 +43,7 @@ NO_GPU = (
 )
 
 Pair = tuple[str, str]  # backend, strategy
-Measure = Callable[[Case, Sequence[Package]], dict[str, Timing]]  # by the variants' names
+Measure = Callable[[Case, Sequence[Package]], dict[str, Timing]]  # the times by the variants' names
 
 
 class TuningError(Exception):
@@ -51,7 +51,7 @@ class TuningError(Exception):
 
 
 class Line(NamedTuple):
-    """A case with what was measured and the seconds that the model expects, by pair."""
+    """One case: for each pair, the measured time and the seconds that the cost model expects."""
 
     case: Case
     measured: dict[Pair, Timing]
@@ -63,12 +63,12 @@ class Line(NamedTuple):
 
     @property
     def picked(self) -> Pair:
-        """What the model alone would pick among those measured."""
+        """The pair that the model would choose among those measured."""
         return min(self.measured, key=self.expected.__getitem__)
 
     @property
     def loss(self) -> float:
-        """Time of the model's pick over that of the fastest."""
+        """The time of the pair that the model would choose, over that of the fastest."""
         return self.measured[self.picked].median / self.measured[self.fastest].median
 
 
@@ -79,7 +79,7 @@ def grid(
     ranks: Sequence[int] = RANKS,
     dtype: torch.dtype = torch.bfloat16,
 ) -> list[Case]:
-    """What is measured: forward, and forward + backward where there are rows to train on."""
+    """The cases to measure: each forward, and forward + backward if it has rows to train on."""
     found = []
     batches = [rows_from_fraction(1, m, f, device) for m, f in rows]
     named = [("tune", f"{k}x{n}", k, n) for k, n in shapes]
@@ -93,7 +93,10 @@ def grid(
 
 
 def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
-    """Check and time; `seconds` for one case. A call that a clock cannot take goes to the next."""
+    """A function that checks and times a case, for about `seconds`.
+
+    A call that one clock cannot time is left to the next.
+    """
 
     def measure(case: Case, variants: Sequence[Package]) -> dict[str, Timing]:
         tensors = make_tensors(case, seed)
@@ -115,7 +118,7 @@ def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
 
 
 def able(case: Case, arch: int) -> list[Pair]:
-    """The pairs that can run a case."""
+    """The pairs of backend and strategy that can run a case."""
     problems = [case.problem("cuda", arch, backward) for backward in case.passes]
     return [
         (name, strategy)
@@ -127,7 +130,7 @@ def able(case: Case, arch: int) -> list[Pair]:
 
 
 def expected(case: Case, pair: Pair, arch: int) -> float:
-    """The cost model's time of a case: forward, or forward + backward."""
+    """The cost model's time of a case, over all of its passes."""
     name, strategy = pair
     return sum(
         dispatch.model_seconds(
@@ -156,7 +159,7 @@ def tune(cases: Sequence[Case], measure: Measure, arch: int, progress: Progress)
 
 
 def measurements(lines: Sequence[Line]) -> list[Measurement]:
-    """What the file keeps."""
+    """What goes into the file."""
     return [
         Measurement(
             *pair,
@@ -176,7 +179,7 @@ def measurements(lines: Sequence[Line]) -> list[Measurement]:
 
 
 def print_result(console: Console, lines: Sequence[Line]) -> None:
-    """Where the model was wrong, and how far its times are off on the whole."""
+    """Print where the model was wrong, and how far its times are off overall."""
     wrong = [line for line in lines if line.picked != line.fastest]
     if wrong:
         words = ("pass", "fastest", "model's pick")
@@ -242,7 +245,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure this GPU. Returns 1 when a result was wrong, and writes nothing then."""
+    """Measure this GPU. Returns 1, and writes nothing, if a result was wrong."""
     return flags.run(parser(), arguments, _tune_gpu)
 
 

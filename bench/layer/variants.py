@@ -1,4 +1,4 @@
-"""Who is measured: the base linear, this package, PEFT's aLoRA layer, and five lines by hand.
+"""The variants that are compared: the base linear, this package, PEFT's aLoRA layer, and by hand.
 
 A variant builds a `Step` for a case: a function without arguments that runs the layer forward and,
 for a case with backward, takes the gradients of x, lora_a and lora_b.
@@ -26,20 +26,20 @@ class Variant:
     """One way to compute the layer."""
 
     name: str
-    adapted = True  # the base linear is the same layer without an adapter
-    own_dropout = False  # drawn by torch's generator, so that the mask cannot be foretold
+    adapted = True  # False for the base linear alone
+    own_dropout = False  # torch's generator draws it, so nobody knows the mask in advance
 
     def adapter_precision(self, case: Case) -> str:
-        """In which arithmetic the adapter runs, as the package's argument of that name."""
+        """The arithmetic of the adapter, as a value of the package's argument of that name."""
         return "compute"
 
     def build(self, case: Case, tensors: Tensors) -> Step:
-        """The step of `case`. Raises what the variant raises where it cannot run."""
+        """The step of `case`. If the variant cannot run it, its own error is raised."""
         raise NotImplementedError
 
 
 class BaseLinear(Variant):
-    """The frozen nn.Linear: the least that any of them can cost."""
+    """The frozen nn.Linear. No variant can cost less."""
 
     name = "base linear"
     adapted = False
@@ -76,7 +76,7 @@ class Package(Variant):
             layer = _alora_layer(case, tensors, adapter, options)
             return _step(case, tensors, lambda x: layer(x, activation), adapter)
 
-        # The module draws a new seed for each call; the check has to know it.
+        # The module draws a new seed in each call, but the check has to know the seed.
         def forward(x: Tensor) -> Tensor:
             return alora_linear(
                 x,
@@ -114,7 +114,7 @@ class PeftLayer(Variant):
 
 
 class ByHand(Variant):
-    """The delta strategy as one writes it in five lines of PyTorch."""
+    """The delta strategy in the five lines of PyTorch that one would write."""
 
     name = "by hand"
     own_dropout = True
@@ -124,7 +124,7 @@ class ByHand(Variant):
         adapter = _adapter(case, tensors)
         lora_a, lora_b = adapter["lora_a"], adapter["lora_b"]
         activation = case.rows.activation
-        # Found once, as this package does it: the search is no part of the layer.
+        # They are found once, as in this package: the search is no part of the layer.
         active = activation.active_rows[: case.rows.num_active].to(torch.int64)
 
         def forward(x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class ByHand(Variant):
 def _step(
     case: Case, tensors: Tensors, forward: Callable[[Tensor], Tensor], adapter: Mapping[str, Tensor]
 ) -> Step:
-    """The timed function around `forward`; `adapter` holds the parameters that get gradients."""
+    """The function that is timed, around `forward`. `adapter` are the parameters with gradients."""
     if not case.backward:
         x = tensors.x
         return lambda: {"y": forward(x)}
@@ -201,13 +201,13 @@ def _peft_layer(case: Case, tensors: Tensors) -> Any:
     import peft
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns that the tiny model is no language model
+        warnings.simplefilter("ignore")  # PEFT warns that the tiny model is no language model
         config = peft.LoraConfig(
             r=case.rank,
             lora_alpha=case.scaling * case.rank,  # type: ignore[arg-type]
             lora_dropout=case.dropout_p,
             target_modules=["linear"],
-            alora_invocation_tokens=[1],  # makes it an aLoRA; the offsets are passed by hand
+            alora_invocation_tokens=[1],  # makes it an aLoRA; its offsets are passed directly
         )
         model: Any = peft.get_peft_model(_OneLinear(_frozen_linear(tensors.weight)), config)
     layer = model.base_model.model.linear

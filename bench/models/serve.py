@@ -4,17 +4,17 @@
     python bench/run.py --mode serve --context 2000 --rounds 5 --csv serve.csv --plot serve.png
     python bench/run.py --mode serve --small         a tiny model, seconds: shows that it runs
 
-The base model has read the context (a turn that it has just answered). Timed from there:
-    first token   one adapter's first token: its invocation on the base cache (aLoRA), or the whole
-                  context again (a plain LoRA with the same tensors, whose keys are its own)
+The base model has read the context and answered a turn. Two things are timed from there:
+    first token   one adapter's first token. An aLoRA runs its invocation on the base cache. A plain
+                  LoRA with the same tensors has other keys, so it reads the whole context again
     all answers   every adapter's answer: in one batch over one copy of the cache, one by one on
                   it, and the plain LoRAs one by one and batched by PEFT's adapter_names
 
-Rounds are interleaved. Answers one by one, and all of the plain LoRAs' answers, take longest and
-vary least, for each is made of many long forwards: they get fewer rounds (--long-rounds). The first
-token is measured in many pairs with the base model's forward of the same tokens on that cache
-(--pairs). Before the timing some of the adapters' answers are checked at each context length, and
-every adapter's at one of them, against one forward from scratch.
+Rounds are interleaved. All answers one by one, and all answers of the plain LoRAs, take longest.
+They also vary least, since each consists of many long forwards: so they get fewer rounds
+(--long-rounds). The first token is measured in many pairs with the base model's forward of the same
+tokens on the same cache (--pairs). Before the timing, answers are compared with one forward from
+scratch: some adapters' at each context length, and every adapter's at one of them.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from bench.common import flags, report
 from bench.common.clocks import READERS
 from bench.common.machine import describe_machine
 from bench.common.statistics import ratio_interval, ratio_spread
+from bench.models.cache import cache_name
 from bench.models.serve_models import load_models
 from bench.models.serve_report import (
     ALL,
@@ -49,8 +50,8 @@ from bench.models.serve_report import (
     write_plot,
 )
 
-OWN = {FIRST: (FIRST, OURS), ALL: (ALL, BATCH)}  # over whose time the others stand
-Times = dict[tuple[str, str], list[float]]  # seconds of each round, by what and by which variant
+OWN = {FIRST: (FIRST, OURS), ALL: (ALL, BATCH)}  # the ways whose times all others are divided by
+Times = dict[tuple[str, str], list[float]]  # seconds of each round, by what was measured and how
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check, measure, print. Returns 1 when an answer on the cache is not that from scratch."""
+    """Check, measure, print. Returns 1 if an answer on the cache differs from one from scratch."""
     return flags.run(parser(), arguments, _run)
 
 
@@ -123,7 +124,7 @@ def _run(o: argparse.Namespace) -> int:
 
 
 class Bench:
-    """The variants at one context length."""
+    """The models and calls of one context length."""
 
     def __init__(
         self, o: argparse.Namespace, activated: Any, plain: Any, tokenizer: Any, context: int
@@ -136,14 +137,14 @@ class Bench:
         ).tolist()
         self.names = [f"a{i}" for i in range(o.adapters)]
         self.session = Session(activated, tokenizer).extend(self.ids)
-        self.device = activated.device
+        self.device, self.cache_name = activated.device, cache_name(activated)
         self.options: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
 
     def suffix(self, name: str) -> list[int]:
         return [self.ids[-1], *self.activated.peft_config[name].alora_invocation_tokens]
 
     def check(self, names: Sequence[str]) -> str | None:
-        """Compare answers of the batch with one forward from scratch; says what is wrong."""
+        """Compare the batch's answers with one forward from scratch. Returns what is wrong."""
         answers = dict(zip(self.names, self.all_batch()))
         for name in names:
             answer = answers[name]
@@ -165,7 +166,7 @@ class Bench:
         return None
 
     def measure(self, tick: Callable[[], None]) -> Times:
-        """The seconds of interleaved rounds."""
+        """The seconds of all rounds."""
         o = self.o
         times: Times = {(FIRST, OURS): [], (FIRST, BASE): []}
         calls = {
@@ -184,9 +185,9 @@ class Bench:
         return times
 
     def _pairs(self, count: int, ours: list[float], base: list[float]) -> None:
-        """The two short calls in turn, the order changing, so that noise weighs on both alike.
+        """Time the two short calls in turn, in alternating order, so that noise affects both alike.
 
-        The first pair does not count: it finds the processor's caches as a long call has left them.
+        The first pair is not counted: a long call has just filled the processor's caches.
         """
         for turn in range(count + 1):
             order = [(self.first_alora, ours), (self.first_base, base)]
@@ -213,10 +214,9 @@ class Bench:
 
     def first_base(self) -> Any:
         ids = torch.tensor([self.suffix(self.names[0])], device=self.device)
-        table = self.session.adapters
-        with torch.no_grad(), table.scope(None, [None]):
-            view = view_of(self.session._cache)
-            return table.base(ids, logits_to_keep=1, **{table.cache_argument: view})
+        with torch.no_grad(), self.session.adapters.scope(None, [None]):
+            view = view_of(self.session.cache)
+            return self.session.base(ids, logits_to_keep=1, **{self.cache_name: view})
 
     def first_plain(self) -> Any:
         return self._plain(self.names[:1], {"max_new_tokens": 1})
@@ -247,7 +247,7 @@ class Bench:
 
 
 def rows_of(times: Times, context: int, seed: int) -> Iterator[Row]:
-    """The medians of one context length, over that of this package's own way."""
+    """The medians of one context length, and their ratios to this package's own way."""
     middle = {key: statistics.median(samples) for key, samples in times.items()}
     ours, base = (FIRST, OURS), (FIRST, BASE)
     low, high = ratio_interval(list(zip(times[ours], times[base])), seed)
@@ -269,7 +269,7 @@ def rows_of(times: Times, context: int, seed: int) -> Iterator[Row]:
 
 
 def spreads_of(times: Times, context: int) -> dict[str, float]:
-    """How far the ratios of one context length spread."""
+    """The spread of each ratio of one context length."""
     return {
         f"{what} of {variant} ÷ {OWN[what][1]}, {context} tokens": ratio_spread(
             samples, times[OWN[what]]
@@ -280,10 +280,10 @@ def spreads_of(times: Times, context: int) -> dict[str, float]:
 
 
 def share(names: list[str], number: int, count: int) -> list[str]:
-    """Names that are checked at context `number` of `count`: a share of all, at least one."""
+    """The adapters to check at context `number` of `count`: an equal share, at least one."""
     return names[number::count] or [names[number % len(names)]]
 
 
 def spread(count: int, rounds: int) -> set[int]:
-    """Numbers of the rounds in which a variant of `count` rounds is measured, evenly spread."""
+    """The rounds in which a variant with only `count` rounds is measured, evenly spread."""
     return {int((i + 0.5) * rounds / min(count, rounds)) for i in range(min(count, rounds))}

@@ -16,7 +16,7 @@ INVOCATION_LENGTH = 5
 
 
 def load_models(o: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """With activated adapters (accelerated), with plain ones (PEFT), and the tokenizer."""
+    """The model with activated adapters (accelerated), the one with plain ones, the tokenizer."""
     if o.small:
         bases, tokenizer = _tiny(o.seed)
     else:
@@ -70,7 +70,7 @@ def _tiny(seed: int) -> tuple[list[Any], Any]:
 
 
 class _NoText:
-    """Token ids only: the tiny model has no tokenizer."""
+    """Stands for a tokenizer: the tiny model works on token ids only."""
 
     eos_token_id, pad_token_id, chat_template = 1, 0, None
 

@@ -1,4 +1,4 @@
-"""What the serving benchmark shows: its figures as tables, a csv and a plot."""
+"""How the serving benchmark shows its figures: as tables, in a csv file and as a plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OURS, BASE, PLAIN = "aLoRA on the base cache", "base forward of its tokens", "pl
 BATCH, ALONE = "aLoRA, one batch", "aLoRA, one by one"
 PLAIN_ALONE, PLAIN_BATCH = "plain LoRA, one by one", "plain LoRA, batched"
 
-# What this package means to reach with five adapters of rank 32 over Gemma 3 270M.
+# The targets of this package, for five adapters of rank 32 on Gemma 3 270M.
 TARGET_CONTEXT = 2000
 SOONER = {(FIRST, PLAIN): 32.0, (ALL, PLAIN_ALONE): 10.0}
 OVER_BASE = 1.15
@@ -27,7 +27,7 @@ OVER_BASE = 1.15
 
 @dataclass(frozen=True)
 class Row:
-    """One variant at one context length; the columns of the csv file."""
+    """One variant at one context length; its fields are the columns of the csv file."""
 
     context: int
     what: str
@@ -35,14 +35,14 @@ class Row:
     rounds: int
     median_s: float
     min_s: float
-    ratio: float  # time over that of the first variant of the group
-    over_base: float | None = None  # of OURS: its median over BASE's, and the 95 % interval
+    ratio: float  # of its time to that of the group's first variant
+    over_base: float | None = None  # only of OURS: its median over BASE's, with its 95 % interval
     over_base_low: float | None = None
     over_base_high: float | None = None
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """A table for each group, then the first token against the base's forward."""
+    """Print a table for each group, then the ratio of the first token to the base's forward."""
     for what in (FIRST, ALL):
         columns = ("context", "variant", "rounds", "median", "min", "× the first", "target")
         table = report.make_table(f"{what}, medians", columns, left=("variant",))
@@ -92,7 +92,7 @@ LINES: dict[str, tuple[str, str]] = {
     ALONE: (BLUE, "o-"),
     BATCH: (RED, "o-"),
 }
-# Whose points say how much sooner than plain LoRA they are, and whether above the line.
+# Lines whose points show the ratio of another line to them, and whether it stands above.
 MARKED = {OURS: (PLAIN, True), ALONE: (PLAIN_ALONE, True), BATCH: (PLAIN_ALONE, False)}
 
 

@@ -1,12 +1,13 @@
-"""A training step of a whole model: PEFT, the prefix without gradient, the prefix kept.
+"""A training step of a whole model: PEFT's, and two of this package.
 
     python bench/run.py --mode train              512+64 and 2048+64 tokens, about four minutes
     python bench/run.py --mode train --plot train.png --csv train.csv
 
-One step is forward and backward of one batch (no optimizer). Variants take turns, so a load on the
-machine meets all of them; the figure is the median. Loss and gradients are compared before anything
-is timed. Peak memory is read in a process of its own for each variant: the highest resident size
-during a step, less that of the process with the model loaded.
+This package runs the prefix without gradient, and then also keeps it between steps. A step is
+forward and backward of one batch, without optimizer. Variants take turns, so that other load on the
+machine affects all of them; the figure is the median. Loss and gradients are compared before
+anything is timed. Peak memory is read in a separate process for each variant: the highest resident
+size during a step, less the size with the model loaded.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bench.models.train_step import make_batch, make_model, make_step
 
 LOSS_BOUND = 1e-5  # relative, float32
 GRADIENT_BOUND = 1e-3  # relative to the gradient's norm, float32
-Samples = Mapping[str, Sequence[float]]  # seconds of each round, by variant
+Samples = Mapping[str, Sequence[float]]  # by variant, the seconds of each round
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +87,7 @@ def _run(o: argparse.Namespace) -> int:
 
 
 def _measure(o: argparse.Namespace, console: Console) -> tuple[list[Figure], dict[str, float]]:
-    """The figures, and how far their ratios spread."""
+    """All figures, and the spread of their ratios."""
     plain = make_model(o)
     served = plain
     if o.accelerated:
@@ -141,7 +142,7 @@ def _measure(o: argparse.Namespace, console: Console) -> tuple[list[Figure], dic
 
 
 def _check(models: dict[str, Any], steps: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
-    """Loss and gradients of every variant equal PEFT's; a warm-up besides."""
+    """Compare loss and gradients of every variant with PEFT's. It warms the variants up, too."""
     losses: dict[str, float] = {}
     want: dict[str, Tensor] = {}
     for variant, step in steps.items():

@@ -1,4 +1,4 @@
-"""Peak memory of a training step: the highest resident size of a process that runs it alone."""
+"""Peak memory of a training step: the highest resident size of a process that runs only it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUN = Path(__file__).parents[1] / "run.py"
 
 
 def peak_in_process(options: argparse.Namespace, prompt: int, variant: str) -> float | None:
-    """MiB, measured in a fresh process; None where the system does not tell."""
+    """The peak in MiB, measured in a new process; None where the system cannot say it."""
     command = [
         sys.executable, str(RUN), "--mode", "train", "--memory-of", variant,
         *("--prompt", str(prompt)),
@@ -25,23 +25,23 @@ def peak_in_process(options: argparse.Namespace, prompt: int, variant: str) -> f
         *("--threads", str(options.threads), "--chunk-size", str(options.chunk_size)),
         *(["--accelerated"] if options.accelerated and variant != "peft" else []),
     ]  # fmt: skip
-    # Freed tensors go back to the system at once, so that the resident size tells what is in use.
+    # Freed memory is returned to the system at once, so the resident size is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:  # the timings are worth keeping
+    if done.returncode != 0:  # the timings are worth having without it
         print(f"peak memory of {variant} at {prompt} not measured:\n{done.stderr[-2000:]}")
         return None
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
 def peak_of(options: argparse.Namespace) -> float | None:
-    """In the child: highest resident size during the second step, over the loaded model."""
+    """In the child process: the second step's peak above the size with the model loaded."""
     model = make_model(options)
     if options.accelerated:
         from alora_kernels.peft import accelerate
 
         accelerate(model)
-    import alora_kernels.training  # noqa: F401, its imports are not the step's
+    import alora_kernels.training  # noqa: F401, its imports are no part of the step
 
     batch = make_batch(options, options.prompt[0])
     gc.collect()
@@ -51,7 +51,7 @@ def peak_of(options: argparse.Namespace) -> float | None:
     model.zero_grad(set_to_none=True)
     gc.collect()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
     except OSError:
         return None
     step()
@@ -60,7 +60,7 @@ def peak_of(options: argparse.Namespace) -> float | None:
 
 
 def _status(field: str) -> int | None:
-    """KiB, from the kernel's account of this process."""
+    """A value in KiB from the kernel's account of this process."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a training benchmark shows: its figures as a table, a csv and a plot."""
+"""How the training benchmark shows its figures: as a table, in a csv file and as a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.common import report
 
 VARIANTS = ("peft", "no_grad", "cached")
-# What this package means to reach, by (prompt, suffix): speed and peak memory against PEFT.
+# The targets by (prompt, suffix): speed, and peak memory as a fraction of PEFT's.
 TARGETS: dict[tuple[int, int], dict[str, tuple[float | None, float | None]]] = {
     (512, 64): {"no_grad": (2.3, None), "cached": (6.5, None)},
     (2048, 64): {"no_grad": (3.1, 0.24), "cached": (16.0, 0.18)},
@@ -32,7 +32,7 @@ class Figure:
     seconds: float  # median of the wall time
     fastest: float
     cpu_seconds: float  # median of the processor time, all threads
-    speedup: float  # PEFT's median over this one
+    speedup: float  # PEFT's median over this variant's
     cpu_speedup: float
     peak_mib: float | None
     peak_ratio: float | None
@@ -42,7 +42,7 @@ class Figure:
 
 
 def print_figures(figures: Sequence[Figure], console: Console) -> None:
-    """The table, with the targets beside the lengths that have one."""
+    """Print the table, with the targets of those lengths that have some."""
     words = ("variant", "target")
     columns = ("tokens", "variant", "s/step", "fastest", "× PEFT", "by CPU time", "peak MiB",
                "of PEFT's", "loss", "target")  # fmt: skip
@@ -70,7 +70,7 @@ def print_figures(figures: Sequence[Figure], console: Console) -> None:
 
 
 def _against_target(f: Figure) -> str:
-    """What was meant to be reached; "missed" stands beside what was not."""
+    """The target; "missed" stands beside one that is not met."""
     speed, memory = TARGETS.get((f.prompt, f.suffix), {}).get(f.variant, (None, None))
     parts = []
     if speed is not None:

@@ -1,4 +1,4 @@
-"""What is trained in the benchmark: a model from config, a batch, and a step of each variant."""
+"""What the training benchmark runs: a model from a config, a batch, and each variant's step."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def make_model(options: argparse.Namespace) -> Any:
     )
     model = get_peft_model(base, adapter).train()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero would make every gradient of lora_A zero
+        if "lora_B" in name:  # if it were zero, so would be all gradients of lora_A
             torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 
 def make_batch(options: argparse.Namespace, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of `prompt` random tokens, the invocation, and an answer with labels."""
+    """Rows of `prompt` random tokens, then the invocation, then an answer with labels."""
     generator = torch.Generator().manual_seed(prompt)
     shape = (options.batch, prompt + options.suffix)
     ids = torch.randint(10, 32000, shape, generator=generator)

@@ -1,7 +1,7 @@
 """A vLLM engine in a process of its own, driven by lines of JSON.
 
-vLLM lives in an environment of its own; with and without the plugin it must be two processes. The
-other side of the pipe is engine_process.py.
+vLLM has an environment of its own, and an engine with the plugin and one without it need two
+processes. engine_process.py is the other end of the pipe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROCESS = Path(__file__).with_name("engine_process.py")
 
 @dataclass(frozen=True)
 class Request:
-    """Token ids, the adapter's name (None: the base model), and how many tokens to generate."""
+    """Token ids, an adapter's name (None: the base model), and how many tokens to generate."""
 
     ids: list[int]
     adapter: str | None = None
@@ -28,7 +28,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came: seconds to the first token and to the end, prompt tokens from the cache, ids."""
+    """Seconds to the first token and to the end, prompt tokens from the cache, and token ids."""
 
     first: float
     total: float
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Served:
-    """What an engine serves and how; engine_process.py reads these fields."""
+    """What an engine serves, and how. engine_process.py reads these fields."""
 
     model: str
     adapters: dict[str, str]  # folders by name
@@ -51,13 +51,13 @@ class Served:
 
 
 class Engine:
-    """A running engine of the Python `python`; its output goes to the file `log`."""
+    """A running engine in the Python `python`. Its output goes to the file `log`."""
 
     def __init__(self, python: str, served: Served, log: Path, plugin: bool = True) -> None:
         env = {
             **os.environ,
-            # One process and one OpenMP thread for each core. vLLM's own binding wants a worker
-            # process, which its engine then watches in a loop, on one of the same few cores.
+            # One process, with one OpenMP thread on each core. vLLM's own binding needs a worker
+            # process, and the engine would then poll that process on one of these few cores.
             "OMP_NUM_THREADS": str(len(served.cores)),
             "OMP_PLACES": ",".join(f"{{{core}}}" for core in served.cores),
             "OMP_PROC_BIND": "true",
@@ -82,13 +82,13 @@ class Engine:
         self.started: dict[str, Any] = self._receive()
 
     def ask(self, **message: Any) -> Any:
-        """The answer to one message."""
+        """Send one message, and wait for its answer."""
         assert self.process.stdin is not None
         print(json.dumps(message), file=self.process.stdin, flush=True)
         return self._receive()["result"]
 
     def run(self, requests: Sequence[Request]) -> list[Answer]:
-        """All requests at once."""
+        """Send all requests at once, and wait for their answers."""
         answers = self.ask(do="run", requests=[asdict(r) for r in requests])
         return [Answer(**a) for a in answers]
 

@@ -1,10 +1,10 @@
-"""The process in which a vLLM engine runs; engine.py starts it and speaks with it.
+"""The process in which a vLLM engine runs. engine.py starts it and sends it messages.
 
     PYTHON_OF_VLLM bench/vllm/engine_process.py OPTIONS
 
-A group of requests is added at once; then the engine steps until all are done, and notes when each
-one's first token and end came. The clock starts when the first request is handed over. vLLM's
-environment has no `bench`, so nothing of it is imported here.
+A group of requests is added at once. Then the engine steps until all are done, and notes when the
+first token and the end of each came. The clock starts when the first request is added. vLLM's
+environment has no `bench`, so this file imports nothing of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 
 def _serve(options: dict[str, Any]) -> None:
-    # The answers' pipe is ours alone: whatever else prints goes to the log.
+    # Only answers go to the pipe. Whatever else is printed goes to the log.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     os.sched_setaffinity(0, options["cores"])
@@ -33,8 +33,8 @@ def _serve(options: dict[str, Any]) -> None:
         max_model_len=options["max_len"],
         block_size=options["block_size"],
         enable_prefix_caching=True,
-        # By default vLLM keeps a sliding window's blocks only where the same prompt would go on
-        # (one token before its end): a longer prompt, such as the next turn, hits less than it has.
+        # By default vLLM keeps the blocks of a sliding window only before the end of each prompt.
+        # Then a longer prompt, such as the next turn, finds fewer blocks than were computed.
         prefix_cache_retention_interval=None,
         enable_lora=True,
         max_loras=max(len(options["adapters"]), 1),
@@ -73,11 +73,11 @@ def _serve(options: dict[str, Any]) -> None:
 
 
 def _threads(worker: Any) -> dict[str, Any]:
-    """Threads and cores of a worker process: each OpenMP thread is bound to one of its own."""
+    """The threads and cores of a worker process. Each OpenMP thread is bound to its own core."""
     import torch
 
     threads = torch.get_num_threads()
-    torch.ones(1 << 20).sum()  # OpenMP makes and binds its threads at the first parallel loop
+    torch.ones(1 << 20).sum()  # the first parallel loop makes and binds OpenMP's threads
     cores = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
     return {"threads": threads, "cores": sorted(set().union(*(c for c in cores if len(c) == 1)))}
 
@@ -117,7 +117,7 @@ _keys = itertools.count()
 def _ops(
     rows: int, shapes: Sequence[Sequence[Any]], rank: int, repeats: int, threads: int
 ) -> list[dict[str, float]]:
-    """Seconds of `add_lora_linear` on a prefill of one adapter, stock and ours."""
+    """Seconds of `add_lora_linear` on a prefill of one adapter: vLLM's own, and this package's."""
     import torch
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU

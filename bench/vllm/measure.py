@@ -1,4 +1,4 @@
-"""What the vLLM benchmark sends to an engine, and what it makes of the answers."""
+"""The requests that the vLLM benchmark sends to its engines, and the figures that come of them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from bench.vllm.engine import Engine, Request, Served
 from bench.vllm.models import INVOCATION_LENGTH, layers_of
 from bench.vllm.report import Base, Op, Row
 
-Times = dict[str, list[float]]  # seconds by what was timed: "first a" is aLoRA's, "first p" plain
+Times = dict[str, list[float]]  # seconds; "first a" is aLoRA's, "first p" plain LoRA's
 
 
 class Bench:
-    """Engines of one model folder, and what they are asked."""
+    """The engines of one model folder, and the requests to them."""
 
     def __init__(self, o: argparse.Namespace, model: Path, scratch: Path) -> None:
         self.o, self.model, self.scratch = o, model, scratch
         self.sizes = json.loads((model / "config.json").read_text())
 
     def engine(self, adapters: dict[str, str], block: int, plugin: bool = True) -> Engine:
-        """An engine with blocks of this size, with the plugin or without."""
+        """Start an engine with blocks of this size, with the plugin or without."""
         o = self.o
         served = Served(
             model=str(self.model),
@@ -46,10 +46,10 @@ class Bench:
         return [draw.randrange(first, end) for _ in range(length)]
 
     def _turn(self, engine: Engine, ids: list[int]) -> tuple[list[int], float]:
-        """The base model's answer after `ids`, and its time.
+        """The base model's answer to `ids`, and its time.
 
-        One token more is generated than is used, as a chat ends in an end-of-turn token: the keys
-        and values of a token exist once it was fed.
+        One more token is generated than is used: in a chat that is the end-of-turn token. The keys
+        and values of a token are computed only when the token is fed to the model.
         """
         (answer,) = engine.run([Request(ids, None, self.o.tokens + 1)])
         return [*ids, *answer.ids[: self.o.tokens]], answer.total
@@ -62,7 +62,7 @@ class Bench:
         ]
 
     def check(self, engine: Engine) -> str | None:
-        """What is wrong with the answers, if anything; warms the engine up as well."""
+        """What is wrong with the answers, or None. It warms the engine up, too."""
         block = engine.started["block_size"]
         engine.reset()
         ids, _ = self._turn(engine, self._prompt(2 * block, "check"))
@@ -85,7 +85,7 @@ class Bench:
     def measure(
         self, engine: Engine, context: int, start: str, together: bool
     ) -> tuple[Row, Times]:
-        """One row of medians over interleaved rounds, and the seconds of the rounds."""
+        """One row of medians over interleaved rounds, and the seconds of all rounds."""
         times: Times = {}
         cached: list[int] = []
         asked = 0
@@ -134,7 +134,7 @@ class Bench:
         return row, times
 
     def measure_ops(self, engine: Engine) -> list[Op]:
-        """vLLM's CPU op against ours, each layer, on a prefill of one adapter."""
+        """Time vLLM's CPU op and ours for each layer, on a prefill of one adapter."""
         layers = layers_of(self.sizes)
         found = engine.ask(
             do="ops",
@@ -150,9 +150,9 @@ class Bench:
         return [Op(n, self.o.op_rows, f["ours"], f["stock"]) for n, f in zip(layers, found)]
 
     def measure_base(self) -> tuple[Base, float]:
-        """Base requests to two live engines in turn, one idle while the other works.
+        """Send base requests to two running engines in turn. One is idle while the other works.
 
-        Returns the medians, and how far their ratio spreads.
+        Returns the medians, and the spread of their ratio.
         """
         block = self.o.block_size[0]
         pairs: list[tuple[float, float]] = []
@@ -166,7 +166,7 @@ class Bench:
                 seconds = {e is ours: e.run([Request(ids, None, self.o.tokens)])[0] for e in order}
                 if seconds[True].ids != seconds[False].ids:
                     raise RuntimeError(f"base request {number}: other tokens with the plugin")
-                if number >= 0:  # the first two warm up
+                if number >= 0:  # the first two only warm up
                     pairs.append((seconds[True].total, seconds[False].total))
         low, high = ratio_interval(pairs, self.o.seed)
         ours_s, stock_s = zip(*pairs)
@@ -182,7 +182,7 @@ class Bench:
 
 
 def spreads_of(times: Times, where: str) -> dict[str, float]:
-    """How far the ratios of plain LoRA over aLoRA spread."""
+    """The spread of each ratio of plain LoRA to aLoRA."""
     names = {"first": "first token", "total": "one request", "all": "all adapters"}
     return {
         f"{name}, plain ÷ aLoRA, {where}": ratio_spread(times[f"{key} p"], times[f"{key} a"])

@@ -1,4 +1,4 @@
-"""What vLLM serves in the benchmark: a model's folder, and adapters in PEFT's format."""
+"""What vLLM serves in the benchmark: the folder of a model, and adapters in PEFT's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INVOCATION_LENGTH = 5
 
 
 def layers_of(sizes: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
-    """in_features and the output slices of the four layers that vLLM makes of a block."""
+    """in_features and output slices of the four adapted layers that vLLM has in each block."""
     hidden, inner, heads = (
         sizes["hidden_size"],
         sizes["intermediate_size"],
@@ -33,14 +33,14 @@ def layers_of(sizes: dict[str, Any]) -> dict[str, tuple[int, list[int]]]:
 
 
 def model_folder(o: argparse.Namespace, scratch: Path) -> Path:
-    """The model of `--model` or `--small`, else Gemma 3 270M."""
+    """The folder of the model of `--model` or `--small`; by default Gemma 3 270M."""
     if o.small:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         torch.manual_seed(o.seed)
         config = LlamaConfig(
             vocab_size=512,
-            hidden_size=128,  # vLLM's CPU attention begins at 32 columns a head
+            hidden_size=128,  # vLLM's CPU attention needs at least 32 columns a head
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -55,7 +55,7 @@ def model_folder(o: argparse.Namespace, scratch: Path) -> Path:
 
 
 def write_adapters(scratch: Path, sizes: dict[str, Any], o: argparse.Namespace) -> dict[str, str]:
-    """Folders in PEFT's format: a0… (aLoRA) and p0… (the same tensors as plain LoRA)."""
+    """Write folders in PEFT's format: a0… (aLoRA), and p0… (plain LoRA with the same tensors)."""
     outs: dict[str, tuple[int, int]] = {}
     names = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
     for layer, (depth, widths) in layers_of(sizes).items():

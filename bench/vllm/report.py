@@ -1,4 +1,4 @@
-"""What the vLLM benchmark shows: its figures as tables, a csv and a plot."""
+"""How the vLLM benchmark shows its figures: as tables, in a csv file and as a plot."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from rich.console import Console
 
 from bench.common import report
 
-# Where an invocation starts, and how the plot says it.
+# Where an invocation starts, and the plot's words for it.
 STARTS = {"aligned": "on a block's edge", "worst": "at the worst offset"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One context length at one start and block size; the columns of the csv file. Seconds."""
+    """One context length with one start and block size. Times are in seconds.
+
+    The fields are the columns of the csv file.
+    """
 
     block_size: int
     start: str
     context: int
     rounds: int
-    cached: int  # prompt tokens of each aLoRA request that came from the cache
-    hit_rate: float  # of the prompt tokens of all aLoRA requests
+    cached: int  # tokens of each aLoRA prompt that came from the cache
+    hit_rate: float  # the cached fraction of all aLoRA requests' prompt tokens
     first_alora: float
     first_plain: float
-    total_alora: float  # one request, to its last token
+    total_alora: float  # until the last token of one request
     total_plain: float
     base_turn: float
-    together_alora: float | None  # all adapters sent at once
+    together_alora: float | None  # until the last answer, all adapters sent at once
     together_plain: float | None
 
     @property
@@ -48,7 +51,7 @@ class Row:
 
     @property
     def pipeline_ratio(self) -> float | None:
-        """`together_ratio` with the base turn, which both sides need, on either side."""
+        """`together_ratio`, with the time of the base turn added to both sides."""
         if self.together_alora is None or self.together_plain is None:
             return None
         return (self.base_turn + self.together_plain) / (self.base_turn + self.together_alora)
@@ -56,7 +59,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Op:
-    """One layer's `add_lora_linear`, seconds."""
+    """The seconds of one layer's `add_lora_linear`."""
 
     layer: str
     rows: int
@@ -66,7 +69,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Base:
-    """Base requests on two engines: medians in seconds, and the ratio with its 95 % interval."""
+    """Base requests on two engines: medians in seconds, their ratio, its 95 % interval."""
 
     requests: int
     with_plugin: float
@@ -87,7 +90,7 @@ def _times(ratio: float | None) -> str:
 def print_tables(
     console: Console, rows: Sequence[Row], ops: Sequence[Op], base: Base | None
 ) -> None:
-    """Requests, all adapters at once, LoRA ops, base requests."""
+    """Print the requests, all adapters at once, the LoRA ops, and the base requests."""
     columns = ("block", "start", "context", "cached", "hit rate", "first: aLoRA",
                "plain", "sooner", "end: aLoRA", "plain", "sooner")  # fmt: skip
     table = report.make_table("one request after a base turn, ms", columns, left=("start",))
@@ -126,7 +129,7 @@ def print_tables(
 
 
 def write_plot(path: Path, rows: Sequence[Row], served: str, machine: str) -> None:
-    """Time to first token over the context length; plain LoRA's at the first block size."""
+    """Plot the time to the first token. Plain LoRA's is that of the first block size."""
     first = [r for r in rows if (r.block_size, r.start) == (rows[0].block_size, "aligned")]
     lines = {"plain LoRA": [(r.context, r.first_plain) for r in first]}
     for r in rows:

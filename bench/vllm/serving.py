@@ -1,16 +1,17 @@
-"""aLoRA on stock vLLM: the base model's cached keys and values against computing them again.
+"""aLoRA on stock vLLM: taking the base model's cached keys and values, or computing them again.
 
     python bench/run.py --mode vllm --engine-python ENV/bin/python    Gemma 3 270M
     python bench/run.py --mode vllm --csv vllm.csv --plot vllm.png    in that environment
     python bench/run.py --mode vllm --small --context 256             a tiny model, two minutes
 
-The base model answers over a context; then adapters of rank 32 run on context and answer, 16 tokens
-each. The same tensors are served as aLoRA, which takes the base model's cache up to its start, and
-as plain LoRA, which computes the context again. Both run this package's CPU op. `aligned`: the
-start is a multiple of the block size; `worst`: one token less, so the last block is recomputed.
+The base model answers over a context. Then adapters of rank 32 run on context and answer, 16 tokens
+each. The same tensors are served twice: as aLoRA, which takes the base model's cache up to its
+start, and as plain LoRA, which computes the context again. Both run this package's CPU op. At
+`aligned` the start is a multiple of the block size. At `worst` it is one token less, so the last
+block is computed again.
 
-Also: vLLM's own CPU LoRA op against this package's at the same batch, and base requests on two live
-engines, with the plugin and without.
+Two more things are measured: vLLM's own CPU LoRA op against this package's on the same batch, and
+base requests to two running engines, with the plugin and without.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print. Returns 1 when an answer on the cache is not that from scratch."""
+    """Measure and print. Returns 1 if an answer on the cache differs from one from scratch."""
     return flags.run(parser(), arguments, _run)
 
 
@@ -82,7 +83,7 @@ def _run(o: argparse.Namespace) -> int:
 
 
 def _has_vllm(python: str) -> bool:
-    """Looked up, not imported: that takes many seconds."""
+    """Whether vLLM is installed. It is not imported, since that takes many seconds."""
     look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         return subprocess.run([python, "-c", look], check=False).returncode == 0

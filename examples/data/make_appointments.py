@@ -1,12 +1,12 @@
-"""Writes appointments_train.jsonl and appointments_heldout.jsonl: chats, and what was agreed.
+"""Writes appointments_train.jsonl and appointments_heldout.jsonl: chats that agree on something.
 
     python examples/data/make_appointments.py
 
-Every row is a chat whose last answer is `day | time | place`. The conversations stand in
-conversations_train.txt and conversations_heldout.txt, one turn a line, the user first: {day} {time}
-{place} are what is agreed in the end, {day2} {time2} {place2} are mentioned and given up. No
-conversation, place, name or wording of the question is shared between the two files; days of the
-week and the clock are.
+The last answer of every row is `day | time | place`. The conversations are in
+conversations_train.txt and conversations_heldout.txt, one turn a line, the user first. {day} {time}
+{place} are what is agreed in the end; {day2} {time2} {place2} are mentioned and given up. The two
+files share days of the week and the clock, but no conversation, place, name or wording of the
+question.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def rows(
     per_conversation: int,
     seed: int,
 ) -> list[dict[str, object]]:
-    """Every conversation `per_conversation` times, with fresh values."""
+    """Every conversation `per_conversation` times, each time with other values."""
     rng = random.Random(seed)
     result: list[dict[str, object]] = []
     for turns in conversations:
@@ -71,7 +71,7 @@ def rows(
             }  # fmt: skip
             filled = [_sentence_case(turn.format(**values)) for turn in turns]
             question = rng.choice(questions)
-            if len(filled) % 2:  # the user spoke last: the question joins that turn
+            if len(filled) % 2:  # the user spoke last, so the question becomes part of that turn
                 filled[-1] = f"{filled[-1]}\n{question}"
             else:
                 filled.append(question)

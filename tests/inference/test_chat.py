@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alora_kernels.inference import Session
 
@@ -105,12 +106,12 @@ def test_an_answer_by_text_is_the_assistants_turn() -> None:
 
 def kept(session: Session, text: str, adapter: str | None = None) -> None:
     """Keep an answer as if the model had generated `text`."""
-    call = session._plan(adapter, None)
-    from alora_kernels.inference import Answer
-
     ids = session.tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = session.tokenizer.decode(ids, skip_special_tokens=True)
-    session._keep(call, Answer(shown, tuple(ids), adapter, tuple(call.added), call.start), None)
+    session.base.generate = lambda given, **_: torch.cat([given, torch.tensor([ids])], dim=-1)
+    try:
+        assert session.generate(adapter, keep=True).token_ids == tuple(ids)
+    finally:
+        del session.base.generate
 
 
 @pytest.mark.parametrize("text", ["yes§", "yes"])  # ended, or cut by max_new_tokens
@@ -195,7 +196,7 @@ def test_a_loaded_session_goes_on_as_the_saved_one(tmp_path: Path, steps: str) -
         session.extend([40, 41])
     session.save(tmp_path / "a")
     other = Session.load(tmp_path / "a", session.model, session.tokenizer)
-    assert other._context == session._context
+    assert other._state.context == session._state.context
     for s in (session, other):
         s.extend([ANSWER, MORE] if steps == "message" else [MORE if steps != "ids" else ANSWER])
     assert other.token_ids == session.token_ids

@@ -79,7 +79,7 @@ def test_gemma_around_its_window(gemma: tuple[Any, Any], length: int) -> None:
     text = (EXAMPLES / "data" / "conversations_train.txt").read_text(encoding="utf8")
     ids = tokenizer(text)["input_ids"][:length]
     session = Session(model, tokenizer).extend(ids)
-    before = [t.clone() for t in tensors_of(session._cache)]
+    before = [t.clone() for t in tensors_of(session.cache)]
     alone = session.generate(max_new_tokens=6, do_sample=False)
     both = session.ask([None, None], ["", " And"], max_new_tokens=6, do_sample=False)
     assert alone.token_ids == both[0].token_ids
@@ -90,4 +90,4 @@ def test_gemma_around_its_window(gemma: tuple[Any, Any], length: int) -> None:
         for i, token in enumerate(answer.token_ids):
             row = logits[i + 6 - len(answer.token_ids)]
             assert row.max() - row[token] < 1e-3
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session._cache)))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session.cache)))

@@ -17,14 +17,14 @@ from .tiny import GREEDY, INVOCATIONS, WINDOW, check, context, session_of
 def test_a_stream_gives_the_same_text_and_can_be_cancelled(seed: int) -> None:
     session, _ = session_of("gemma3", seed)
     session.extend(context(2 * WINDOW, seed))
-    before = [t.clone() for t in tensors_of(session._cache)]
+    before = [t.clone() for t in tensors_of(session.cache)]
     whole = session.generate("red", **GREEDY)
     assert "".join(session.stream("red", **GREEDY)) == whole.text
     stream = session.stream("red", max_new_tokens=200, min_new_tokens=200, do_sample=False)
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name == "alora-stream"]
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session._cache)))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session.cache)))
     assert session.generate("red", **GREEDY) == whole
     with pytest.raises(ValueError, match="unknown adapter 'grey'"):
         list(session.stream("grey"))
@@ -38,14 +38,14 @@ def test_a_stream_keeps_its_answer_only_when_it_ends(seed: int) -> None:
     next(stream)
     stream.close()
     assert list(session.token_ids) == ids
-    finished, run = threading.Event(), session._run
+    finished, run = threading.Event(), session._runner.answer
 
     def seen(*args: Any) -> Any:
         out = run(*args)
         finished.set()
         return out
 
-    session._run = seen  # type: ignore[method-assign]
+    session._runner.answer = seen  # type: ignore[method-assign]
     stream = session.stream("red", keep=True, **GREEDY)
     next(stream)
     finished.wait()  # the answer is there, but was not read to its end
@@ -61,7 +61,7 @@ def test_a_stream_keeps_its_answer_only_when_it_ends(seed: int) -> None:
 def test_an_exception_inside_the_model_changes_nothing(seed: int) -> None:
     session, _ = session_of("gemma3", seed)
     session.extend(context(2 * WINDOW, seed))
-    before = [t.clone() for t in tensors_of(session._cache)]
+    before = [t.clone() for t in tensors_of(session.cache)]
     wanted = session.generate("red", **GREEDY)
     many = session.ask(["red", "green"], **GREEDY)
 
@@ -87,7 +87,7 @@ def test_an_exception_inside_the_model_changes_nothing(seed: int) -> None:
                 call()
     handle.remove()
     assert session.base.config._attn_implementation == "sdpa"
-    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session._cache)))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors_of(session.cache)))
     assert len(session) == 2 * WINDOW
     assert session.generate("red", **GREEDY) == wanted
     assert session.ask(["red", "green"], **GREEDY) == many
@@ -123,3 +123,22 @@ def test_threads_equal_serial_runs(seed: int) -> None:
         for index, answer in results:
             assert answer == wanted[index]
     assert session.base.config._attn_implementation == "sdpa"
+
+
+def test_an_answer_is_not_kept_behind_another_context(seed: int) -> None:
+    """Whether what came meanwhile reached the cache, or is held back as part of an invocation."""
+    *begun, last = INVOCATIONS["blue"]
+    for more in ([last], context(5, seed)[1:]):
+        session, _ = session_of("llama", seed)
+        session.extend([*context(9, seed), *begun])
+        cache = session.cache
+
+        def extend(ids: Any, scores: Any, session: Session = session, more: Any = more) -> Any:
+            if len(session) == 9 + len(begun):
+                session.extend(more)
+            return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+        with pytest.raises(RuntimeError, match="the context changed while an answer"):
+            session.generate("red", keep=True, stopping_criteria=[extend], **GREEDY)
+        assert (session.cache is cache) == (more == [last])
+        assert list(session.token_ids) == [*context(9, seed), *begun, *more]

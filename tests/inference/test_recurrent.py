@@ -29,12 +29,12 @@ def test_a_recurrent_state_is_copied_for_each_call(seed: int) -> None:
     model, reference = peft_model("bamba", seed), peft_model("bamba", seed)
     ids = context(20, seed)
     session = Session(model, tokenizer(), prefill_chunk=7).extend(ids)
-    kinds = {type(layer).__name__ for layer in session._cache.layers}
+    kinds = {type(layer).__name__ for layer in session.cache.layers}
     assert kinds == {"LinearAttentionLayer", "DynamicLayer"}
-    before = [t.clone() for t in tensors_of(session._cache)]
+    before = [t.clone() for t in tensors_of(session.cache)]
     answers = [session.generate(name, **GREEDY) for name in (None, *INVOCATIONS)]
     answers += session.ask([None, *INVOCATIONS], **GREEDY)
-    after = tensors_of(session._cache)
+    after = tensors_of(session.cache)
     assert len(before) == len(after)
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     kept = session.generate("red", keep=True, **GREEDY)
@@ -42,7 +42,7 @@ def test_a_recurrent_state_is_copied_for_each_call(seed: int) -> None:
     later = [*session.token_ids]
     assert later == [*ids, *kept.invocation, *kept.token_ids]
     fresh = Session(model, tokenizer()).extend(later)
-    for grown, scratch in zip(tensors_of(session._cache), tensors_of(fresh._cache)):
+    for grown, scratch in zip(tensors_of(session.cache), tensors_of(fresh.cache)):
         torch.testing.assert_close(grown, scratch, rtol=0, atol=2e-4)
     assert check(reference, later, session.generate("blue", **GREEDY)) == 0
 

@@ -44,7 +44,7 @@ def test_answers_equal_those_from_scratch(kind: str, attention: str, seed: int) 
         ids = context(length, seed + length)
         session = Session(session.model, session.tokenizer)
         session.extend(ids)
-        before = [t.clone() for t in tensors_of(session._cache)]
+        before = [t.clone() for t in tensors_of(session.cache)]
         alone = [session.generate(name, **GREEDY) for name in (None, *INVOCATIONS)]
         together = session.ask([None, *INVOCATIONS], **GREEDY)
         again = session.generate("red", **GREEDY)
@@ -53,7 +53,7 @@ def test_answers_equal_those_from_scratch(kind: str, attention: str, seed: int) 
             ties += check(reference, ids, answer)
             tokens += len(answer.token_ids)
         assert again == alone[1]
-        after = tensors_of(session._cache)
+        after = tensors_of(session.cache)
         assert len(before) == len(after)
         assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert ties <= max(1, tokens // 100), f"{ties} of {tokens} tokens differ"
@@ -86,7 +86,7 @@ def test_kept_turns_are_base_tokens_for_later_ones(kind: str, seed: int) -> None
         ids = [*ids, *more]
     fresh = Session(session.model, session.tokenizer).extend(ids)
     assert session.cached_length == fresh.cached_length == len(ids) - 1
-    for kept, scratch in zip(tensors_of(session._cache), tensors_of(fresh._cache)):
+    for kept, scratch in zip(tensors_of(session.cache), tensors_of(fresh.cache)):
         if kept.is_floating_point():
             torch.testing.assert_close(kept, scratch, rtol=0, atol=2e-4)
 
@@ -108,7 +108,7 @@ def test_prefill_in_chunks_is_the_same(seed: int) -> None:
     ids = context(3 * WINDOW, seed)
     session.extend(ids)
     chunked = Session(session.model, session.tokenizer, prefill_chunk=7).extend(ids)
-    for a, b in zip(tensors_of(session._cache), tensors_of(chunked._cache)):
+    for a, b in zip(tensors_of(session.cache), tensors_of(chunked.cache)):
         if a.is_floating_point():
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 

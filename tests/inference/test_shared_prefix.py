@@ -177,7 +177,7 @@ def test_five_adapters_hold_one_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_prefix, "MAX_SCORES", 1 << 14)
     new, names = 6, ["red", "green", "blue", "red", "green"]
     session = Session(model, tokenizer()).extend(context(1500, 4))
-    prefix = sum(layer.keys.nbytes + layer.values.nbytes for layer in session._cache.layers)
+    prefix = sum(layer.keys.nbytes + layer.values.nbytes for layer in session.cache.layers)
 
     def peak(ask: list[str | None]) -> int:
         with _Peak() as mode:
@@ -191,5 +191,5 @@ def test_five_adapters_hold_one_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     assert five <= 1.05 * (one + 5 * suffix)
     # A copy of the prefix for each row, as `batch_repeat_interleave` makes them, breaks the bound.
     with _Peak() as copied:
-        session._cache.layers[0].keys.repeat_interleave(5, 0)
-    assert prefix + 2 * len(session._cache.layers) * copied.peak > 1.05 * (one + 5 * suffix)
+        session.cache.layers[0].keys.repeat_interleave(5, 0)
+    assert prefix + 2 * len(session.cache.layers) * copied.peak > 1.05 * (one + 5 * suffix)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
-from alora_kernels.inference import Session, storage
+from alora_kernels.inference import Session, identity, storage
+from alora_kernels.inference.context import Context
 from alora_kernels.inference.views import tensors_of
 
 from .architectures import small_model
@@ -26,7 +28,7 @@ def test_a_loaded_session_answers_and_grows_as_the_saved_one(tmp_path: Path, len
     session.save(tmp_path / "a")
     other = Session.load(tmp_path / "a", peft_model("gemma3", 8), tokenizer())
     assert other.token_ids == session.token_ids
-    for a, b in zip(tensors_of(session._cache), tensors_of(other._cache)):
+    for a, b in zip(tensors_of(session.cache), tensors_of(other.cache)):
         assert torch.equal(a, b)
     for s in (session, other):
         s.extend(context(5, 9)[1:])
@@ -76,7 +78,7 @@ def test_a_folder_of_the_first_format_is_read(
     data = json.loads(header.read_text())
     del data["context"]
     data["format"] = "alora_kernels.session.1"
-    data["base"]["weights"] = storage._sampled_weights(session)
+    data["base"]["weights"] = identity.sampled_weights(session.base)
     header.write_text(json.dumps(data))
     with caplog.at_level(logging.WARNING, "alora_kernels"):
         other = Session.load(tmp_path / "a", peft_model("llama", 8), tokenizer())
@@ -151,3 +153,29 @@ def test_a_failed_save_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(OSError, match="no space"):
         session.save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_hold_the_values_that_were_given(tmp_path: Path) -> None:
+    """Without a session and without a model: a context, a cache and an identity go to and fro."""
+    cache = DynamicCache()
+    for layer in range(2):
+        cache.update(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 3), layer)
+    context = Context(
+        ids=(3, 1, 4, 1, 5, 9),
+        border=2,
+        text="§",
+        messages=({"role": "user", "content": "hi"},),
+        rendered="<u>hi",
+        prompted=True,
+        since="x",
+        answer="yes",
+    )
+    whose = identity.Identity({"model_type": "none", "weights": "0"}, {"clip": 1.5})
+    storage.save(tmp_path / "a", context, cache, whose)
+    assert storage.read_header(tmp_path / "a") == storage.Saved(context, 5, whose)
+    other = DynamicCache()
+    for _ in range(2):
+        other.layers.append(type(cache.layers[0])())
+    storage.fill_cache(tmp_path / "a", 5, other, torch.device("cpu"))
+    for a, b in zip(tensors_of(cache), tensors_of(other), strict=True):
+        assert torch.equal(a, b)

@@ -23,6 +23,11 @@ def ids_of(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
+def prompt_of(session: Session, text: str) -> list[int]:
+    """The tokens that a call puts behind the context for its prompt."""
+    return session._plan(session._state, None, text).added
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_in_two_pieces_is_the_text(model: Any, kind: str) -> None:
     """Cut anywhere: equal, or refused where tokens would change that have been read."""
@@ -68,10 +73,10 @@ def test_a_prompt_behind_the_context_is_the_text(model: Any, kind: str) -> None:
         ids = list(session.token_ids)
         if whole[: len(ids)] == ids:
             served += 1
-            assert [*ids, *session._plan(None, TEXT[cut:]).added] == whole, TEXT[:cut]
+            assert [*ids, *prompt_of(session, TEXT[cut:])] == whole, TEXT[:cut]
         else:
             with pytest.raises(ValueError, match="or give token ids"):
-                session._plan(None, TEXT[cut:])
+                prompt_of(session, TEXT[cut:])
     assert served > len(TEXT.split())
 
 
@@ -136,9 +141,7 @@ def test_gemma_texts_in_pieces() -> None:
         session.extend(" " * bool(i) + word)
     assert list(session.token_ids) == whole
     session = Session(model, tokenizer).extend("Answer:")
-    assert [*session.token_ids, *session._plan(None, "\nyes").added] == ids_of(
-        tokenizer, "Answer:\nyes"
-    )
+    assert [*session.token_ids, *prompt_of(session, "\nyes")] == ids_of(tokenizer, "Answer:\nyes")
 
 
 def test_kept_answers_stay_and_text_goes_on(seed: int) -> None:
