@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from ..peft import accelerate, adapter_scope
+from ..invocation import invocation_of
 
 
 class AdapterTable:
@@ -26,6 +26,8 @@ class AdapterTable:
                 "model, or a PeftModel around one"
             )
         if self.is_peft:
+            from ..peft import accelerate  # a plain model needs no peft
+
             accelerate(model)
 
     def names(self) -> list[str]:
@@ -44,8 +46,7 @@ class AdapterTable:
         if config is None:
             known = ", ".join(map(repr, self.names())) or "none"
             raise ValueError(f"unknown adapter {name!r}; this model has: {known}")
-        tokens = getattr(config, "alora_invocation_tokens", None)
-        return list(tokens) if tokens else None
+        return invocation_of(config) or None
 
     def tokens(self, name: str) -> list[int]:
         """The invocation's token ids.
@@ -82,4 +83,6 @@ class AdapterTable:
         """
         if not self.is_peft:
             return nullcontext()
+        from ..peft import adapter_scope
+
         return adapter_scope(self.model, names, starts=starts)

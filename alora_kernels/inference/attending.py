@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..peft.stream import projects_cache
 from .shared_prefix import SharedPrefixCache, SharedPrefixError
 
 NAME = "alora_shared_prefix"
@@ -50,6 +49,8 @@ def sharing_problem(model: Any, cache: Cache, padded: bool) -> str | None:
     if any(kind.__name__ == "DummyLayer" for layer in cache.layers for kind in type(layer).__mro__):
         return "some layers read the keys of others"
     if hasattr(model, "peft_config"):
+        from ..peft.stream import projects_cache  # a plain model needs no peft
+
         projected = projects_cache(model)
         if projected is not None:
             return f"{projected} projects what its cache returns"

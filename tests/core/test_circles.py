@@ -10,7 +10,7 @@ import pytest
 import alora_kernels
 
 ROOT = Path(alora_kernels.__file__).parent
-FOLDERS = ("inference", "training")
+FOLDERS = ("backends", "dispatch", "inference", "peft", "training", "vllm")
 
 Graph = dict[str, set[str]]
 
@@ -69,7 +69,7 @@ def circles(graph: Graph) -> list[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_files_of_a_folder_import_each_other_in_no_circle(folder: str) -> None:
     graph = graph_of(ROOT, folder)
-    assert len(graph) > 5 and any(graph.values())
+    assert len(graph) > 3 and any(graph.values())
     assert circles(graph) == []
 
 

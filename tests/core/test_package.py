@@ -7,6 +7,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
+
 import alora_kernels
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +25,31 @@ class Without:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] not in blocked:
             return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path if hasattr(finder, "find_spec")]
+'''
+LAYER = """
 import torch, alora_kernels
 layer = alora_kernels.AloraLinear(8, 8, r=2, lora_alpha=2)
 layer(torch.randn(4, 8), alora_kernels.Activation.all(4)).sum().backward()
 print("loaded", sorted(blocked & set(sys.modules)))
-'''
+"""
+
+SESSION = """
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from alora_kernels.inference import Session
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+words = models.WordLevel({str(i): i for i in range(32)}, unk_token="0")
+session = Session(model, PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words)))
+session.extend([3, 4, 5])
+answer = session.generate(max_new_tokens=2, eos_token_id=None)
+assert len(answer.token_ids) == 2
+print("loaded", sorted(blocked & set(sys.modules)))
+"""
 
 
 def python(*args: str) -> str:
@@ -38,7 +59,12 @@ def python(*args: str) -> str:
 
 
 def test_imports_and_trains_without_any_optional_package() -> None:
-    assert python("-c", WITHOUT, ",".join(OPTIONAL)).strip() == "loaded []"
+    assert python("-c", WITHOUT + LAYER, ",".join(OPTIONAL)).strip() == "loaded []"
+
+
+def test_a_session_over_a_plain_model_needs_no_peft() -> None:
+    pytest.importorskip("transformers")
+    assert python("-c", WITHOUT + SESSION, "peft").strip() == "loaded []"
 
 
 def test_import_loads_no_heavy_optional_package() -> None:
