@@ -10,11 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .activation import Activation
-from .contract import STRATEGIES, Options, Projection
+from .contract import PRECISIONS, STRATEGIES, Options, Projection
 from .dispatch import BACKENDS
-
-PRECISIONS = ("compute", "fp32")
-MAX_DIM = 4
+from .run import MAX_DIM
 
 
 def finite(name: str, scaling: float) -> float:

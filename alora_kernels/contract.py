@@ -15,6 +15,7 @@ from torch import Tensor
 from .activation import Activation
 
 STRATEGIES = ("delta", "tail", "onepass")
+PRECISIONS = ("compute", "fp32")  # of the adapter, that a caller may choose
 
 
 class Projection(NamedTuple):

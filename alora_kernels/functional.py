@@ -15,7 +15,7 @@ from .backends.reference import outputs
 from .checks import check_options, check_seed, check_tensors
 from .contract import Call, Options, Projection
 from .ops import traced_linear
-from .run import entry_of, in_autocast, run_forward
+from .run import entry_of, in_autocast, run_forward, run_one_row
 from .scalings import split_scalings
 
 
@@ -231,6 +231,10 @@ def run(
             base_outs = [b.to(x.dtype) for b in base_outs]
     numbers, projections = split_scalings(name, scalings, projections, traced)
     transformed = in_transform()
+    if not (traced or transformed or autocast or base_outs):
+        ys = run_one_row(x, projections, numbers, activation, options)
+        if ys is not None:
+            return ys
     entry = None
     if not (traced or transformed):
         entry = entry_of(x, projections, base_outs, activation, numbers, options)

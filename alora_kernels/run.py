@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from .activation import Activation
-from .contract import Backend, Call, Gradients, Needs, Options, Projection
-from .dispatch import asked_for, choose, forget_choices, problem_of
+from .backends.cpu import CpuBackend
+from .contract import PRECISIONS, Backend, Call, Gradients, Needs, Options, Projection
+from .dispatch import BACKENDS, asked_for, choose, forget_choices, problem_of
 
 KEPT = 4096  # signatures
 PLAIN = (Tensor, torch.nn.Parameter)
+MAX_DIM = 4  # of x
+EXACT = (torch.float32, torch.float64)  # dtypes in which every precision computes alike
+ON_CPU = {(backend, strategy) for backend in ("auto", "cpu") for strategy in ("auto", "delta")}
 
 _memory: dict[tuple[Any, ...], Entry] = {}
 
@@ -75,6 +79,58 @@ def entry_of(
             _memory.clear()
         found = _memory[signature] = Entry()
     return found
+
+
+def run_one_row(
+    x: Tensor,  # [..., K] with one row
+    projections: Sequence[Projection],
+    scalings: Sequence[float],
+    activation: Activation,
+    options: Options,
+) -> tuple[Tensor, ...] | None:
+    """Decoding's short way: the outputs `[..., N]` of one active row on a CPU, without gradients.
+
+    For one row, looking up what is known of a call takes longer than the call. So nothing is looked
+    up: what decides is read here, and PyTorch's own operations refuse sizes that do not fit.
+
+    Returns:
+        None where this way does not apply, and where something does not fit: the usual way serves
+        the call, or says what is wrong.
+    """
+    dtype, shape = x.dtype, x.shape
+    if dtype not in EXACT or not x.is_cpu or not 0 < x.numel() == shape[-1]:
+        return None
+    if activation.__class__ is not Activation or activation.num_active != 1:
+        return None
+    mask = activation.row_adapter
+    if mask.shape[0] != 1 or not mask.is_cpu or torch.is_grad_enabled():
+        return None
+    if options.dropout_p != 0.0 or options.adapter_precision not in PRECISIONS:
+        return None
+    if len(shape) > MAX_DIM:
+        return None
+    if asked_for(options.backend, options.strategy) not in ON_CPU:
+        return None
+    for p in projections:
+        weight, bias, lora_a, _, lora_bias = p
+        if weight is None or not lora_a.shape[0]:
+            return None
+        for t in p:
+            if t is not None and (t.__class__ not in PLAIN or t.dtype is not dtype or not t.is_cpu):
+                return None
+        if (bias is not None and bias.shape != weight.shape[:1]) or (
+            lora_bias is not None and lora_bias.shape != weight.shape[:1]
+        ):
+            return None
+    cpu = BACKENDS.get("cpu")
+    if x.__class__ not in PLAIN or not isinstance(cpu, CpuBackend):
+        return None
+    try:
+        ys = cpu.one_row(x.reshape(-1), projections, scalings)
+    except RuntimeError:
+        return None
+    lead = shape[:-1]
+    return tuple([y.resize_((*lead, y.shape[0])) for y in ys])
 
 
 def forget() -> None:

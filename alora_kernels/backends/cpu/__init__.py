@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...contract import Call, Gradients, Needs, Problem, Projection
 from .backward import run_backward
-from .forward import run_forward
+from .forward import one_row, run_forward
 
 __all__ = ["CpuBackend"]
 
@@ -43,6 +43,12 @@ class CpuBackend:
         save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
         return run_forward(call, x, projections, base_outs, save)
+
+    def one_row(
+        self, row: Tensor, projections: Sequence[Projection], scalings: Sequence[float]
+    ) -> list[Tensor]:
+        """The outputs `[N]` of one active row `[K]`, all in one dtype; nothing is checked."""
+        return one_row(row, projections, scalings)
 
     def backward(
         self,

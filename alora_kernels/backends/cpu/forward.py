@@ -58,29 +58,34 @@ def _all_rows(
 ) -> list[Tensor]:
     """Decoding's short way: every row is active, nothing is saved, one dtype is computed in."""
     dtype = x.dtype
-    # One row: matrix times vector needs no transposes; in 16 bits torch is faster without it.
-    vector = x.shape[0] == 1 and base_outs is None and dtype.itemsize >= 4
-    if vector:
-        row = x.reshape(-1)
-        ys = [_base_vector(p, row) for p in projections]
-    else:
-        ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
+    if any(p.lora_a.dtype != dtype for p in projections):
+        projections = [p._replace(lora_a=p.lora_a.to(dtype), lora_b=p.lora_b.to(dtype))
+                       for p in projections]  # fmt: skip
+    # In 16 bits torch multiplies matrices faster than matrix and vector.
+    if x.shape[0] == 1 and base_outs is None and dtype.itemsize >= 4:
+        return one_row(x.reshape(-1), projections, call.scalings)
+    ys = _base_outputs(x, projections) if base_outs is None else list(base_outs)
     for p, y, scaling in zip(projections, ys, call.scalings):
-        a, b = p.lora_a, p.lora_b
-        if a.dtype != dtype:
-            a, b = a.to(dtype), b.to(dtype)
-        if vector:
-            y.addmv_(b, a.mv(row), alpha=scaling)
-        elif call.options.adapter_precision == "autocast":
-            add_product(y, WHOLE, torch.mm(x, a.t()).mul_(scaling), b.t(), rounded=True)
+        if call.options.adapter_precision == "autocast":
+            low = torch.mm(x, p.lora_a.t()).mul_(scaling)
+            add_product(y, WHOLE, low, p.lora_b.t(), rounded=True)
         else:
-            y.addmm_(torch.mm(x, a.t()), b.t(), alpha=scaling)
+            y.addmm_(torch.mm(x, p.lora_a.t()), p.lora_b.t(), alpha=scaling)
         if p.lora_bias is not None:
             y.add_(p.lora_bias.to(dtype), alpha=scaling)
     return ys
 
 
-def _base_vector(p: Projection, row: Tensor) -> Tensor:
-    """The base of one row `[K]`, `[N]`."""
-    assert p.weight is not None
-    return p.weight.mv(row) if p.bias is None else torch.addmv(p.bias, p.weight, row)
+def one_row(
+    row: Tensor, projections: Sequence[Projection], scalings: Sequence[float]
+) -> list[Tensor]:
+    """The outputs `[N]` of one active row `[K]`: matrix times vector needs no transposes."""
+    ys = []
+    for p, scaling in zip(projections, scalings):
+        assert p.weight is not None
+        y = p.weight.mv(row) if p.bias is None else torch.addmv(p.bias, p.weight, row)
+        y.addmv_(p.lora_b, p.lora_a.mv(row), alpha=scaling)
+        if p.lora_bias is not None:
+            y.add_(p.lora_bias.to(y.dtype), alpha=scaling)
+        ys.append(y)
+    return ys
