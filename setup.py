@@ -180,14 +180,33 @@ def parse_ptxas(text: str) -> dict[str, dict[str, dict[str, int]]]:
     return report
 
 
+def strict(env: Mapping[str, str]) -> bool:
+    """Whether warnings are errors: for who works on the kernels. A user's compiler may be newer."""
+    return env.get("ALORA_BUILD_STRICT") == "1"
+
+
+def check_ptxas(text: str, env: Mapping[str, str]) -> None:
+    """Say where ptxas could not let wgmma run ahead (C7510): such a kernel is right, but slow."""
+    lines = [line for line in text.splitlines() if "C7510" in line]
+    if not lines:
+        return
+    if strict(env):
+        raise BuildError("ptxas serialises wgmma:\n" + "\n".join(lines))
+    print("alora_kernels: ptxas serialises wgmma, so these kernels will be slow; another nvcc may")
+    print("not:", *lines, sep="\n  ")
+
+
 def ninja_file(toolkit: Toolkit, archs: tuple[str, ...], target: Path) -> str:
-    """The build: one object for each source, in parallel, warnings as errors."""
+    """The build: one object for each source, in parallel."""
     import pybind11
 
     root = toolkit_root(_output([toolkit.nvcc, "--dryrun", "-c", str(CSRC / "grad.cu")]))
     includes = [sysconfig.get_paths()["include"], pybind11.get_include(), str(root / "include")]
-    host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
-    device = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    host = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    device = ["-std=c++17", "-O3", "-Xptxas", "-v"]
+    if strict(os.environ):
+        host += ["-Werror"]
+        device += ["-Werror", "all-warnings"]
     device += ["-Xcompiler", "-fPIC,-fvisibility=hidden", "-cudart", "static"]
     words = {
         "nvcc": toolkit.nvcc,
@@ -237,6 +256,7 @@ def build_extension(toolkit: Toolkit, archs: tuple[str, ...], folder: Path, targ
         program = "ninja"
     subprocess.run([program, "-C", str(folder)], check=True)
     texts = [p.read_text() for p in sorted(folder.glob("*.ptxas"))]
+    check_ptxas("\n".join(texts), os.environ)
     return {
         "nvcc": ".".join(map(str, toolkit.version)),
         "archs": list(archs),

@@ -10,11 +10,13 @@ namespace alora {
 __device__ __forceinline__ void release_add(uint32_t* flag, uint32_t value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-__device__ __forceinline__ uint32_t load_acquire(const uint32_t* flag) {
+// Reads a flag and orders nothing: what is polled so is acquired by the fence that follows.
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* flag) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
   return value;
 }
+__device__ __forceinline__ void fence_acquire() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Adds without ordering anything else; returns what was there.
 __device__ __forceinline__ uint32_t add_relaxed(uint32_t* flag, uint32_t value) {
   uint32_t before;
@@ -27,10 +29,11 @@ __device__ __forceinline__ uint32_t add_relaxed(uint32_t* flag, uint32_t value) 
 __device__ __forceinline__ void store_relaxed(uint32_t* flag, uint32_t value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
 }
-// Orders what this thread has seen written by ordinary stores, in any memory, before copies by
-// tensor map and wgmma that follow.
-__device__ __forceinline__ void fence_async_proxy_everywhere() {
-  asm volatile("fence.proxy.async;" ::: "memory");
+// Orders ordinary stores to global memory, those of this thread and those that it has seen, before
+// copies by tensor map that follow. Writers and readers both use it: that is how CUTLASS passes
+// data from stores to copies, where the reader's fence alone is little tried.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 }  // namespace alora

@@ -216,12 +216,12 @@ struct GemmSm90 {
     for (int step = 0; step < t.low_steps; ++step, ring.step()) {
       barrier_wait(full(ring.stage), ring.round);
       const int sixteens = min(4, (p.r - step * kBlockK + 15) / 16);
-      wgmma_fence();
+      wgmma_fence(acc);
 #pragma unroll 1
       for (int i = 0; i < sixteens; ++i) {
         multiply_step(acc, ring.stage, group, i);
         wgmma_commit();
-        wgmma_wait<0>();
+        wgmma_wait<0>(acc);
       }
       release(ring.stage);
     }
@@ -231,11 +231,11 @@ struct GemmSm90 {
 #pragma unroll 1
     for (int step = 0; step < t.main_steps; ++step, ring.step()) {
       barrier_wait(full(ring.stage), ring.round);
-      wgmma_fence();
+      wgmma_fence(acc);
 #pragma unroll
       for (int i = 0; i < kBlockK / 16; ++i) multiply_step(acc, ring.stage, group, i);
       wgmma_commit();
-      wgmma_wait<0>();
+      wgmma_wait<0>(acc);
       release(ring.stage);
     }
   }

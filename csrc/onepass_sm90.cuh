@@ -142,14 +142,14 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
       } else {
         barrier_wait(full(ring.stage), ring.round);
       }
-      wgmma_fence();
+      wgmma_fence(acc);
 #pragma unroll
       for (int i = 0; i < kBlockK / 16; ++i) {
         Wgmma<T, kN>::template multiply<kRightAlongN>(acc, left_step(ring.stage, group, i),
                                                       right_step(ring.stage, i));
       }
       wgmma_commit();
-      wgmma_wait<0>();
+      wgmma_wait<0>(acc);
       release(ring.stage);
     }
   }
@@ -171,13 +171,13 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
       }
     }
     barrier_wait(full(ring.stage), ring.round);
-    wgmma_fence();
+    wgmma_fence(acc);
 #pragma unroll
     for (int i = 0; i < kR16 / 16; ++i) {
       Wgmma<T, kColumns>::template multiply<kRightAlongN>(acc, low[i], right_step(ring.stage, i));
     }
     wgmma_commit();
-    wgmma_wait<0>();
+    wgmma_wait<0>(acc);
     release(ring.stage);
     ring.step();
   }

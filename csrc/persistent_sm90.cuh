@@ -135,9 +135,10 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
       const Tile t = ordinary_tile(index);
       this->load_main(ring, t);
       this->load_low(ring, t, [&] {
-        while ((load_acquire(q.ready + t.m0 / kBlockM) & 0xFFFF) != kConsumers * chunks) {
+        while ((load_relaxed(q.ready + t.m0 / kBlockM) & 0xFFFF) != kConsumers * chunks) {
         }
-        fence_async_proxy_everywhere();
+        fence_acquire();
+        fence_async_proxy_global();
       });
       if (t.low_steps > 0 && threadIdx.x == 0) {
         uint32_t* const ready = q.ready + t.m0 / kBlockM;
@@ -155,7 +156,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
 #pragma unroll 1
     for (int k0 = 0; k0 < p.k; k0 += kBlockK, ring.step()) {
       barrier_wait(this->full(ring.stage), ring.round);
-      wgmma_fence();
+      wgmma_fence(acc);
 #pragma unroll
       for (int i = 0; i < kBlockK / 16; ++i) {
         const uint32_t right = this->right_tile(ring.stage);
@@ -165,7 +166,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
                          : this->descriptor(right + i * 32, 16));
       }
       wgmma_commit();
-      wgmma_wait<0>();
+      wgmma_wait<0>(acc);
       this->release(ring.stage);
     }
     // Columns past R and inactive rows are selected to zero: left may hold NaN there.
@@ -184,6 +185,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
                                                        on && r + 1 < p.r ? second * q.scale : 0.f);
       }
     }
+    fence_async_proxy_global();
     sync_some<128>(2 + group);
     if (threadIdx.x % 128 == 0) release_add(q.ready + block, 1);
   }

@@ -113,16 +113,27 @@ ALORA_WGMMA(fp16, "f16.f16", 256)
 
 #undef ALORA_WGMMA
 
+// Ties the accumulators to this place in the text: without it the compiler may move their reads and
+// writes past a fence or a wait, which name no registers. No instruction comes of it.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&acc)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
 // Orders earlier register and shared-memory accesses of this warpgroup before its next wgmma.
-__device__ __forceinline__ void wgmma_fence() {
+template <int kCount>
+__device__ __forceinline__ void wgmma_fence(float (&acc)[kCount]) {
+  hold(acc);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait() {
+// Waits until at most kPending groups are under way; the accumulators may then be read.
+template <int kPending, int kCount>
+__device__ __forceinline__ void wgmma_wait(float (&acc)[kCount]) {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  hold(acc);
 }
 
 }  // namespace alora

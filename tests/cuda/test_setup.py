@@ -6,7 +6,7 @@ import importlib.util
 import stat
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -152,3 +152,27 @@ ptxas info    : Used 90 registers, used 1 barriers
             "sm_90a": {"stack": 0, "spills": 0, "registers": 90, "static_shared": 0},
         }
     }
+
+
+def test_warnings_are_errors_only_for_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "toolkit_root", lambda text: Path("/opt/cuda"))
+    monkeypatch.setattr(setup, "_output", lambda command: "")
+    monkeypatch.setitem(sys.modules, "pybind11", SimpleNamespace(get_include=lambda: "/include"))
+    for value, expected in ((None, False), ("0", False), ("1", True)):
+        monkeypatch.delenv("ALORA_BUILD_STRICT", raising=False)
+        if value is not None:
+            monkeypatch.setenv("ALORA_BUILD_STRICT", value)
+        text = setup.ninja_file(NEW, ("sm_80", "sm_90a"), Path("_cuda.so"))
+        flags = [line for line in text.splitlines() if line.startswith(("host", "device"))]
+        assert len(flags) == 2
+        assert all(("-Werror" in line) == expected for line in flags)
+
+
+def test_serialised_wgmma_fails_a_strict_build(capsys: pytest.CaptureFixture[str]) -> None:
+    line = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are"
+    setup.check_ptxas("ptxas info    : Used 90 registers", {"ALORA_BUILD_STRICT": "1"})
+    assert not capsys.readouterr().out
+    setup.check_ptxas(line, {})
+    assert line in capsys.readouterr().out
+    with pytest.raises(setup.BuildError, match="C7510"):
+        setup.check_ptxas(line, {"ALORA_BUILD_STRICT": "1"})
