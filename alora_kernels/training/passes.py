@@ -106,10 +106,9 @@ def prefix_pass(peft: Any, device: torch.device) -> Iterator[None]:
 def unmasked_adapter(peft: Any) -> Iterator[None]:
     """Make PEFT's aLoRA layers run as plain LoRA in the block, in which every token is active.
 
-    PEFT's aLoRA gathers the active rows and scatters them back, row by row and in each layer. If
-    all rows are active, plain LoRA computes the same result faster. Accelerated layers are not
-    changed. Nor is a model with gradient checkpointing, because its layers run again after the
-    block.
+    PEFT's aLoRA gathers the active rows and scatters them back, in every layer. If all rows are
+    active, plain LoRA computes the same result faster. Accelerated layers are not changed. Nor is a
+    model with gradient checkpointing, because its layers run again after the block.
     """
     modules = list(peft.modules())
     if any(getattr(m, "gradient_checkpointing", None) is True for m in modules):
