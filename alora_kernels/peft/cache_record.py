@@ -166,7 +166,7 @@ class CacheRecord:
 
 
 def _joined(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
-    """The chunks, with neighbours joined where the same is known of both."""
+    """The chunks, with neighbours joined if both have the same known parts (ids, bits)."""
     result: list[list[Chunk]] = []
     for chunk in chunks:
         last = result[-1][-1] if result else None
@@ -278,7 +278,7 @@ def continued_starts(
     """Absolute starts of `name` for a chunk that continues a cache of `past` tokens.
 
     A row in which the adapter has begun stays active. In any other row the adapter begins at the
-    last invocation that lies completely in the chunk.
+    last invocation that is completely in the chunk.
 
     Raises:
         ValueError: tokens of the invocation are in the cache, and the base model wrote them there;

@@ -26,7 +26,7 @@ class Generation:
         before: the number of tokens in its cache before the first token of the prompt.
         position: the number of tokens that its own forwards have read, those in the cache included.
         awaited: the inputs of its next own forward are prepared, but that forward has not run yet.
-        begun: all starts lie in tokens that were read.
+        begun: the tokens that were read include all starts.
         seen: an own forward has run.
         cache: the cache that its last own forward wrote.
     """

@@ -108,7 +108,7 @@ def chosen_for(module: Any) -> tuple[str, ...] | None:
 
 
 def _chosen_beside(module: Any, state: ForwardState | None) -> tuple[str, ...] | None:
-    """`chosen_for` a layer that never sees the tokens, where activated LoRAs are off."""
+    """The result of `chosen_for` in a layer that never sees the tokens: activated LoRAs are off."""
     chosen = None if state is None else state.names
     asked = _there(module, active_in(module) if chosen is None else chosen)
     adapters = module.alora_adapters

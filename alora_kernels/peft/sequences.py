@@ -1,4 +1,4 @@
-"""Finds where the adapters of a forward begin: given, on the cache's record, or in the tokens."""
+"""Finds where the adapters of a forward begin: from the user, the cache's record, or the tokens."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class Stream:
     name and shape, and all other modules outside the decoder never see the tokens.
 
     Attributes:
-        decoder: the decoder's name in the model; None when there are no token embeddings.
+        decoder: the decoder's name in the model; None if no module is the decoder.
         heads: names of modules that follow the decoder.
         others: names of modules that never see the tokens.
     """

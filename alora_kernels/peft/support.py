@@ -138,7 +138,7 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_arriving(name: str, folder: Any, configs: Mapping[str, Any]) -> None:
-    """Refuse the adapter in `folder` before it is loaded as `name` beside the adapters `configs`.
+    """Refuse the adapter in `folder` before it is loaded as `name` into a model with `configs`.
 
     If the model already has an adapter of that name, PEFT loads the new weights and keeps the old
     configuration, so the new adapter would run at the old invocation. A folder that is not on this
