@@ -178,7 +178,7 @@ struct ReduceParams {
   const int32_t* active_count;
   int64_t out_p, out_r;
   int32_t p, r, r16;
-  int32_t split_rows;  // active rows of a part, so the parts are counted; 0: there are `splits`
+  int32_t split_rows;  // active rows of a part; 0: the number of parts is `splits`
   int32_t splits;
   float scale;
   uint32_t flags;
