@@ -27,7 +27,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """accelerate and restore, imported at their first use: only they need peft."""
+    """Import accelerate and restore at their first use, because only they need peft."""
     if name in ("accelerate", "restore"):
         from . import peft
 

@@ -1,4 +1,4 @@
-"""`python -m alora_kernels`: what is installed, which backends can run here, and why not."""
+"""`python -m alora_kernels` prints what is installed, and for each backend whether it runs here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def version_of(package: str) -> str:
 
 
 def report() -> str:
-    """The text that the command prints."""
+    """The text that `python -m alora_kernels` prints."""
     lines = [f"alora_kernels {__version__}", f"python        {platform.python_version()}"]
     lines += [f"{package:<13} {version_of(package)}" for package in PACKAGES]
     lines.append("")

@@ -1,4 +1,4 @@
-"""The extension that csrc/binding.cpp defines; absent where it was not built."""
+"""Types of the extension that csrc/binding.cpp defines. It is missing if it was not built."""
 
 from collections.abc import Callable, Iterable
 

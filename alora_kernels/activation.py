@@ -1,7 +1,7 @@
-"""Which rows of a batch run the adapter.
+"""`Activation`: which rows of a batch run the adapter.
 
-An `Activation` is computed once per model forward and shared by every layer: no layer searches,
-uploads or synchronises. Rows are tokens: batch × sequence, flattened to M.
+It is computed once per forward of the model, and all layers share it. So no layer searches for
+tokens, copies to the device or waits for it. Rows are tokens: batch × sequence, flattened to M.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Activation:
     Build it with one of the `from_*` constructors, `all` or `none`.
 
     Attributes:
-        row_adapter: int32 `[M]`. −1 where the row runs the base model, else the adapter's index.
+        row_adapter: int32 `[M]`. −1 if the row runs the base model, else the index of its adapter.
             The mask of the formula is `row_adapter >= 0`.
         active_rows: int32 `[capacity]`, capacity ≥ the number of active rows. The active rows in
             ascending order, then −1.
         active_count: int32 `[1]`, how many entries of `active_rows` are valid.
-        num_active: the same number on the host, or None when the host does not know it.
-        max_active: a host bound on `num_active`.
-        segments: half-open row ranges `(start, stop)` that make up the active rows, or None when
-            the host does not know them.
-        expected_active: the number of active rows to plan for when the host does not know it.
+        num_active: the number of active rows on the host, or None if the host does not know it.
+        max_active: an upper bound of `num_active`, known on the host.
+        segments: half-open row ranges `(start, stop)` that make up the active rows, or None if the
+            host does not know them.
+        expected_active: the number of active rows to plan for if the host does not know it.
     """
 
     row_adapter: Tensor  # int32 [M]
@@ -77,16 +77,16 @@ class Activation:
     ) -> Activation:
         """Activate each sequence from the first token of its last invocation to its end.
 
-        A sequence without the invocation runs the base model. The rule is PEFT's
-        (`alora_invocation_tokens`); padding is not looked at, unless `attention_mask` is given:
-        then padded positions neither match nor become active.
+        A sequence without the invocation runs the base model. This is PEFT's rule for
+        `alora_invocation_tokens`. With `attention_mask`, padded positions neither match nor become
+        active; without it, padding counts as tokens.
 
         Args:
             input_ids: integer `[B, T]` or `[T]`.
             invocation_tokens: the token ids of the invocation, at least one.
             attention_mask: `[B, T]`, nonzero where a token is real.
-            device: where the tensors go; by default the device of `input_ids`. When `input_ids`
-                lies on the CPU the rows are counted there, so `num_active` is known without a
+            device: the device of the result; by default that of `input_ids`. If `input_ids` is on
+                the CPU, the rows are counted there, so `num_active` is known without a
                 synchronisation.
         """
         starts = find_invocation_starts(input_ids, invocation_tokens, attention_mask)  # [B]
@@ -105,9 +105,9 @@ class Activation:
         *,
         device: torch.device | str | None = None,
     ) -> Activation:
-        """Activate the last `min(offset, seq_len)` tokens of a sequence (PEFT's `alora_offsets`).
+        """Activate the last `min(offset, seq_len)` tokens of each sequence, as `alora_offsets` do.
 
-        None, zero and negative offsets run the base model.
+        A sequence with the offset None, zero or less runs the base model.
         """
         starts = [None if not o or o < 0 else max(seq_len - o, 0) for o in offsets]
         return cls.from_starts(starts, seq_len, device=device)
@@ -127,8 +127,8 @@ class Activation:
             starts: for each sequence the absolute position of its first active token; None (or
                 −1 in a tensor) runs the base model.
             seq_len: tokens of each sequence in this chunk.
-            first_position: absolute position of the chunk's first token, so that cached decoding,
-                chunked prefill and assisted decoding activate the right rows.
+            first_position: absolute position of the chunk's first token. It is not 0 in cached
+                decoding, chunked prefill and assisted decoding.
         """
         if isinstance(starts, Tensor):
             relative = starts.to(torch.int64) - first_position
@@ -161,7 +161,7 @@ class Activation:
         if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type != "cpu":
             if device is None:
                 device = cu_seqlens.device
-            # One copy of S + 1 integers, made once per forward, buys a plan without a sync later.
+            # One copy of S + 1 integers per forward. Dispatch then never has to wait for a count.
             cu_seqlens = cu_seqlens.cpu()
         bounds = [int(c) for c in cu_seqlens]
         begin = [
@@ -188,8 +188,8 @@ class Activation:
         flat = flat if flat.dtype == torch.bool else flat != 0
         rows = flat.shape[0]
         count = flat.sum(dtype=torch.int32).reshape(1)
-        # Every active row is written to its rank among the active rows; the rest fall into one
-        # slot past the end, which is cut off. No nonzero, so no synchronisation.
+        # Every active row is written to its rank among the active rows. All other rows go to one
+        # slot past the end, which is cut off. `nonzero` would have to wait for the device.
         rank = torch.cumsum(flat, 0, dtype=torch.int64) - 1
         slot = torch.where(flat, rank, rows)
         numbers = torch.arange(rows, dtype=torch.int32, device=flat.device)
@@ -238,7 +238,7 @@ class Activation:
 
     @property
     def num_rows(self) -> int:
-        """M, the rows this activation describes."""
+        """M, the number of rows that this activation describes."""
         return self.row_adapter.shape[0]
 
     @property
@@ -252,19 +252,22 @@ class Activation:
 
     @property
     def planned_active(self) -> int:
-        """The number of active rows to plan for: known, expected, or the bound."""
+        """The number of active rows to plan for: known, else expected, else the upper bound."""
         if self.num_active is not None:
             return self.num_active
         return self.max_active if self.expected_active is None else self.expected_active
 
     def expecting(self, fraction: float) -> Activation:
-        """Tell dispatch what fraction of the rows to plan for when the host cannot know it."""
+        """A copy that tells dispatch which fraction of active rows to plan for.
+
+        Dispatch uses it if the host does not know `num_active`.
+        """
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(f"Activation.expecting: fraction must be in [0, 1], got {fraction}")
         return dataclasses.replace(self, expected_active=round(fraction * self.num_rows))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Activation:
-        """The same activation on another device; what the host knows stays known."""
+        """The same activation on another device. It keeps what the host knows."""
         device = torch.device(device)
         if device == self.device or (device.type == self.device.type and device.index is None):
             return self
@@ -281,7 +284,7 @@ class Activation:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the host may look at the values: on the CPU, outside of compilers and transforms."""
+    """Whether the host may read the values: on the CPU, outside compilers and transforms."""
     return (
         type(tensor) is Tensor
         and tensor.device.type == "cpu"
@@ -291,7 +294,7 @@ def readable(tensor: Tensor) -> bool:
 
 
 def segments_of(activation: Activation) -> Sequence[Segment]:
-    """The half-open row ranges that make up the active rows; counted here when the host must."""
+    """The half-open row ranges that make up the active rows. May wait for the device."""
     if activation.segments is not None:
         return activation.segments
     return _runs(activation.active_rows[: int(activation.active_count)].cpu())
@@ -307,7 +310,7 @@ def _runs(rows: Tensor) -> tuple[Segment, ...]:
     return tuple((int(values[lo]), int(values[hi - 1]) + 1) for lo, hi in itertools.pairwise(edges))
 
 
-# What the host knows is left out of the pytree: a compiler would bake it into its graph.
+# The pytree leaves out what the host knows, because a compiler would make it constants of a graph.
 def _flatten(activation: Activation) -> tuple[list[Tensor], None]:
     return [activation.row_adapter, activation.active_rows, activation.active_count], None
 
@@ -338,7 +341,7 @@ _ambient: Ambient[Activation] = Ambient("alora_activation")
 
 @contextmanager
 def activate(activation: Activation | None) -> Iterator[Activation | None]:
-    """Make `activation` the one that `AloraLinear` layers use when they are given none.
+    """Make `AloraLinear` layers in the block use `activation` if their call passes none.
 
     with activate(Activation.from_input_ids(input_ids, invocation_tokens)):
         model(input_ids)

@@ -12,8 +12,8 @@ T = TypeVar("T")
 
 
 class _Slot(threading.local):
-    # Set for each thread, not a default of the class: a graph that is traced while the name is
-    # missing from the thread's own dict is guarded by its absence, and would be made again later.
+    # Set in the own dict of every thread, not as a default of the class. A compiler would guard a
+    # graph on the missing name, and compile it again once the name is set.
     def __init__(self) -> None:
         self.value: Any = None
 
@@ -21,8 +21,8 @@ class _Slot(threading.local):
 class Ambient(Generic[T]):
     """The innermost value that was set, or None.
 
-    A ContextVar is right across threads and asyncio tasks. A compiler cannot trace one, so compiled
-    code reads a copy that is local to the thread.
+    A ContextVar separates threads and asyncio tasks. A compiler cannot trace a ContextVar, so
+    compiled code reads a copy that is local to the thread.
     """
 
     def __init__(self, name: str) -> None:

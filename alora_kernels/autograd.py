@@ -1,4 +1,4 @@
-"""AloraFunction: the eager path, from checked tensors straight to a backend."""
+"""AloraFunction: the autograd function of eager calls, from checked tensors to a backend."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .run import run_backward, run_forward
 
 
 def in_transform() -> bool:
-    """Whether torch.func, forward-mode AD or torch.jit.trace is at work: they follow PyTorch's own
-    operations."""
+    """Whether torch.func, forward-mode AD or torch.jit.trace is active.
+
+    They need a computation in PyTorch's own operations.
+    """
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -25,10 +27,10 @@ def in_transform() -> bool:
 
 
 def beyond_backends(dys: Sequence[Tensor]) -> bool:
-    """Whether a backward must consist of PyTorch's own operations.
+    """Whether a backward pass must consist of PyTorch's own operations.
 
-    Its own graph is wanted (`create_graph`), or it serves many gradients at once
-    (`is_grads_batched`, a transform of torch.func).
+    So it must if it is itself differentiated (`create_graph`), or if it computes several gradients
+    at once (`is_grads_batched`, a transform of torch.func).
     """
     if torch.is_grad_enabled() or in_transform():
         return True
@@ -36,12 +38,12 @@ def beyond_backends(dys: Sequence[Tensor]) -> bool:
 
 
 def shaped(y: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """`y` in `shape`, in the same memory, and no view: its owner may change it in place.
+    """`y` with `shape`, in the same memory, and not as a view.
 
     Autograd refuses in-place changes of a view that a custom function returned.
     """
     if y.shape != shape and y.is_contiguous() and not y._is_view():
-        return y.resize_(shape)  # as many elements: only the shape changes
+        return y.resize_(shape)  # the number of elements stays
     return torch.ops.aten._unsafe_view.default(y, shape) if y._is_view() or y.shape != shape else y
 
 
@@ -50,9 +52,10 @@ class AloraFunction(torch.autograd.Function):
     lora_bias…)`, each group as long as `call.scalings`; returns a tuple of outputs.
 
     Differentiable any number of times in x, base_outs, lora_a, lora_b and lora_bias; weights and
-    biases are frozen. The backend computes first derivatives; further ones are PyTorch's own, of
-    the reference. `base_outs` are None where the base is computed here. Everything has been
-    checked by `functional`, which is the place to call.
+    biases are frozen. The backend computes first derivatives. Higher ones come from the reference,
+    in PyTorch's own operations. `base_outs` are None if the base is computed here.
+
+    Call the functions in `functional` instead: they check the arguments, this class does not.
     """
 
     @staticmethod
@@ -129,7 +132,7 @@ class AloraFunction(torch.autograd.Function):
 
 
 def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection]:
-    """The projections of `weights…, biases…, lora_a…, lora_b…, lora_bias…`."""
+    """The projections in a flat list `weights…, biases…, lora_a…, lora_b…, lora_bias…`."""
     flat = list(flat)
     if count == 1:
         return [Projection(*flat)]  # type: ignore[arg-type]
@@ -140,7 +143,7 @@ def projections_of(flat: Iterable[Tensor | None], count: int) -> list[Projection
 def flat_of(
     projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
 ) -> list[Tensor | None]:
-    """What `AloraFunction.apply` takes after x."""
+    """The flat list of tensors that `AloraFunction.apply` takes after x."""
     flat: list[Tensor | None] = [None] * len(projections) if base_outs is None else list(base_outs)
     if len(projections) == 1:
         return [*flat, *projections[0]]

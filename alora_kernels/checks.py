@@ -1,4 +1,4 @@
-"""What a call's arguments must be: every refusal says what came and what was expected."""
+"""Checks the arguments of a call. Every error says what came and what was expected."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .run import MAX_DIM
 
 
 def finite(name: str, scaling: float) -> float:
-    """`scaling` as a float."""
+    """`scaling` as a float; raises ValueError if it is not finite."""
     if not math.isfinite(scaling):
         raise ValueError(f"{name}: scaling must be finite, got {scaling}")
     return float(scaling)
 
 
 def check_options(name: str, options: Options) -> None:
-    """Refuse what no tensors would make right."""
+    """Refuse options that are wrong for all tensors."""
     dropout_p, adapter_precision = options.dropout_p, options.adapter_precision
     backend, strategy = options.backend, options.strategy
     if not 0.0 <= dropout_p < 1.0:
@@ -121,7 +121,7 @@ def check_tensors(
 
 
 def _check_plain(name: str, weight: Tensor) -> None:
-    """Refuse a DTensor or a quantised subclass, which F.linear alone can multiply."""
+    """Refuse a DTensor or a quantised subclass, which only F.linear can multiply."""
     kind = type(weight)
     if kind in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return

@@ -1,7 +1,7 @@
-"""The contract: what the package and its backends say to each other.
+"""The interface between the package and its backends.
 
-A backend computes one group of masked-LoRA linears that share x, forward and backward. It knows
-nothing of modules and nothing of autograd; it is handed tensors that were checked already.
+A backend computes a group of masked-LoRA linears that share x, forward and backward. It knows
+nothing of modules and nothing of autograd. The tensors that it gets are already checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PRECISIONS = ("compute", "fp32")  # of the adapter, that a caller may choose
 class Projection(NamedTuple):
     """One linear layer of the group with its adapter."""
 
-    weight: Tensor | None  # [N, K]; None when the caller computed the base output itself
+    weight: Tensor | None  # [N, K]; None if the caller has computed the base output
     bias: Tensor | None  # [N]
     lora_a: Tensor  # [R, K]
     lora_b: Tensor  # [N, R]
@@ -29,11 +29,11 @@ class Projection(NamedTuple):
 
 
 class Options(NamedTuple):
-    """How a call is to be computed. The public functions say what each option means."""
+    """How to compute a call. The docstring of `alora_linear` explains each option."""
 
     dropout_p: float
     prefix_grad: bool
-    # "compute", "fp32", or "autocast": rounded to x's dtype after each product, as torch rounds
+    # "compute", "fp32", or "autocast": like torch, round to x's dtype after each product
     adapter_precision: str
     strict_inactive: bool
     backend: str
@@ -51,13 +51,13 @@ DEFAULTS = Options(
 
 
 class Call(NamedTuple):
-    """What a call asks for beside its tensors."""
+    """The parts of a call that are not its tensors x, projections and base outputs."""
 
     activation: Activation
     scalings: tuple[float, ...]  # one for each projection
     options: Options = DEFAULTS
     seed: Tensor | None = None  # int64 [1] on x's device, read there; None without dropout
-    memory: Any = None  # what `run` remembers of calls of this signature; nothing for a backend
+    memory: Any = None  # the entry of `run` for calls of this signature; not for backends
 
 
 class Needs(NamedTuple):
@@ -70,7 +70,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the dtypes of the tensors they belong to; None where not wanted."""
+    """Gradients, each with the dtype of its tensor; None if it is not wanted."""
 
     x: Tensor | None  # [M, K]
     lora_a: list[Tensor | None]
@@ -79,7 +79,7 @@ class Gradients(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What a choice of backend and strategy depends on. No tensors: hashable, testable."""
+    """The facts that decide the choice of backend and strategy. No tensors, so it is hashable."""
 
     rows: int  # M
     in_features: int  # K
@@ -89,26 +89,26 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: str  # "cpu", "cuda", ...
-    arch: int = 0  # compute capability as 80, 90, ...; 0 off NVIDIA GPUs
+    arch: int = 0  # compute capability as 80, 90, ...; 0 if the device is not an NVIDIA GPU
     backward: bool = False
-    base_given: bool = False  # alora_add: the base output was computed elsewhere
+    base_given: bool = False  # the caller has computed the base output (alora_add)
     dropout: bool = False
     adapter_precision: str = "compute"
     strict_inactive: bool = False
 
 
 class Schedule(NamedTuple):
-    """What a backend would launch for the base with a strategy's part in it."""
+    """The main kernel that a backend would launch: the base, with the strategy's part inside."""
 
-    kernel: str  # "gemm", "decode" (onepass with split K) or "fused" (tail with xa made inside)
+    kernel: str  # "gemm", "decode" (onepass with split K) or "fused" (tail that computes xa itself)
     rows: int  # of a tile
-    columns: int  # of a tile, without those of lora_a
-    full_rate: bool = True  # the tensor cores' newest instructions
+    columns: int  # of a tile, not counting those of lora_a
+    full_rate: bool = True  # whether it uses the newest tensor-core instructions of the GPU
     splits: int = 1  # of K
 
 
 class Backend(Protocol):
-    """One way to compute the operation."""
+    """One implementation of the masked-LoRA linear."""
 
     name: str
 
@@ -124,14 +124,14 @@ class Backend(Protocol):
         strategy: str,
         x: Tensor,  # [M, K], any strides
         projections: Sequence[Projection],
-        base_outs: Sequence[Tensor] | None,  # [M, N] each, to be added to in place
+        base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
         save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:
-        """The outputs `[M, N]` (`[N]` will do for one row) and, with `save`, the low-rank
-        activation for backward.
+        """The outputs `[M, N]` (or `[N]` if there is one row) and, with `save`, the low-rank
+        activation `xa` for backward.
 
-        With `base_outs` the base is not computed: the adapter's part is added to those tensors,
-        which are returned.
+        With `base_outs` the base is not computed. The adapter's part is added to `base_outs` in
+        place, and `base_outs` are returned.
         """
 
     def backward(
@@ -144,11 +144,11 @@ class Backend(Protocol):
         dys: Sequence[Tensor],  # [M, N] each, any strides
         needs: Needs,
     ) -> Gradients:
-        """The wanted gradients. Projections without a weight add only the adapter's part to dx."""
+        """The wanted gradients. A projection without weight adds only the adapter's part to dx."""
 
 
 def saved_columns(ranks: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """Where each projection's columns begin in the saved `xa`, and how many columns it has.
+    """Where the columns of each projection begin in the saved `xa`, and the width of `xa`.
 
     Every projection begins at a multiple of 16 elements, for 16-byte loads.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all: a reader never sees half of one."""
+"""Writes files and folders completely or not at all, so a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`, on the disk before its name is."""
+    """Replace the file `path` by `data`. The data is on the disk before the file gets its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:

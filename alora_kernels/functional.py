@@ -1,4 +1,4 @@
-"""The public functions: the specification as docstrings, and how a call is checked and run."""
+"""The public functions. Their docstrings are the specification; `run` checks and runs a call."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def alora_linear(
     """y = x Wᵀ + b + scaling · mask ⊙ ((dropout(x) Aᵀ) Bᵀ + lora_bias).
 
     Differentiable in x, lora_a, lora_b and lora_bias; weight and bias are frozen. Gradients are
-    deterministic, and zero (not None) when no row is active. Second derivatives, `torch.func` and
-    forward-mode AD are served by the reference, in PyTorch's own operations.
+    deterministic. If no row is active, they are zero, not None. For second derivatives,
+    `torch.func` and forward-mode AD the reference runs, in PyTorch's own operations.
 
     Args:
         x: `[..., K]`, 1 to 4 dimensions, any strides; M is the product of all but the last. Any
@@ -52,28 +52,29 @@ def alora_linear(
         lora_b: `[N, R]`, lora_a's dtype.
         activation: which of the M rows are active (the mask).
         scaling: `lora_alpha / r`, or `lora_alpha / sqrt(r)` for rslora; finite. A tensor of one
-            element is read in every call; one that lies on a GPU without a synchronisation.
+            element is read in every call. If it is on a GPU, the host does not wait for it.
         lora_bias: `[N]` or None, lora_a's dtype; added on active rows, times scaling.
         dropout_p: probability in [0, 1) that an element of the adapter's input is dropped.
-        seed: int64 tensor of one element on x's device, or an int; by default drawn there by
-            `torch.randint`. The same seed drops the same elements in every backend.
-        backend: "auto", or the name of a backend, which then never falls back.
+        seed: int64 tensor of one element on x's device, or an int; by default `torch.randint` draws
+            it on that device. The same seed drops the same elements in every backend.
+        backend: "auto", or the name of a backend. A named backend never falls back to another.
         strategy: "auto", "delta", "tail" or "onepass".
-        prefix_grad: False leaves the gradient of x zero on inactive rows and skips their work;
-            exact for the adapter whenever nothing before the invocation is trained.
+        prefix_grad: False leaves the gradient of x zero on inactive rows and skips their work. The
+            adapter's gradients stay exact if nothing before the invocation is trained.
         adapter_precision: for float32 adapters over a 16-bit x. "compute" rounds the low-rank
-            operands to x's dtype, as autocast does; "fp32" computes the adapter's part in float32
-            and rounds the sum once, as PEFT does; under autocast, where PEFT computes in the
-            autocast dtype, so does this.
-        strict_inactive: inactive rows equal the base layer bit for bit and stay finite whatever
-            the adapter holds (picks `delta`).
+            operands to x's dtype, as autocast does. "fp32" computes the adapter's part in float32
+            and rounds the sum once, as PEFT does; under autocast it computes in the autocast dtype,
+            again as PEFT does.
+        strict_inactive: inactive rows equal the base layer bit for bit, and stay finite whatever
+            the adapter holds. It forces `delta`.
 
     Returns:
         `[..., N]` in x's dtype (under autocast: in the autocast dtype).
 
     Raises:
-        TypeError, ValueError: an argument is not as above; says what came and what was expected.
-        RuntimeError: the backend or strategy asked for cannot run here; lists the reasons.
+        TypeError, ValueError: an argument is not as described above. The message says what came and
+            what was expected.
+        RuntimeError: the named backend or strategy cannot run here. The message lists the reasons.
 
     Source: Greenewald et al., "Activated LoRA: Fine-tuned LLMs for Intrinsics",
     arXiv 2504.12397; PEFT's `alora_invocation_tokens`.
@@ -120,7 +121,7 @@ def alora_linear_group(
             dropout all layers drop the same elements of x.
         activation: shared by all layers.
 
-    The other arguments, errors and the source are those of `alora_linear`.
+    All other arguments, the errors and the source are those of `alora_linear`.
 
     Returns:
         One `[..., N]` for each projection.
@@ -174,15 +175,15 @@ def alora_add(
 ) -> Tensor:
     """y = base_out + scaling · mask ⊙ ((dropout(x) Aᵀ) Bᵀ + lora_bias).
 
-    The adapter's part alone, for a base layer that is quantised or not ours: the base has computed
-    `base_out` already. Differentiable in base_out, x, lora_a, lora_b and lora_bias.
+    Adds the adapter's part to the output of a base layer that is quantised or not ours.
+    Differentiable in base_out, x, lora_a, lora_b and lora_bias.
 
     Args:
-        base_out: `[..., N]`, x's leading dimensions and dtype.
+        base_out: the output of the base layer, `[..., N]`, x's leading dimensions and dtype.
         x: `[..., K]`, as in `alora_linear`.
         inplace: add into `base_out` and return it; it must then be viewable as `[M, N]`.
 
-    The other arguments, errors and the source are those of `alora_linear`.
+    All other arguments, the errors and the source are those of `alora_linear`.
     """
     projection = Projection(None, None, lora_a, lora_b, lora_bias)
     (y,) = run(
@@ -218,9 +219,12 @@ def run(
     base_outs: Sequence[Tensor] | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Check, cast for autocast, and run: what all public functions do. `name` is for errors."""
+    """Check a call, cast for autocast, and run it. All public functions end here.
+
+    `name` is the function's name in error messages.
+    """
     traced = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    # Reading the device's type takes longer than asking whether there is any autocast at all.
+    # `_is_any_autocast_enabled` is asked first because it is faster than reading x.device.type.
     autocast = (traced or torch._C._is_any_autocast_enabled()) and in_autocast(x)
     asked = options
     if autocast:
@@ -264,7 +268,7 @@ def run(
 
 
 def _seed(name: str, seed: Tensor | int | None, x: Tensor) -> Tensor:
-    """The seed as a tensor on x's device; drawn there when none is given."""
+    """The seed as a tensor on x's device; drawn on that device if None is given."""
     if isinstance(seed, Tensor):
         check_seed(name, seed, x)
         return seed
@@ -307,10 +311,11 @@ def _eager(
 def _autocast(
     x: Tensor, projections: list[Projection], dtype: torch.dtype
 ) -> tuple[Tensor, list[Projection]]:
-    """x and the frozen weights in the autocast dtype; adapters are rounded by the kernels.
+    """x and the frozen weights in the autocast dtype. The kernels round the adapters themselves.
 
-    Weights are cast in every call, as autocast itself casts frozen weights: a weight can change in
-    ways that leave no trace on the tensor. float64 is left alone, as autocast leaves it.
+    Weights are cast anew in every call, as autocast casts frozen weights too, because a weight can
+    change in ways that leave no trace on the tensor. float64 is not cast; autocast does not cast it
+    either.
     """
     if x.dtype == torch.float64:
         return x, projections

@@ -1,7 +1,7 @@
-"""From a GGUF file to an ordinary model folder, which can be trained, quantised and saved.
+"""Converts a GGUF file to an ordinary model folder that can be trained, quantised and saved.
 
-transformers reads GGUF files but refuses to save, quantise or train what it read (the model counts
-as quantised). The weights are dequantised by then, so a fresh model takes them.
+transformers reads GGUF files and dequantises their weights. But it treats the model as quantised,
+and refuses to save, quantise or train it. So this file copies the weights into a fresh model.
 """
 
 from __future__ import annotations
@@ -44,18 +44,21 @@ def convert_gguf(
 
     Args:
         gguf_file: path of the file.
-        folder: where to write; made if missing. A folder that already holds a model is an error.
-        dtype: of the stored weights.
+        folder: the folder to write; it must be missing or empty.
+        dtype: the dtype of the stored weights.
         chat_template: Jinja text for the tokenizer, for a file that has none.
-        extra_eos_tokens: tokens that also end a generation (`<end_of_turn>` of Gemma), added to the
-            generation config.
+        extra_eos_tokens: tokens that also end a generation (`<end_of_turn>` of Gemma). They are
+            added to the generation config.
 
     Returns:
         The folder. It appears under its name only when it is complete.
 
     Raises:
-        FileNotFoundError: no such file. FileExistsError: the folder is not empty.
-        ImportError: the package `gguf` is missing. ValueError: an extra EOS token is unknown.
+        FileNotFoundError: there is no such file.
+        FileExistsError: the folder is not empty.
+        ImportError: the package `gguf` is missing.
+        ValueError: the tokenizer does not know an extra EOS token.
+        RuntimeError: the file's weights do not fit the model.
     """
     source, target = Path(gguf_file).expanduser(), Path(folder).expanduser()
     if not source.is_file():
@@ -74,7 +77,7 @@ def convert_gguf(
     config = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # Built on the meta device and filled by assignment: no second copy, no random initialisation.
+    # On the meta device nothing is allocated or initialised; the weights are then assigned.
     with torch.device("meta"):
         model = type(read)(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -128,14 +131,14 @@ def gemma_270m(folder: str | os.PathLike[str] | None = None) -> Path:
                 joined, target, chat_template=template, extra_eos_tokens=("<end_of_turn>",)
             )
         except OSError:
-            # Another process may have finished first; its folder is as good.
+            # Another process may have written the folder first; its contents are the same.
             if (target / "config.json").is_file():
                 return target
             raise
 
 
 def _take_buffers(model: torch.nn.Module, read: torch.nn.Module) -> None:
-    """Buffers that no state_dict holds (rotary frequencies) are still on the meta device."""
+    """Copy the buffers that are not in the state_dict (rotary frequencies); they are still meta."""
     owners = dict(model.named_modules())
     for name, buffer in read.named_buffers():
         owner, _, attribute = name.rpartition(".")

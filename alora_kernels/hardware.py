@@ -1,4 +1,4 @@
-"""What each GPU can do at best, by its data sheet."""
+"""The peak rates of each GPU, from its data sheet."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ GPUS: dict[str, Rates] = {
     )
 }
 ARCHS = {80: "A100", 86: "A10", 89: "L40S", 90: "H100", 100: "B200", 120: "RTX 5090"}
-# What mma.sync reaches of the rate where only newer instructions use the tensor cores in full.
+# The fraction of the peak rate that mma.sync reaches on architectures whose full rate needs newer
+# instructions.
 OLD_INSTRUCTIONS = {90: 0.62, 100: 0.30}
 
 
 def rates_of(arch: int) -> Rates:
-    """The rates of `arch` (80, 90, ...), or of the nearest older one that is known."""
+    """The rates of `arch` (80, 90, ...), or of the nearest older architecture in `ARCHS`."""
     known = [a for a in ARCHS if a <= arch]
     return GPUS[ARCHS[max(known) if known else 80]]

@@ -1,4 +1,4 @@
-"""An adapter's invocation: the tokens that begin it, and where they stand in a sequence."""
+"""Finds an adapter's invocation (the tokens that switch it on), and encodes it for a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def find_invocation_starts(
     invocation_tokens: Sequence[int] | Tensor,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """Start of the last invocation in each sequence, −1 where there is none.
+    """The start of the last invocation in each sequence, −1 if a sequence has none.
 
     Args:
         input_ids: integer `[B, T]` or `[T]`.
         invocation_tokens: `[I]` token ids, I ≥ 1.
-        attention_mask: `[B, T]`; a match that touches a masked position does not count.
+        attention_mask: `[B, T]`, nonzero where a token is real; a match with padding in it does
+            not count.
 
     Returns:
         int64 `[B]` on the device of `input_ids`.
@@ -54,7 +55,7 @@ def find_invocation_starts(
 
 
 def invocation_of(config: Any) -> list[int] | None:
-    """The invocation tokens that an adapter's configuration names; None for a plain LoRA.
+    """The invocation tokens in an adapter's configuration; None for a plain LoRA.
 
     Args:
         config: a `LoraConfig`, or the mapping in an `adapter_config.json`.
@@ -65,8 +66,8 @@ def invocation_of(config: Any) -> list[int] | None:
 
 
 def last_occurrence(token_ids: Sequence[int], tokens: Sequence[int], begin: int = 0) -> int | None:
-    """Where the last occurrence of `tokens` at or after `begin` starts in a list; None without."""
-    # list.index runs at C speed, so the list is turned round rather than walked.
+    """The start of the last occurrence of `tokens` in a list, at or after `begin`; None if none."""
+    # list.index is fast but searches forward, so both lists are reversed.
     turned, wanted, count = list(token_ids)[::-1], list(tokens)[::-1], len(tokens)
     position = 0
     while True:
@@ -80,26 +81,26 @@ def last_occurrence(token_ids: Sequence[int], tokens: Sequence[int], begin: int 
         position += 1
 
 
-# Ends of texts that an invocation may follow.
+# Different texts that may come before an invocation.
 _BEFORE = ("a", "a.", "a ", "a\n", "1", "… ", "</a>", "é")
 
 
 def encode_invocation(tokenizer: Any, text: str, before: str = "\n") -> list[int]:
-    """The token ids of an invocation as they stand in a prompt, behind `before`.
+    """The token ids that an invocation has in a prompt, right after `before`.
 
-    Many tokenizers give a text other tokens in a sentence than alone: behind a space, the first
-    token holds the space. An adapter is only found by the tokens that its prompts really have.
+    Many tokenizers give a text different tokens inside a sentence than alone: after a space, the
+    first token contains the space. An adapter is found only by the tokens that its prompts contain.
 
         tokens = encode_invocation(tokenizer, "<judge>")   # prompts end with "\\n<judge>"
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
         text: the invocation, such as "<judge>".
-        before: what every prompt has right before it, by default a line break.
+        before: the text that every prompt has right before it, by default a line break.
 
     Raises:
-        ValueError: the tokens depend on what is before `before`, or one of them holds a piece of
-            it; another text, or another `before`, is needed.
+        ValueError: the tokens depend on the text in front of `before`, or one of them contains a
+            piece of `before`. Choose another text, or another `before`.
     """
     wanted = "".join(text.split())
     if not wanted:

@@ -1,4 +1,4 @@
-"""AloraLinear: the masked-LoRA linear as a module. No mathematics."""
+"""AloraLinear: the masked-LoRA linear as a module. The mathematics is in `functional`."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ class AloraLinear(nn.Module):
         in_features, out_features: K and N.
         r: rank, at least 1.
         lora_alpha: numerator of the scaling.
-        lora_dropout: probability in [0, 1) that the adapter's input drops an element in training.
+        lora_dropout: probability in [0, 1) that an element of the adapter's input is dropped in
+            training.
         bias: whether the base has a bias.
-        use_rslora: scale by √r instead of r.
+        use_rslora: divide lora_alpha by √r instead of r.
         lora_bias: whether the adapter has a bias, added on active rows.
-        device, dtype: of the base.
-        adapter_dtype: of the adapter; float32 over a 16-bit base by default, else `dtype`.
+        device, dtype: device of the layer, dtype of the base.
+        adapter_dtype: dtype of the adapter; by default float32 over a 16-bit base, else `dtype`.
 
     Attributes:
-        backend, strategy, adapter_precision, prefix_grad: options of `alora_linear`, free to set.
+        backend, strategy, adapter_precision, prefix_grad: options of `alora_linear`. You may set
+            them at any time.
     """
 
     weight: Tensor
@@ -70,7 +72,7 @@ class AloraLinear(nn.Module):
         lora_bias: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> AloraLinear:
-        """An AloraLinear around the weight of `linear`: shared, not copied, and frozen.
+        """An AloraLinear that shares the parameters of `linear` and freezes them.
 
         `lora_alpha` is `r` by default (scaling 1).
         """
@@ -123,28 +125,28 @@ class AloraLinear(nn.Module):
         self.reset_adapter()
 
     def reset_adapter(self) -> None:
-        """Initialise the adapter as PEFT does: the layer then equals its base."""
+        """Initialise the adapter as PEFT does. The layer then computes the same as its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
         if self.lora_bias is not None:
             nn.init.zeros_(self.lora_bias)
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
-        """`[..., K]` to `[..., N]`.
+        """Apply the layer to x `[..., K]`; returns `[..., N]`.
 
-        Without `activation` the ambient one is used (`with activate(activation):`); without any
-        the layer is its base layer.
+        If `activation` is None, the layer uses that of `with activate(activation):`. Without such a
+        block it computes its base layer alone.
         """
         if activation is None:
             activation = current_activation()
         if activation is None:
             return nn.functional.linear(x, self.weight, self.bias)
         own = self._parameters
-        try:  # reading them as attributes takes five times as long
+        try:  # five times as fast as reading the attributes
             tensors: Any = (
                 own["weight"], own["bias"], own["lora_A"], own["lora_B"], own["lora_bias"]
             )  # fmt: skip
-        except KeyError:  # one has been replaced by a parametrization or a plain tensor
+        except KeyError:  # a parametrization or a plain tensor has replaced one of them
             tensors = (self.weight, self.bias, self.lora_A, self.lora_B, self.lora_bias)
         (y,) = run(
             "alora_linear",
@@ -164,7 +166,7 @@ class AloraLinear(nn.Module):
         return y
 
     def merge(self) -> None:
-        """Refused: the merged weight would run the adapter on every token."""
+        """Always raises: a merged weight would run the adapter on every token."""
         raise NotImplementedError(
             "AloraLinear.merge: an activated LoRA is off before its invocation, so it cannot be "
             "folded into the weight, which all tokens share"

@@ -1,4 +1,4 @@
-"""What is said once: a process hears each warning of a kind a single time."""
+"""Gives each kind of warning once per process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _said: set[Hashable] = set()
 
 
 def first_time(*what: Hashable) -> bool:
-    """Whether `what` is said for the first time in this process."""
+    """Whether this is the first call with `what` in this process."""
     if what in _said:
         return False
     _said.add(what)
@@ -18,17 +18,17 @@ def first_time(*what: Hashable) -> bool:
 
 
 def warn_once(text: str, *what: Hashable, stacklevel: int = 2) -> None:
-    """Warn of `what` the first time; without `what`, of this text."""
+    """Warn with `text`, once for each `what` (by default for each text)."""
     if first_time("warning", *(what or (text,))):
         warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 def log_once(logger: logging.Logger, text: str, *what: Hashable) -> None:
-    """Log a warning about `what` the first time; without `what`, this text."""
+    """Log `text` as a warning, once for each `what` (by default for each text)."""
     if first_time("log", *(what or (text,))):
         logger.warning(text)
 
 
 def forget() -> None:
-    """Say everything again (for tests)."""
+    """Forget which warnings were given (for tests)."""
     _said.clear()

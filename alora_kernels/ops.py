@@ -1,8 +1,8 @@
-"""The registered torch ops: schema, fake and autograd, used while a compiler traces or exports.
+"""The torch ops that a compiler or an export traces: their schema, fakes and autograd.
 
-Eager calls do not come here: a registered op with autograd costs about 100 µs on a CPU, an
-empty autograd.Function 7. Both ways end in `run.run_forward` and `run.run_backward`. The ops take
-tensors and constants alone: nothing that the host knows of an activation enters a graph.
+Eager calls use `AloraFunction` instead: a registered op with autograd costs about 100 µs on a CPU,
+an empty autograd.Function 7 µs. Both end in `run.run_forward` and `run.run_backward`. The ops take
+only tensors and constants, so nothing that the host knows of an activation enters a graph.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .run import run_backward, run_forward
 NAMESPACE = "alora_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-# Lists hold tensors alone (autograd treats a list with a None in it as a constant), so what is
-# absent is left out and told by `has_bias` and `has_lora_bias`.
+# A list must not contain None, because autograd would treat the whole list as a constant. So absent
+# biases are left out, and `has_bias` and `has_lora_bias` say which layers have one.
 _TENSORS = (
     "Tensor x, Tensor[] base_outs, Tensor[] weights, Tensor[] biases, Tensor[] lora_a, "
     "Tensor[] lora_b, Tensor[] lora_bias, Tensor row_adapter, Tensor active_rows, "
@@ -39,23 +39,23 @@ _OPTIONS = ", ".join(
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 # forward returns the outputs [..., N], then xa [M, C].
 _library.define(f"linear({_TENSORS}{_OPTIONS}, bool save) -> Tensor[]", tags=_TAGS)
-# backward returns dx, dA…, dB…, dlora_bias…; what is not wanted has shape [0].
+# backward returns dx, dA…, dB…, dlora_bias…; a gradient that is not wanted has shape [0].
 _library.define(
     f"linear_backward(Tensor[] dys, Tensor xa, {_TENSORS}{_OPTIONS}, bool[] needs) -> Tensor[]",
     tags=_TAGS,
 )
 
-TENSOR_ARGS = 11  # arguments of _TENSORS
+TENSOR_ARGS = 11  # the number of arguments in _TENSORS
 
 
 def _spread(present: Sequence[Any], has: Sequence[bool]) -> list[Any]:
-    """`present` with None where `has` is false."""
+    """`present`, with None inserted where `has` is false."""
     rest = iter(present)
     return [next(rest) if h else None for h in has]
 
 
 def _call(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Call, list[Projection]]:
-    """The call, and its projections, from the ops' flat arguments."""
+    """The call and its projections, from the flat arguments of an op."""
     _, _, weights, biases, lora_a, lora_b, lora_bias, *activation, seed = tensors
     has_bias, has_lora_bias, scalings, *rest = options
     count = len(scalings)
@@ -71,7 +71,7 @@ def _call(tensors: Sequence[Any], options: Sequence[Any]) -> tuple[Call, list[Pr
 
 
 def _needs(needs: Sequence[bool], count: int) -> Needs:
-    """Which gradients are wanted: of x, then of lora_a…, lora_b…, lora_bias…."""
+    """`Needs` from a flat list: x, then lora_a…, lora_b…, lora_bias…."""
     groups = [tuple(needs[1 + i * count : 1 + (i + 1) * count]) for i in range(3)]
     return Needs(needs[0], *groups)
 
@@ -109,7 +109,7 @@ def _backward(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor]:
     x = tensors[0]
     call, projections = _call(tensors, options)
     count = len(projections)
-    # The backend that ran forward is found again by the same rule.
+    # An op cannot return the backend that ran forward, but the same choice finds it again.
     given = projections[0].weight is None
     problem = problem_of(call, _rows(x), projections, given, backward=False)
     backend, _ = choose(problem, call.options.backend, call.options.strategy)
@@ -140,7 +140,7 @@ def _backward_fake(dys: Sequence[Tensor], xa: Tensor, *args: Any) -> list[Tensor
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors, ctx.options = inputs[:TENSOR_ARGS], inputs[TENSOR_ARGS:-1]
     ctx.base_given = bool(tensors[1])
-    # base_outs only pass their gradient on: they need not live until backward.
+    # Backward does not read base_outs: their gradient is dy. So they are not saved.
     kept = [[] if i == 1 else t for i, t in enumerate(tensors)]
     ctx.lengths = [len(t) if isinstance(t, list | tuple) else None for t in kept]
     flat: list[Tensor | None] = []
@@ -203,7 +203,7 @@ torch.library.register_autograd(
 def traced_linear(
     call: Call, x: Tensor, flat: Sequence[Tensor | None], save: bool
 ) -> tuple[Tensor, ...]:
-    """The same call through the registered op; `flat` as `AloraFunction.apply` takes it."""
+    """Run `call` through the registered op. `flat` is the list that `AloraFunction.apply` takes."""
     count = len(call.scalings)
     groups = [list(flat[i * count : (i + 1) * count]) for i in range(6)]
     activation = call.activation

@@ -1,7 +1,7 @@
-"""The definition of the masked-LoRA linear in plain PyTorch: the oracle of every test.
+"""The definition of the masked-LoRA linear in plain PyTorch, to which every test compares.
 
-Differentiable by autograd, on any device and in any floating dtype. Slow on purpose: nothing is
-skipped, nothing is fused.
+It runs on any device and in any floating dtype, and autograd differentiates it. It is slow on
+purpose: it skips nothing and fuses nothing.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def alora_linear_reference(
     seed: Tensor | None = None,  # int64 [1]
     prefix_grad: bool = True,
     adapter_precision: str = "compute",
-    base_out: Tensor | None = None,  # [..., N], stands for x Wᵀ + b
+    base_out: Tensor | None = None,  # [..., N], in place of x Wᵀ + b
 ) -> Tensor:
     """y = x Wᵀ + b + scaling · mask ⊙ ((dropout(x) Aᵀ) Bᵀ + lora_bias).
 
-    `adapter_precision="compute"` rounds the adapter to x's dtype; `"fp32"` computes the adapter's
+    `adapter_precision="compute"` rounds the adapter to x's dtype. `"fp32"` computes the adapter's
     part in float32, adds it in float32 and rounds once (PEFT's arithmetic). Rows outside the mask
-    contribute neither values nor gradients to the adapter, whatever they hold.
+    add nothing to the adapter's outputs and gradients, even if they hold NaN.
     """
     active = mask.unsqueeze(1)  # [M, 1]
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
@@ -64,8 +64,9 @@ def alora_linear_reference(
 def keep_mask(seed: Tensor, dropout_p: float, num_rows: int, num_columns: int) -> Tensor:
     """Dropout's keep mask, bool `[num_rows, num_columns]`, from Philox4x32-10.
 
-    Key = (seed low, seed high), counter = (column ÷ 4, row, 0, 0), word = column mod 4; kept where
-    the word is ≥ ⌊p · 2³²⌋. Integers only, so that every backend draws the same mask.
+    Key = (seed low, seed high), counter = (column ÷ 4, row, 0, 0), word = column mod 4. An element
+    is kept if its word is ≥ ⌊p · 2³²⌋. All of this is integer arithmetic, so every backend draws
+    the same mask.
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     low = 0xFFFFFFFF
@@ -75,7 +76,7 @@ def keep_mask(seed: Tensor, dropout_p: float, num_rows: int, num_columns: int) -
     c1 = torch.arange(num_rows, device=seed.device).unsqueeze(1).expand_as(c0)
     c2 = c3 = torch.zeros_like(c0)
     for _ in range(10):
-        # int64 products wrap, but their 64 bits are those of the unsigned product.
+        # int64 products overflow, but their 64 bits equal those of the unsigned product.
         p0, p1 = PHILOX_M0 * c0, PHILOX_M1 * c2
         c0, c1 = ((p1 >> 32) & low) ^ c1 ^ k0, p1 & low
         c2, c3 = ((p0 >> 32) & low) ^ c3 ^ k1, p0 & low
@@ -85,5 +86,5 @@ def keep_mask(seed: Tensor, dropout_p: float, num_rows: int, num_columns: int) -
 
 
 def dropout_threshold(dropout_p: float) -> int:
-    """⌊p · 2³²⌋: a Philox word below it drops its element."""
+    """⌊p · 2³²⌋: an element is dropped if its Philox word is smaller."""
     return int(dropout_p * 2**32)

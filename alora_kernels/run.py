@@ -1,8 +1,8 @@
-"""A call: which backend runs it, and what is remembered of the calls that are like it.
+"""Chooses the backend of a call and runs it; remembers checks and choices for similar calls.
 
-Checks and choices depend on options and on how tensors are laid out, not on what they hold nor on
-where they lie. All of that is the call's signature. What was found out about one call holds for
-every call of the same signature, so it is found out once.
+Checks and choices depend on the options and on the layout of the tensors, not on their values or
+addresses. Options and layout together are the call's signature. The result for one call holds for
+every call of the same signature, so checks and choices are made once per signature.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .backends.cpu import CpuBackend
 from .contract import PRECISIONS, Backend, Call, Gradients, Needs, Options, Projection
 from .dispatch import BACKENDS, asked_for, choose, forget_choices, problem_of
 
-KEPT = 4096  # signatures
+KEPT = 4096  # the most signatures to remember
 PLAIN = (Tensor, torch.nn.Parameter)
 MAX_DIM = 4  # of x
 EXACT = (torch.float32, torch.float64)  # dtypes in which every precision computes alike
@@ -29,14 +29,14 @@ _memory: dict[tuple[Any, ...], Entry] = {}
 
 
 class Entry:
-    """What is known of the calls of one signature. Compared by identity: one for a signature."""
+    """What is known of the calls of one signature. Each signature has one entry object."""
 
     __slots__ = ("backward", "checked", "forward", "needs_grad")
 
     def __init__(self) -> None:
-        self.checked = False  # no argument was refused
+        self.checked = False  # a call of this signature has passed the checks
         self.needs_grad = False
-        self.forward: tuple[Backend, str] | None = None  # the choice
+        self.forward: tuple[Backend, str] | None = None  # the chosen backend and strategy
         self.backward: tuple[Backend, str] | None = None
 
 
@@ -48,13 +48,13 @@ def entry_of(
     scalings: tuple[float, ...],
     options: Options,
 ) -> Entry | None:
-    """The entry of these calls; None where a signature does not describe them."""
+    """The entry for calls of this signature; None if a signature cannot describe the call."""
     tensors = (x, *chain.from_iterable(projections), *(base_outs or ()))
     try:
         mask = activation.row_adapter
         signature = (
             options,
-            asked_for(options.backend, options.strategy),  # the environment may say more
+            asked_for(options.backend, options.strategy),  # with the environment variables
             scalings,
             activation.__class__,
             mask.shape,
@@ -74,7 +74,7 @@ def entry_of(
         return None
     if found is None:
         if any(t is not None and t.__class__ not in PLAIN for t in tensors):
-            return None  # a subclass may be more than its layout says
+            return None  # the layout does not describe a subclass completely
         if len(_memory) >= KEPT:
             _memory.clear()
         found = _memory[signature] = Entry()
@@ -134,7 +134,7 @@ def run_one_row(
 
 
 def forget() -> None:
-    """Find out anew: something beside the signature has changed."""
+    """Forget all checks and choices: something outside the signatures has changed."""
     _memory.clear()
     forget_choices()
 
@@ -146,7 +146,7 @@ def run_forward(
     base_outs: Sequence[Tensor] | None,  # [M, N] each, changed in place
     save: bool,
 ) -> tuple[list[Tensor], Tensor | None, str]:
-    """Choose and run: the outputs `[M, N]`, xa when `save`, and the backend's name."""
+    """Choose a backend and run forward: the outputs `[M, N]`, xa if `save`, the backend's name."""
     entry: Entry | None = call.memory
     chosen = None if entry is None else entry.forward
     if chosen is None:
@@ -168,7 +168,7 @@ def run_backward(
     dys: Sequence[Tensor],
     needs: Needs,
 ) -> Gradients:
-    """The wanted gradients, by the backend `ran`, which ran forward and made `xa`."""
+    """The wanted gradients, from the backend named `ran`, which ran forward and saved `xa`."""
     entry: Entry | None = call.memory
     chosen = None if entry is None else entry.backward
     if chosen is None:
@@ -176,7 +176,7 @@ def run_backward(
         try:
             chosen = choose(problem, ran, call.options.strategy)
         except RuntimeError:
-            # A strategy forced for forward need not exist in backward; the backend's others do.
+            # The strategy that was forced for forward may not exist in backward.
             chosen = choose(problem, ran, "auto")
         if entry is not None:
             entry.backward = chosen

@@ -1,4 +1,4 @@
-"""Scalings: numbers that kernels take by value, or factors of lora_b where the host has none."""
+"""Makes scalings floats for the kernels; multiplies unknown values into lora_b instead."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def split_scalings(
 ) -> tuple[tuple[float, ...], list[Projection]]:
     """The scalings as floats, and the projections to use with them.
 
-    A scaling whose value the host cannot read (a tensor on a GPU, a tensor that a graph or a
-    derivative goes through, a number that a compiler keeps open) is multiplied into lora_b and
-    lora_bias, and counts as 1. Nothing waits for a device, and nothing is compiled anew when the
-    value changes.
+    Sometimes the host cannot read a scaling: it is a tensor on a GPU, a tensor that is traced or
+    differentiated, or a symbolic number of a compiler. Such a scaling is multiplied into lora_b and
+    lora_bias, and its float is 1. So nothing waits for a device, and a new value causes no
+    recompilation.
 
     Raises:
-        ValueError: a number that is not finite, or a tensor of more than one element.
+        ValueError: a number is not finite, or a tensor has more than one element.
     """
     if not traced and {s.__class__ for s in scalings} == {float}:
         return tuple([finite(name, s) for s in scalings]), projections  # type: ignore[arg-type]
@@ -48,18 +48,21 @@ def split_scalings(
 
 
 def _is_constant(scaling: Tensor) -> bool:
-    """Whether nothing but its value counts."""
+    """Whether a scaling on the CPU may be replaced by its value: nothing differentiates it."""
     return not (scaling.requires_grad or in_transform())
 
 
 def _is_static(scaling: float) -> bool:
-    """Whether a compiler takes `scaling` as a constant of its graph."""
+    """Whether a compiler treats `scaling` as a constant of its graph."""
     static = getattr(symbolic_shapes, "has_static_value", None)  # torch 2.6 lacks it
     return static is None or static(scaling)
 
 
 def _scaled(p: Projection, scaling: float | Tensor) -> Projection:
-    """`p` with `scaling` in lora_b and lora_bias, in float32 or better: rounded once, as before."""
+    """`p` with `scaling` multiplied into lora_b and lora_bias, in float32 or wider.
+
+    Kernels then round the product once, as they round a plain lora_b.
+    """
     dtype = torch.promote_types(p.lora_b.dtype, torch.float32)
     factor = scaling
     if isinstance(scaling, Tensor):

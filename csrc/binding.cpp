@@ -1,5 +1,5 @@
-// The module alora_kernels._cuda: programs of kernels, launched with the addresses of a call.
-// It knows addresses, sizes and streams as integers, and nothing of torch.
+// The Python module alora_kernels._cuda: launches programs of kernels with the addresses of a call.
+// It gets addresses, sizes and streams as integers, and knows nothing of torch.
 #include <cuda_runtime.h>
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -20,7 +20,7 @@ namespace py = pybind11;
 namespace alora {
 namespace {
 
-// From `steps.Packed`.
+// Converts a `steps.Packed` of Python.
 Launch launch_of(const py::object& told) {
   Launch launch;
   launch.name = told.attr("kernel").cast<std::string>();
@@ -70,7 +70,7 @@ Addresses addresses_of(const py::list& list) {
   return addresses;
 }
 
-// The GIL is kept: nothing here waits for the device.
+// Keeps the GIL, because nothing here waits for the device.
 bool call(const Program& program, const py::list& list, int device, uintptr_t stream) {
   const Addresses addresses = addresses_of(list);
   if (!program.fits(addresses)) return false;
@@ -78,8 +78,8 @@ bool call(const Program& program, const py::list& list, int device, uintptr_t st
   return true;
 }
 
-// For each launch what a call would hand over: the parameters without maps and counters, and the
-// arguments of each map.
+// What a call would pass to each launch: the parameter bytes without maps and counters, and the
+// arguments of each map. For tests.
 py::list parameters(const Program& program, const py::list& list) {
   const Addresses addresses = addresses_of(list);
   py::list found;
@@ -105,16 +105,17 @@ py::tuple kernel_names() {
   return py::tuple(names);
 }
 
-// (driver, runtime) as 1000 · major + 10 · minor; the driver is 0 where none is installed.
+// (driver, runtime) as 1000 · major + 10 · minor; the driver is 0 if none is installed.
 py::tuple versions() {
   int driver = 0, runtime = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
   if (cudaRuntimeGetVersion(&runtime) != cudaSuccess) runtime = CUDART_VERSION;
-  cudaGetLastError();  // a missing driver is an answer, not an error to keep
+  cudaGetLastError();  // clear the error: a missing driver is a valid answer here
   return py::make_tuple(driver, runtime);
 }
 
-// Size, and kind and offset of each field, of each struct: what `params.Struct.exported` gives.
+// For each struct its size, and the kind and offset of each field. `params.Struct.exported` has the
+// same form.
 py::dict structs() {
   py::dict all;
   for (const Layout& layout : layouts()) {

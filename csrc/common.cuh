@@ -1,4 +1,5 @@
-// What all kernels share: elements, asynchronous copies, tensor-core fragments, swizzles, Philox.
+// Helpers for all kernels: element types, asynchronous copies, tensor-core fragments, swizzles,
+// Philox.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -28,15 +29,15 @@ __device__ __forceinline__ fp16 from_float<fp16>(float v) {
   return __float2half_rn(v);
 }
 
-// A kernel launched as this one's programmatic dependent may begin; it still waits for this grid's
-// end before it reads what was written here.
+// Lets the next kernel begin, if it was launched as a programmatic dependent. It still waits for
+// the end of this grid before it reads this grid's results.
 __device__ __forceinline__ void allow_dependents() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
-// Two elements, `first` at the lower address.
+// Rounds two elements into one register, `first` at the lower address.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);
 template <>
@@ -85,7 +86,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// 16 bytes from global to shared memory; zeros when `valid` is false (then `src` is not read).
+// Copies 16 bytes from global to shared memory. If `valid` is false, writes zeros and does not read
+// `src`.
 __device__ __forceinline__ void copy_async(uint32_t dst, const void* src, bool valid) {
   const int size = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(size)
@@ -121,8 +123,8 @@ __device__ __forceinline__ uint4 load_shared(uint32_t at) {
   return v;
 }
 
-// Eight elements of an adapter from 16-byte-aligned memory to shared memory, rounded to T; zeros
-// when `valid` is false. Nothing is waited for where the dtype needs no conversion.
+// Copies eight elements of an adapter from 16-byte-aligned memory to shared memory, rounded to T;
+// writes zeros if `valid` is false. The copy is asynchronous if the dtype needs no conversion.
 template <typename T>
 __device__ __forceinline__ void copy_adapter(uint32_t to, const void* base, int64_t offset,
                                              bool valid, bool is_float) {
@@ -146,7 +148,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&d)[4], uint3
                : "memory");
 }
 
-// d += a · b for one 16×8 tile and 16 steps of the reduction.
+// d += a · b, where a is 16×16, b is 16×8 and d is 16×8.
 template <typename T>
 __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1);
@@ -169,12 +171,12 @@ __device__ __forceinline__ void multiply<fp16>(float (&d)[4], const uint32_t (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Byte offset of 16-byte chunk `chunk` of `row` in a tile of 64-byte rows. Eight consecutive rows
-// lie in four 128-byte lines, two in each: the swizzle turns with every second row.
+// Byte offset of the 16-byte chunk `chunk` of `row`, in a tile of 64-byte rows. Two rows share a
+// line of 128 bytes, so the swizzle changes with every second row.
 __device__ __forceinline__ uint32_t swizzle64(int row, int chunk) {
   return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
 }
-// The same for rows of `kBytes`, a multiple of 128.
+// The same offset in a tile of rows of `kBytes`, a multiple of 128.
 template <int kBytes>
 __device__ __forceinline__ uint32_t swizzle(int row, int chunk) {
   static_assert(kBytes % 128 == 0, "the swizzle permutes the eight chunks of 128 bytes");
@@ -196,7 +198,8 @@ __device__ __forceinline__ uint4 philox(int64_t seed, uint32_t column_group, uin
   return c;
 }
 
-// `v` holds elements (row, column .. column + 7), column a multiple of 8: dropped ones become zero.
+// Applies dropout to v, the elements (row, column .. column + 7): dropped ones become zero.
+// `column` is a multiple of 8.
 __device__ __forceinline__ uint4 drop(uint4 v, int64_t seed, uint32_t threshold, int column,
                                       int row) {
   const uint4 a = philox(seed, column / 4, row), b = philox(seed, column / 4 + 1, row);
@@ -208,8 +211,8 @@ __device__ __forceinline__ uint4 drop(uint4 v, int64_t seed, uint32_t threshold,
                     select(v.w, b.z, b.w));
 }
 
-// Eight neighbours to global memory, of which the first `valid` exist; at once where `vector` tells
-// that the address allows it.
+// Stores the first `valid` of eight neighbouring elements to global memory. `vector`: the address
+// allows a store of all eight at once.
 template <typename T>
 __device__ __forceinline__ void store_row(T* at, uint4 v, int valid, bool vector) {
   if (vector && valid >= 8) {
@@ -225,10 +228,10 @@ __device__ __forceinline__ void store_row(T* at, uint4 v, int valid, bool vector
   }
 }
 
-// A value that all lanes agree on, told to the compiler.
+// Tells the compiler that all lanes have the same value.
 __device__ __forceinline__ uint32_t uniform(uint32_t v) { return __shfl_sync(~0u, v, 0); }
 
-// Eight elements (at, at + stride, ...) of which the first `valid` exist; the others are zero.
+// Loads eight elements (at, at + stride, ...). Only the first `valid` exist; the others are zero.
 template <typename T>
 __device__ __forceinline__ uint4 gather(const T* at, int64_t stride, int valid) {
   uint32_t e[8];
@@ -248,7 +251,7 @@ __device__ __forceinline__ uint4 gather_adapter(const void* base, int64_t offset
   return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16);
 }
 
-// The same by 16-byte loads where `vector` tells that the address allows them and all eight exist.
+// gather_adapter, but by 16-byte loads if `vector` (the address allows them) and all eight exist.
 template <typename T>
 __device__ __forceinline__ uint4 adapter_chunk(const void* base, int64_t offset, int64_t stride,
                                                int valid, bool is_float, bool vector) {

@@ -1,4 +1,4 @@
-// Zeros on a device that kernels count with and set back to zero when they end.
+// Counters in device memory. They are zero, and every kernel that uses some sets them back to zero.
 #pragma once
 
 #include <cstddef>
@@ -9,26 +9,27 @@
 
 namespace alora {
 
-// Hands out slices of zeroed slabs. Kernels that may run at one time must not share a slice, so
-// each stream has its own, and each graph has its own for each stream that was captured into it: a
-// graph may be launched on any stream, at any time. Kernels of one stream, or of one stream's part
-// of a graph, run one after the other and leave their slice as they found it.
+// Hands out slices of zeroed slabs. Kernels that may run at the same time must not share a slice.
+// So each stream has its own slice. Each graph also has its own, one for each stream that was
+// captured into it, because a graph may be launched on any stream at any time. Kernels of one
+// stream, or of one captured stream in a graph, run one after the other and leave their slice
+// zeroed.
 //
-// Nothing is ever given back: a slice may be in use for as long as a graph lives, which nobody
-// tells. Slices are small instead: all that one owner ever had are less than four times the words
-// of its largest launch.
+// No memory is freed: a graph may use its slice as long as it exists, and nothing tells this class
+// when a graph is destroyed. But slices are small. All slices that one owner ever had are together
+// less than four times as large as its largest launch needs (or than kLeast).
 class Counters {
  public:
-  static constexpr size_t kLeast = 64;         // words of a slice
+  static constexpr size_t kLeast = 64;         // words of the smallest slice
   static constexpr size_t kSlab = 256 * 1024;  // words of a slab
 
-  using Allocate = std::function<uintptr_t(size_t bytes)>;  // of zeroed memory
+  using Allocate = std::function<uintptr_t(size_t bytes)>;  // allocates zeroed memory
   using Owner = std::pair<uint64_t, uint64_t>;              // stream and capture; 0: no capture
 
-  // Makes the first slab.
+  // Allocates the first slab.
   explicit Counters(Allocate allocate) : allocate_(std::move(allocate)) { add_slab(kSlab); }
 
-  // The address of at least `words` zeros of the owner's own.
+  // The address of the owner's slice, which has at least `words` zeroed words.
   uintptr_t take(Owner owner, size_t words) {
     Slice& slice = slices_[owner];
     if (slice.words < words) {

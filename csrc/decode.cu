@@ -1,14 +1,14 @@
 // decode: out = x · weightᵀ + bias + active ⊙ (scale · (x · downᵀ) · up + lora_bias), M ≤ 16
 //
 //   x [M, K], weight [N, K], down = lora_a [R ≤ 64, K], up = lora_bᵀ [R, N], out [M, N]
-//   `onepass` for a few rows: reads weight once, which is all of the time that this takes
+//   `onepass` for a few rows. It reads weight once; that read takes nearly all of the time.
 //
-// Schedule: block (tile, s) owns 64 columns and slice s of K. Its eight warps take turns at the
-// slice, 64 steps each, and read weight, x and down straight into tensor-core registers in 16-byte
-// pieces (the order of k inside a product is that of shrink.cu). The low-rank part is linear in
-// K, so each slice adds scale · (its x · downᵀ) · up to its own sum, in float32. The sums go to
-// `part`; the block that arrives last at a tile's counter adds them in the order of the slices,
-// finishes the tile and sets the counter back to zero.
+// Schedule: block (tile, s) computes 64 columns on slice s of K. Its eight warps take turns along
+// the slice, 64 steps of K each. They read weight, x and down directly into tensor-core registers,
+// in 16-byte pieces (the order of k inside a product is that of shrink.cu). The low-rank part is a
+// sum over K too, so each slice adds scale · (its x · downᵀ) · up to its own float32 sum. The sums
+// go to `part`. The block that arrives last at a tile's counter adds the slices in order, finishes
+// the tile and sets the counter back to zero.
 //
 // Shared memory: sums of the warps [8][16][72] float 36 KiB, low [16][64] float 4 KiB.
 #include "common.cuh"
@@ -123,7 +123,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 #pragma unroll
         for (int i = 0; i < kOwn; ++i) {
           const int m = tid / kN + 4 * i;
-          // An inactive row does not meet a non-finite `up`.
+          // Skips inactive rows, because `up` may be non-finite.
           if (rows_on >> m & 1) own[i] += low_sums[m * kN + r] * u;
         }
       }

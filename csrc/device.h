@@ -1,4 +1,4 @@
-// What the host asks of the driver and the runtime: errors, contexts, tensor maps, counters.
+// The host's calls of CUDA's driver and runtime: errors, contexts, tensor maps, counters.
 #pragma once
 
 #include <cuda.h>
@@ -27,7 +27,8 @@ inline void check(CUresult status, const std::string& what) {
   }
 }
 
-// The driver's functions, found at run time: this library does not link against the driver.
+// The driver's functions, looked up at run time, because this library does not link against the
+// driver.
 class Driver {
  public:
   static const Driver& get() {
@@ -68,9 +69,10 @@ class Driver {
   }
 };
 
-// Makes a context of `device` current while this lives: the thread's own where it is one of
-// `device`, else the primary one. The thread's state is then as it was, without a context where it
-// had none: nothing is made on another device, and the current device of PyTorch stays.
+// Makes a context of `device` current as long as this object exists. If the thread's current
+// context belongs to `device`, it stays; otherwise the primary context of `device` is pushed.
+// Afterwards the thread has its former context again, or none. So nothing is created on another
+// device, and PyTorch's current device does not change.
 class Bound {
  public:
   explicit Bound(int device) : device_(device) {
@@ -99,8 +101,8 @@ class Bound {
   bool pushed_ = false;
 };
 
-// Zeroed memory of the current context. A graph that is being captured is neither disturbed nor
-// does it record anything: the stream is another, and the memory is not PyTorch's.
+// Allocates zeroed memory in the current context. This is safe while a graph is being captured, and
+// the graph records nothing of it: the work runs on a separate stream, outside PyTorch's allocator.
 inline uintptr_t zeroed(size_t bytes) {
   struct Relaxed {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
@@ -121,13 +123,13 @@ inline uintptr_t zeroed(size_t bytes) {
   return reinterpret_cast<uintptr_t>(memory);
 }
 
-// What belongs to one context of the driver.
+// The state that belongs to one context of the driver.
 struct Context {
   Counters counters{zeroed};
   std::unordered_map<const void*, int> shared;  // dynamic shared memory granted to a kernel
 
-  // That of the current one. Ids are never used twice, so what a destroyed context left behind is
-  // not found again.
+  // The state of the current context. The driver never reuses the id of a context, so the state of
+  // a destroyed context is not found again.
   static Context& current() {
     static auto* all = new std::unordered_map<unsigned long long, Context>;
     unsigned long long id = 0;
@@ -136,7 +138,7 @@ struct Context {
   }
 };
 
-// Who may use a slice of counters that is launched with on `stream`.
+// The owner of the counters for launches on `stream`.
 inline Counters::Owner owner_of(cudaStream_t stream) {
   unsigned long long id = 0, capture = 0;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -145,8 +147,8 @@ inline Counters::Owner owner_of(cudaStream_t stream) {
   return {id, status == cudaStreamCaptureStatusActive ? capture + 1 : 0};
 }
 
-// What a tensor map says beside the address: a matrix of 16-bit elements with `rows` rows of
-// `columns`, `stride` bytes apart. What lies outside the matrix reads as zero and is not written.
+// A tensor map without its address: a matrix of 16-bit elements, with rows that are `stride` bytes
+// apart. Elements outside the matrix read as zero and are not written.
 struct MapShape {
   bool is_bf16;
   uint64_t columns, rows, stride;

@@ -4,8 +4,9 @@
 //   low [M, R16], up [R, N] by strides, out [M, N] by strides
 //   `delta`: forward with low = xa, up = lora_bᵀ; dx with low = dya, up = lora_a
 //
-// Schedule: 256 threads, eight warps as 2 × 4, each 32 × 32 of a tile of 64 gathered rows × 128
-// columns. R is short, so its steps of 32 are not pipelined; blocks hide each other's latency.
+// Schedule: 256 threads, eight warps as 2 × 4. Each warp computes 32 × 32 of a tile of 64 gathered
+// rows × 128 columns. R is short, so its steps of 32 are not pipelined; several blocks on a
+// multiprocessor hide the latency.
 //
 // Shared memory: low [64][32] 4 KiB, up [128][32] 8 KiB.
 #include "common.cuh"
@@ -16,8 +17,8 @@ namespace {
 
 constexpr int kRows = 64, kN = 128, kStep = 32, kThreads = 256;
 
-// Steps r0 .. r0 + 31 of `up`, columns n0 .. n0 + 127: [32][128] where N is its inner dimension,
-// else [128][32].
+// Loads steps r0 .. r0 + 31 of `up`, columns n0 .. n0 + 127: as [32][128] if N is its inner
+// dimension, else as [128][32].
 template <typename T>
 __device__ __forceinline__ void load_up(const ExpandParams& p, uint32_t tile, int r0, int n0) {
   const bool is_float = p.flags & kAdapterFloat, along_n = p.up_n == 1;

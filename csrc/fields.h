@@ -1,5 +1,5 @@
-// The parameter structs as the compiler lays them out: names, kinds and offsets of their fields.
-// `alora_kernels/backends/cuda/params.py` is compared with this when the extension is loaded.
+// The layout of the parameter structs as the compiler sees it: names, kinds and offsets of fields.
+// Python compares it with `alora_kernels/backends/cuda/params.py` when it loads the extension.
 #pragma once
 
 #include <cstddef>
@@ -36,7 +36,7 @@ constexpr char kind_of() {
   return '?';
 }
 
-// `layout` and the fields of a struct that lies in it at `offset`, called `name`.
+// Appends the fields of `inner`, a member called `name` at `offset` in the struct, to `layout`.
 inline Layout with(Layout layout, const std::string& name, size_t offset, const Layout& inner) {
   for (const Field& f : inner.fields) {
     layout.fields.push_back({name + "." + f.name, f.kind, offset + f.offset});
@@ -184,7 +184,7 @@ inline std::vector<Layout> layouts() {
           grad_b_layout(), reduce_layout()};
 }
 
-// The bits of `flags` by their names here.
+// The names and bits of `Flags`.
 inline std::vector<std::pair<std::string, uint32_t>> flag_bits() {
   return {{"kAdapterFloat", kAdapterFloat},
           {"kDropout", kDropout},

@@ -4,16 +4,17 @@
 //   forward: left = x, right = weightᵀ, up = lora_bᵀ, down = lora_a
 //   dx:      left = dy, right = weight, up = lora_a, down = lora_bᵀ
 //
-// tail:    `low` (xa or dya) was written by shrink. The ring of the main loop first carries the R
-//          steps of low and up, into the same accumulators; dropout's mask (a function of the row
-//          and of out's column) then acts on them alone, and the K steps follow.
-// onepass: the main loop also multiplies left by downᵀ, sixteen columns for each warp of a row of
-//          warps. After it low = scale · left · downᵀ is rounded, selected by row, put where a
-//          stage's left tile lies, and multiplied by up like any other step.
+// tail:    shrink has written `low` (xa or dya). The ring of the main loop carries the R steps of
+//          low and up first, into the same accumulators. Then dropout's mask, which depends on the
+//          row and on out's column, is applied to the accumulators. The K steps follow.
+// onepass: the main loop also multiplies left by downᵀ, sixteen columns for each of the four warps
+//          in a row of warps. Afterwards low = scale · left · downᵀ is rounded and selected by row.
+//          It is written into the left tiles of the first stages, and multiplied by up like any
+//          other step.
 //
-// Schedule: 256 threads, eight warps as 2 × 4; each owns 16·kMI × 32 of the tile 32·kMI × 128.
-// A ring of four stages of 32 steps is filled by cp.async three stages ahead. Tiles without an
-// active row skip all R steps. Blocks walk the tiles in groups of eight row tiles for L2 reuse.
+// Schedule: 256 threads, eight warps as 2 × 4; each computes 16·kMI × 32 of the tile 32·kMI × 128.
+// cp.async fills a ring of four stages of 32 steps, three stages ahead. Tiles without an active row
+// skip all R steps. Blocks take the tiles in groups of eight row tiles, so that L2 is reused.
 //
 // Shared memory: gemm_operands.cuh; the ring is reused as the out tile [32·kMI][128].
 #pragma once
@@ -41,13 +42,14 @@ struct Gemm : GemmOperands<T, kMI> {
         warp_m(threadIdx.x / 32 / kWarpsN),
         warp_n(threadIdx.x / 32 % kWarpsN) {}
 
-  // acc += left tile · right tile of one stage; with kLow, low_acc += left tile · down tileᵀ.
-  // Sixteen rows, or sixteen steps along N, further on the swizzle is the same; the other half of
-  // 32 steps, or of a warp's columns along N, is two chunks away, which the swizzle leaves a xor.
+  // acc += left tile · right tile of one stage; with kLow, also low_acc += left tile · down tileᵀ.
+  // The addresses use two properties of the swizzle. It is the same sixteen rows further on (along
+  // N: sixteen steps). And the other half of the 32 steps (along N: of a warp's columns) is two
+  // chunks away, which is a plain xor of the address.
   template <Layout kLayout, bool kLow>
   __device__ void multiply_stage(uint32_t stage) {
     constexpr bool kAlongN = kLayout == Layout::kKN;
-    // Rows of a K-contiguous operand that this lane addresses, and its chunk.
+    // The row and the chunk that this lane addresses in a K-contiguous operand.
     const int row = (lane & 7) + (lane >> 4) * 8, chunk = lane >> 3 & 1;
     const uint32_t left = swizzle64(warp_m * kMI * 16 + lane % 16, lane / 16);
     const uint32_t right = kAlongN ? swizzle<256>(lane & 15, warp_n * 4 + lane / 16)
@@ -87,8 +89,8 @@ struct Gemm : GemmOperands<T, kMI> {
     }
   }
 
-  // acc is zero where dropout drops (row, column of out). Two bits for each pair are gathered in a
-  // rolled loop, because the unrolled one would be two thousand instructions.
+  // Sets acc to zero where dropout drops (row, column of out). A rolled loop collects two bits for
+  // each pair first: unrolled, the loop would have two thousand instructions.
   __device__ void drop_low_product() {
     const int64_t seed = *p.seed;
     uint32_t keep[2] = {};
@@ -115,7 +117,8 @@ struct Gemm : GemmOperands<T, kMI> {
     }
   }
 
-  // onepass: low, selected and rounded, to the left tiles of the first stages and to low_out.
+  // onepass: writes low, selected and rounded, to the left tiles of the first stages and to
+  // low_out.
   __device__ void place_low() {
 #pragma unroll
     for (int i = 0; i < kMI * 4; ++i) {
@@ -134,7 +137,8 @@ struct Gemm : GemmOperands<T, kMI> {
     }
   }
 
-  // Bias, selection and rounding; rows leave through shared memory in 16-byte pieces.
+  // The epilogue: adds biases, selects and rounds. Rows are written through shared memory in
+  // 16-byte pieces.
   __device__ void finish() {
     __syncthreads();
 #pragma unroll
@@ -189,8 +193,8 @@ struct Gemm : GemmOperands<T, kMI> {
     }
   }
 
-  // All products of the tile. tail: the ring first carries the R steps. With kLow (onepass, a tile
-  // with active rows) they follow, from low_acc.
+  // All products of the tile. In tail, the ring carries the R steps first. With kLow (onepass, in a
+  // tile with active rows) the R steps come last, from low_acc.
   template <Layout kLayout, bool kLow>
   __device__ void accumulate(int low_steps, int main_steps) {
     const int steps = low_steps + main_steps;
@@ -220,8 +224,8 @@ struct Gemm : GemmOperands<T, kMI> {
       multiply_stage<kLayout, false>(stage_at(step % kStages));
     }
     if (low_steps > 0 && has(kDropout)) drop_low_product();
-    // The rest is the main loop: nothing but copies of K steps, fragments and products. Copies past
-    // the end of K write zeros that nobody reads.
+    // The main loop has only copies of K steps, fragment loads and products. Copies past the end of
+    // K write zeros that nobody reads.
     constexpr int kAhead = (kStages - 1) * kBlockK;
     const int end = main_steps > 0 ? p.k + kAhead : 0;
     uint32_t stage = stage_at(low_steps % kStages),

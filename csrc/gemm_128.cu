@@ -1,4 +1,4 @@
-// The gemm with tiles of 128 rows.
+// Compiles the GEMM with tiles of 128 rows.
 #include "gemm.cuh"
 #include "registry.h"
 

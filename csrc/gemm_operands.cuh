@@ -1,9 +1,9 @@
-// What the gemm of gemm.cuh reads, and how it gets to shared memory: tiles of left, right, low, up
-// and down, for each layout of right.
+// Loads the operands of gemm.cuh into shared memory: tiles of left, right, low, up and down, for
+// each layout of right.
 //
 // Shared memory: 4 stages of left 32·kMI × 64 B and right 8 KiB; onepass: 4 × down 4 KiB; then the
-// words that tell which rows are active. Rows of 64 bytes are swizzled by chunk ^ (row / 2 mod 4),
-// rows of 256 bytes by chunk ^ (row mod 8): ldmatrix and the copies are free of bank conflicts.
+// bits of the active rows. Rows of 64 bytes are swizzled by chunk ^ (row / 2 mod 4), rows of 256
+// bytes by chunk ^ (row mod 8). So ldmatrix and the copies have no bank conflicts.
 #pragma once
 
 #include "common.cuh"
@@ -33,9 +33,9 @@ struct GemmOperands {
   uint32_t* const active;  // shared [kMI]: one bit for each row of the tile
   const int tid, lane;
   int m0, n0;
-  float4 held[2];  // a chunk of a float32 `down` on its way
-  // This thread's chunks of the two main operands: the next address, and the step of K from which
-  // on there is nothing to read.
+  float4 held[2];  // a chunk of a float32 `down` between load and store
+  // For each of this thread's chunks of the two main operands: the next address, and the step of K
+  // at which there is nothing left to read.
   const T *left_next[kLeftChunks], *right_next[kRightChunks];
   int left_end[kLeftChunks], right_end[kRightChunks];
 
@@ -54,7 +54,7 @@ struct GemmOperands {
     n0 = rest / size * kBlockN;
   }
 
-  // Stages are named by their first byte: left, then right.
+  // A stage is identified by its first byte. It contains left, then right.
   __device__ uint32_t stage_at(int slot) const { return ring + slot * kStageBytes; }
   __device__ uint32_t down_tile(uint32_t stage) const {
     return ring + kRingBytes + (stage - ring) / kStageBytes * kDownBytes;
@@ -76,7 +76,7 @@ struct GemmOperands {
     return any != 0;
   }
 
-  // Active rows of `low`, 32 columns from r0.
+  // Loads the active rows of `low`, 32 columns from r0.
   __device__ void load_low(uint32_t tile, int r0) {
     const int columns = (p.r + 15) / 16 * 16;
 #pragma unroll 1
@@ -88,7 +88,7 @@ struct GemmOperands {
     }
   }
 
-  // One element of a right tile, at step k of the stage and column n of the tile.
+  // The address of an element of a right tile: step k of the stage, column n of the tile.
   template <Layout kLayout>
   __device__ uint32_t right_at(uint32_t tile, int k, int n) const {
     if constexpr (kLayout == Layout::kKN) return tile + swizzle<256>(k, n / 8) + n % 8 * 2;
@@ -141,7 +141,8 @@ struct GemmOperands {
     }
   }
 
-  // The next 32 steps of K, from k0 on. A copy of an invalid chunk writes zeros and reads nothing.
+  // Loads the next 32 steps of K, from k0. A copy of an invalid chunk writes zeros and reads
+  // nothing.
   template <Layout kLayout>
   __device__ void load_main(uint32_t stage, int k0) {
     if constexpr (kLayout == Layout::kStrided) {
@@ -183,8 +184,8 @@ struct GemmOperands {
     }
   }
 
-  // `down` for onepass: one chunk of eight for each thread. What cannot go by cp.async is fetched
-  // before the products of the current stage and stored after them.
+  // `down` for onepass: one chunk of eight elements for each thread. A float32 chunk needs a
+  // conversion, so it is loaded before the products of the current stage and stored after them.
   __device__ bool down_waits() const { return has(kVectorAdapter) && has(kAdapterFloat); }
   __device__ void fetch_down(uint32_t stage, int k0) {
     const int r = tid / 4, k = k0 + tid % 4 * 8;

@@ -1,4 +1,4 @@
-// The gemm of Hopper for both orders of the weight.
+// Compiles Hopper's GEMM for both memory orders of the weight.
 #include "gemm_sm90.cuh"
 #include "registry.h"
 

@@ -1,14 +1,14 @@
-// gemm for Hopper: out = left · right + bias + active ⊙ (keep ⊙ (low · up) + lora_bias), `tail`
-// alone. Formula, operands and the order of steps are those of gemm.cuh.
+// The GEMM for Hopper: out = left · right + bias + active ⊙ (keep ⊙ (low · up) + lora_bias), only
+// `tail`. Formula, operands and the order of steps are those of gemm.cuh.
 //
 // Schedule: 384 threads, persistent: block b takes tiles b, b + grid, ... of 128 × kBlockN, in
 // groups of eight row tiles. A producer warpgroup keeps a ring of stages of 64 steps full: one
-// thread issues the tensor-map copies of left and right. Two consumer warpgroups each own 64 rows:
-// wait for a stage, four wgmma, wait, hand the stage back. The R steps of an active tile are the
-// first stages of its ring; where `up` has another dtype or unaligned rows, the whole producer
-// warpgroup converts it into the stage instead of copying. The out tile leaves through two small
-// buffers of each warpgroup by tensor-map stores, while the producer fills the ring for the next
-// tile.
+// thread issues the tensor-map copies of left and right. Two consumer warpgroups compute 64 rows
+// each. They wait for a stage, issue four wgmma, wait for these, and release the stage. The R steps
+// of an active tile come first in the ring. If `up` has another dtype or unaligned rows, the whole
+// producer warpgroup converts it into the stage instead of copying. Each warpgroup writes its out
+// tile through two small buffers by tensor-map stores; meanwhile the producer fills the ring for
+// the next tile.
 //
 // Shared memory: kStages × (left [128][64] 16 KiB, right [kBlockN][64] or [64][kBlockN]), then
 // 2 × 2 × out [64][64] 8 KiB, then the mbarriers; rows of 128 bytes, swizzled by 128 bytes.
@@ -19,7 +19,7 @@
 
 namespace alora {
 
-// The first warpgroup of `kernel` produces, with few registers, for the others, which consume.
+// Makes the first warpgroup the producer, with few registers, and all others consumers.
 template <int kProducer, int kConsumer, typename Kernel>
 __device__ __forceinline__ void share_work(Kernel& kernel) {
   if (threadIdx.x < 128) {
@@ -32,8 +32,7 @@ __device__ __forceinline__ void share_work(Kernel& kernel) {
   }
 }
 
-// The right tile and the instruction have kBlockN columns, the first kColumns of them columns of
-// out.
+// The right tile and the instruction have kBlockN columns. The first kColumns are columns of out.
 template <typename T, bool kRightAlongN, int kBlockN, int kColumns = kBlockN>
 struct GemmSm90 {
   static constexpr int kBlockM = 128, kBlockK = 64, kStages = kBlockN == 256 ? 4 : 6;
@@ -46,8 +45,8 @@ struct GemmSm90 {
   static_assert(kSharedBytes <= 227 * 1024, "must fit a Hopper multiprocessor");
   static_assert(kBlockN % 64 == 0, "right lies in blocks of 64 columns");
   static_assert(kColumns % 16 == 0 && kColumns <= kBlockN, "16-byte pieces of out");
-  static constexpr int kPieces = (kColumns + 63) / 64;  // of out, the last one may be narrower
-  // What the tensor-map copies of right fill of its tile.
+  static constexpr int kPieces = (kColumns + 63) / 64;  // of out; the last one may be narrower
+  // The bytes of a right tile that the tensor-map copies fill.
   static constexpr uint32_t kCopiedBytes = kRightAlongN ? kPieces * 8192 : kColumns * 128;
 
   const GemmSm90Params& p;
@@ -70,7 +69,7 @@ struct GemmSm90 {
     int m0, n0, low_steps, main_steps;
   };
 
-  // Where tile `index` lies.
+  // The position of tile `index` in out.
   __device__ Tile place(int index) const {
     constexpr int kGroup = 8;
     const int per_group = kGroup * tiles_n, group = index / per_group;
@@ -78,13 +77,13 @@ struct GemmSm90 {
     return {(group * kGroup + rest % size) * kBlockM, rest / size * kColumns, 0, 0};
   }
 
-  // What a tile multiplies follows from whether it has an active row.
+  // The steps of a tile depend on whether it has an active row.
   __device__ void set_steps(Tile& t, bool active) const {
     t.low_steps = active ? (p.r + kBlockK - 1) / kBlockK : 0;
     t.main_steps = has(kActiveOnly) && !active ? 0 : (p.k + kBlockK - 1) / kBlockK;
   }
 
-  // Every warp works out the tile for itself; all agree.
+  // Every warp computes the tile itself; all get the same result.
   __device__ Tile tile_at(int index) const {
     Tile t = place(index);
     bool active = false;
@@ -97,7 +96,7 @@ struct GemmSm90 {
     return t;
   }
 
-  struct Ring {  // position in the ring: the stage, and how often it went round
+  struct Ring {  // a position in the ring: the stage, and the parity of the rounds
     int stage = 0;
     uint32_t round = 0;
     __device__ void step() {
@@ -116,8 +115,8 @@ struct GemmSm90 {
     }
   }
 
-  // One chunk of eight neighbours of `up` for each thread and turn, rounded to T: steps r0 to
-  // r0 + depth - 1.
+  // Writes steps r0 .. r0 + depth - 1 of `up`, rounded to T, into the right tile. A thread takes a
+  // chunk of eight neighbours per turn.
   __device__ void convert_up(int stage, int r0, int n0, int depth) {
     const bool is_float = has(kAdapterFloat), vector = has(kVectorUp);
     const int chunks = depth / 8;
@@ -138,14 +137,14 @@ struct GemmSm90 {
     }
   }
 
-  // The R steps of a tile, by the whole producer warpgroup. The leader calls `ready` before it
-  // copies the first tile of low.
+  // Loads the R steps of a tile; the whole producer warpgroup runs this. The leader calls `ready`
+  // before it copies the first tile of low.
   template <typename Ready>
   __device__ void load_low(Ring& ring, const Tile& t, const Ready& ready) {
     const bool leads = threadIdx.x == 0, convert = has(kConvertUp);
 #pragma unroll 1
     for (int step = 0; step < t.low_steps; ++step, ring.step()) {
-      // The leader alone waits: the others do not see every phase.
+      // Only the leader waits: the other threads may miss a phase of the barrier.
       if (leads) barrier_wait(empty(ring.stage), ring.round ^ 1);
       if (convert) {
         sync_some<128>(1);
@@ -182,14 +181,14 @@ struct GemmSm90 {
     }
   }
 
-  // A tile of 128-byte rows, swizzled by 128 bytes. `leading` is the distance of its blocks of 64
-  // columns when rows are steps of the reduction; eight rows take 1024 bytes. Shared memory ends
-  // below 256 KiB, so no field overflows into the next.
+  // The wgmma descriptor of a tile of 128-byte rows with the 128-byte swizzle. `leading` is the
+  // distance between blocks of 64 columns, if rows are steps of the reduction. Eight rows take 1024
+  // bytes. Shared memory is smaller than 256 KiB, so no field overflows into the next.
   static __device__ uint64_t descriptor(uint32_t address, uint32_t leading) {
     return (address >> 4) + (leading >> 4 << 16) +
            (static_cast<uint64_t>(1024 >> 4 | 1u << 30) << 32);
   }
-  // The same, `bytes` further on.
+  // The descriptor of the tile that begins `bytes` later.
   static __device__ uint64_t advance(uint64_t d, uint32_t bytes) {
     return (d >> 32 << 32) | (static_cast<uint32_t>(d) + (bytes >> 4));
   }
@@ -242,7 +241,7 @@ struct GemmSm90 {
 
   __device__ void consume() {
     const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
-    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of the group's 64 rows
     const uint32_t out = shared + kOutAt + group * 2 * kOutBytes;
     Ring ring;
     for (int index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
@@ -257,7 +256,7 @@ struct GemmSm90 {
     }
   }
 
-  // As in gemm.cuh: bits of sixteen pairs are gathered in a rolled loop, four words of them.
+  // As in gemm.cuh: a rolled loop collects the bits of sixteen pairs into one word.
   __device__ void drop_low_product(float (&acc)[kBlockN / 2], int m, int n0) {
     const int64_t seed = *p.seed;
     const int lane = threadIdx.x % 32;
@@ -292,9 +291,9 @@ struct GemmSm90 {
     for (int piece = 0; piece < kPieces; ++piece) {
       const int width = min(64, kColumns - piece * 64);
       const uint32_t buffer = out + piece % 2 * kOutBytes;
-      if (leads) {  // the store that used this buffer has read it
+      if (leads) {  // wait until the last store from this buffer has read it
         if (kPieces % 2 == 1 && piece == 0) {
-          wait_tiles_read<0>();  // it was the last one of the tile before
+          wait_tiles_read<0>();  // that store was the last one of the previous tile
         } else {
           wait_tiles_read<1>();
         }
@@ -335,12 +334,12 @@ struct GemmSm90 {
       if (width < 64) store_narrow(t, group, piece * 64, width, buffer);
       if (leads) {
         if (width == 64) copy_tile_out(p.out, t.n0 + piece * 64, t.m0 + group * 64, buffer);
-        commit_tiles_out();  // an empty group counts too: the buffers take turns
+        commit_tiles_out();  // also without a store, so that every buffer has its own group
       }
     }
   }
 
-  // The columns of out that are no whole box of its tensor map, by ordinary stores.
+  // Writes the last columns of out by ordinary stores, if they do not fill a box of its tensor map.
   __device__ void store_narrow(const Tile& t, int group, int column, int width, uint32_t buffer) {
 #pragma unroll 1
     for (int i = threadIdx.x % 128; i < 64 * (width / 8); i += 128) {
@@ -352,7 +351,7 @@ struct GemmSm90 {
     }
   }
 
-  // The block meets at a barrier before it uses them.
+  // The caller must synchronise the block before the barriers are used.
   __device__ void init_barriers() {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
@@ -366,7 +365,7 @@ struct GemmSm90 {
   __device__ void run() {
     init_barriers();
     __syncthreads();
-    // Everything above may overlap the end of the kernel before, which wrote `low`.
+    // The code above may overlap the end of the previous kernel, which writes `low`.
     asm volatile("griddepcontrol.wait;" ::: "memory");
     share_work<40, 232>(*this);
   }

@@ -1,16 +1,16 @@
 // grad: part[s, p, r] = Σ keep ⊙ wide[row, p] · low[row, r] over the active rows of split s
-// reduce: out[p, r] = scale · Σ_s part[s, p, r], in the order of s; for dya, row p of the parts is
-// the p-th active row of out
+// reduce: out[p, r] = scale · Σ_s part[s, p, r], in the order of s. For dya, row p of the parts
+// goes to the p-th active row of out.
 //
 //   wide [M, P], low [M, R16], part [S, P, R16] float, out [P, R] by strides
 //   dB from dy and xa (out = dB), dA from x and dya (out = dAᵀ)
 //
 // No atomics: the result does not depend on the order in which blocks run.
 //
-// Schedule of grad: 256 threads, eight warps as 4 × 2, each 32 × 32 of a tile 128 (p) × 64 (r).
-// Gathered rows of both operands lie in shared memory as they lie in memory and are transposed by
-// ldmatrix. A ring of four stages of 32 rows, filled by cp.async; wide goes through registers when
-// its rows are not aligned or when dropout selects. The row numbers are read one stage ahead.
+// Schedule of grad: 256 threads, eight warps as 4 × 2. Each computes 32 × 32 of a tile 128 (p) × 64
+// (r). Rows of both operands are gathered into shared memory in their own order, and ldmatrix
+// transposes them. cp.async fills a ring of four stages of 32 rows. wide goes through registers if
+// its rows are not aligned, or with dropout. The row numbers are read one stage ahead.
 //
 // Shared memory: 4 × (wide [32][128] 8 KiB, low [32][64] 4 KiB).
 #include "common.cuh"

@@ -1,4 +1,4 @@
-// grad_b: one pass over the active rows of dy for both that need it
+// grad_b: computes dB and dya in one pass over the active rows of dy
 //   part[g, n, r] = Σ dy[row, n] · low[row, r] over the rows of split g          (dB = Σ_g part)
 //   low_part[h, slot, r] = Σ dy[row, n] · up[n, r] over the columns of slice h   (dya = scale ·
 //   Σ_h)
@@ -6,12 +6,13 @@
 //   dy [M, N] with rows of 16-byte pieces, low = xa [M, R16], up = lora_b [N, R], R16 ≤ 32
 //   part [G, N, R16] float, low_part [H, slots, R16] float; reduce adds both in order
 //
-// Schedule: block (h, g) owns 512 columns and the rows of split g; each of its eight warps owns 64
-// columns. A ring of three stages of 16 gathered rows, filled by cp.async; the row numbers are
-// read one stage ahead. Each stage is read twice: transposed for dB, whose 512 × 32 sums stay in
-// registers, and as it lies for dya, whose other operand does. The warps' shares of dya are left
-// in shared memory as the tensor cores hold them and added, in the order of the warps, after the
-// barrier that the ring needs anyway; there are two buffers, so that one barrier a stage is enough.
+// Schedule: block (h, g) computes 512 columns and the rows of split g; each of its eight warps has
+// 64 columns. cp.async fills a ring of three stages of 16 gathered rows; the row numbers are read
+// one stage ahead. Each stage is read twice: transposed for dB, whose 512 × 32 sums stay in
+// registers, and plain for dya, whose operand `up` stays in registers. Each warp writes its share
+// of dya to shared memory in the layout of the tensor cores. After the next barrier of the ring the
+// shares are added in the order of the warps. Two buffers for the shares make one barrier per stage
+// enough.
 //
 // Shared memory: 3 × (dy [16][512] 16 KiB, low [16][32] 1 KiB), 2 × dya [8][16][32] float 16 KiB.
 #include "common.cuh"
@@ -34,7 +35,7 @@ struct GradB {
   float2* const shares;  // [2][kWarps][kShare]
   const int tid, lane, warp, n0, first, last, steps;
   int rows[kChunks], low_row;
-  uint32_t up[kMT][kNT][2];  // sixteen columns × eight ranks: the right operand of dya
+  uint32_t up[kMT][kNT][2];  // the right operand of dya, in pieces of sixteen columns × eight ranks
   float acc[kMT][kNT][4] = {};
 
   __device__ GradB(const GradBParams& params, uint8_t* shared)
@@ -99,7 +100,7 @@ struct GradB {
     commit_copies();
   }
 
-  // This warp's products of one stage: acc += dyᵀ · low, and its share of dy · up.
+  // The products of this warp in one stage: acc += dyᵀ · low, and its share of dy · up.
   __device__ void multiply_step(int step) {
     const uint32_t dy = ring + step % kStages * kStageBytes, low = dy + kDyBytes;
     const int chunk = warp * (kOwn / 8);
@@ -129,7 +130,7 @@ struct GradB {
     }
   }
 
-  // The sum of the warps' shares of a stage whose products all warps have done.
+  // Adds the warps' shares of a stage. All warps must have finished its products.
   __device__ void add_shares(int step) {
     const float2* from = shares + step % 2 * kWarps * kShare + tid;
     float2 sum = make_float2(0.f, 0.f);

@@ -1,4 +1,4 @@
-// onepass of Hopper for each R16: 16, 32, 48, 64.
+// Compiles Hopper's onepass for each R16: 16, 32, 48, 64.
 #include "onepass_sm90.cuh"
 #include "registry.h"
 

@@ -1,20 +1,20 @@
-// onepass for Hopper, R ≤ 64: gemm_sm90.cuh where the last R16 of the 256 columns of right are rows
-// of `down`, so that one wgmma makes columns of out and of left · downᵀ. Formula and operands are
-// those of gemm.cuh.
+// onepass for Hopper, R ≤ 64. It is gemm_sm90.cuh with rows of `down` as the last R16 of the 256
+// columns of right, so one wgmma computes columns of out and of left · downᵀ together. Formula and
+// operands are those of gemm.cuh.
 //
-// Schedule: as gemm_sm90.cuh with tiles of 128 × kColumns = 128 × (256 - R16). After the K steps of
-// an active tile each consumer warpgroup scales, selects by row and rounds its low, which becomes
-// the left operand, in registers, of R16 / 16 more products with `up`, the tile's last stage. The
-// tiles of the first column store low for backward. Tiles without an active row load no `down` and
-// multiply by instructions of kColumns.
+// Schedule: as gemm_sm90.cuh, with tiles of 128 × kColumns = 128 × (256 - R16). After the K steps
+// of an active tile, each consumer warpgroup scales, selects and rounds its low. Then low is the
+// left operand, in registers, of R16 / 16 more products. Their right operand is `up`, the tile's
+// last stage. The tiles of the first column store low for backward. Tiles without an active row
+// load no `down` and use instructions of kColumns columns.
 //
-// `down` comes by tensor map, or, where its dtype or layout allows none, through the registers of
-// the producer warpgroup: kLag steps behind the copies, when those have landed, because blocks of
-// right along N, where this is always the way, overlap its columns. Then a second barrier tells
-// that the stage is whole.
+// `down` is copied by tensor map. If its dtype or layout does not allow that, it goes through the
+// registers of the producer warpgroup, which writes it kLag steps behind the copies, after these
+// have landed. If right is along N this is always so, because boxes of right overlap the columns of
+// `down`. A second barrier then tells that the stage is complete.
 //
-// Shared memory: that of GemmSm90 with kBlockN = 256, then the second barriers. In a right tile
-// rows (columns along N) kColumns .. 255 are `down`'s; the last stage of a tile holds `up`.
+// Shared memory: that of GemmSm90 with kBlockN = 256, then the second barriers. In a right tile,
+// rows (columns along N) kColumns .. 255 belong to `down`. The last stage of a tile contains `up`.
 #pragma once
 
 #include "gemm_sm90.cuh"
@@ -44,7 +44,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
   __device__ uint32_t whole(int turn) const { return this->shared + kWholeAt + turn * 8; }
   __device__ bool converts(const Tile& t) const { return t.low_steps > 0 && has(kConvertDown); }
 
-  // The leader's part of one K step.
+  // The leader issues the copies of one K step.
   __device__ void copy_step(const Ring& ring, const Tile& t, int k0, bool with_down) {
     const uint32_t landed = full(ring.stage);
     barrier_wait(empty(ring.stage), ring.round ^ 1);
@@ -54,7 +54,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     if (with_down) copy_tile_in(right_tile(ring.stage) + kColumns * 128, q.down, k0, 0, landed);
   }
 
-  // Steps k0 .. k0 + 63 of `down`, rounded to T, one chunk of eight for each thread and turn.
+  // Writes steps k0 .. k0 + 63 of `down`, rounded to T. A thread takes a chunk of eight per turn.
   __device__ void convert_down(int stage, int k0) {
     const bool is_float = has(kAdapterFloat), vector = has(kVectorAdapter);
 #pragma unroll
@@ -74,7 +74,8 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     }
   }
 
-  // `second` is the next of the barriers that tell of whole stages; it trails the ring.
+  // `second` is the position in the second barriers, which tell that a stage is complete. It lags
+  // behind the ring.
   __device__ void load_main(Ring& ring, Ring& second, const Tile& t) {
     const bool leads = threadIdx.x == 0;
     if (!converts(t)) {
@@ -92,7 +93,8 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
         ring.step();
       }
       if (step < kLag) continue;
-      // Nobody runs ahead of the leader, or a phase of `full` could be taken for a later one.
+      // Keeps all threads with the leader. Otherwise a thread could mistake a phase of `full` for a
+      // later one.
       sync_some<128>(1);
       barrier_wait(full(behind.stage), behind.round);
       convert_down(behind.stage, (step - kLag) * kBlockK);
@@ -129,8 +131,9 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     }
   }
 
-  // acc += left · [right ∣ downᵀ], or left · right alone by narrower instructions. The producer has
-  // seen a stage's copies land before it calls the stage whole.
+  // acc += left · [right ∣ downᵀ], or left · right alone with narrower instructions. With
+  // kConverted it waits for the second barrier alone: the producer arrives there after the copies
+  // have landed.
   template <int kN, bool kConverted>
   __device__ void multiply_main(float (&acc)[128], Ring& ring, Ring& second, const Tile& t,
                                 int group) {
@@ -154,7 +157,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
     }
   }
 
-  // Takes low from the last columns of acc, stores it, and adds low · up to the others.
+  // Takes low from the last columns of acc, stores it, and adds low · up to the other columns.
   __device__ void add_low(float (&acc)[128], Ring& ring, const Tile& t, int group, int row) {
     uint32_t low[kR16 / 16][4];  // [sixteen columns][two column halves × two row halves]
 #pragma unroll
@@ -184,7 +187,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
 
   __device__ void consume() {
     const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
-    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of the group's 64 rows
     const uint32_t out = this->shared + Gemm::kOutAt + group * 2 * Gemm::kOutBytes;
     Ring ring, second;
     for (int index = blockIdx.x; index < this->tiles_m * this->tiles_n; index += gridDim.x) {
@@ -214,7 +217,7 @@ struct OnePassSm90 : GemmSm90<T, kRightAlongN, 256, kColumns> {
   }
 };
 
-// Both orders of right: which one is read from the flags.
+// Runs the kernel for the memory order of right that the flags say.
 template <typename T, int kColumns>
 __device__ __forceinline__ void onepass_sm90(const OnePassSm90Params& p) {
   extern __shared__ __align__(1024) uint8_t shared[];

@@ -1,6 +1,6 @@
 // The argument of each kernel: one plain struct, so that a launch is a name, a grid and some bytes.
-// `alora_kernels/backends/cuda/params.py` states the same structs. `fields.h` lists their fields,
-// and the two are compared when the extension is loaded.
+// `alora_kernels/backends/cuda/params.py` declares the same structs in Python. `fields.h` lists
+// their fields, and Python compares both when it loads the extension.
 #pragma once
 
 #include <cstdint>
@@ -13,16 +13,16 @@ enum Flags : uint32_t {
   kDropout = 2,         // the keep mask selects (see the kernel)
   kAdd = 4,             // out += instead of out =
   kActiveOnly = 8,      // inactive rows of out become zero, their tiles are skipped
-  kVectorAdapter = 16,  // rows of the adapter operand allow 16-byte loads along the reduction
+  kVectorAdapter = 16,  // `down` (shrink: right) allows 16-byte loads along its inner dimension
   kVectorOut = 32,      // rows of out allow 16-byte stores
   kFloatOut = 64,       // out is float32
-  kConvertUp = 128,     // `up` cannot go by tensor map: another dtype or unaligned rows
+  kConvertUp = 128,     // `up` cannot be copied by tensor map: another dtype or unaligned rows
   kPairsAdapter = 256,  // shrink: neighbouring columns of the adapter operand load as pairs
-  kConvertDown = 512,   // the same for `down`
+  kConvertDown = 512,   // `down` cannot be copied by tensor map
   kVectorUp = 1024,     // `up` allows 16-byte loads along its inner dimension
   kAlongN = 2048,       // the inner dimension of `right` is N, not K
   kStrided = 4096,      // `left` and `right`, or grad's `wide`, do not allow 16-byte pieces
-  kOnePass = 8192,      // low comes from `down` in the main loop
+  kOnePass = 8192,      // the main loop computes low from `down`
 };
 
 struct GemmParams {
@@ -45,22 +45,23 @@ struct GemmParams {
   uint32_t flags;
 };
 
-// A tensor map as the driver encodes it.
+// A tensor map, encoded by the driver.
 struct alignas(64) TensorMap {
   unsigned char bytes[128];
 };
 
-// The gemm of sm_90a: strides lie in the maps. Boxes are 64 columns (128 bytes, swizzled) wide.
+// The GEMM of sm_90a. The tensor maps contain the strides. Boxes are 64 columns wide (128 bytes,
+// swizzled).
 struct GemmSm90Params {
   TensorMap left;   // [M, K], box 128 × 64
   TensorMap right;  // [N, K], box kBlockN × 64; or [K, N], box 64 × 64
-  TensorMap low;    // [M, R16], box 128 × 64, inactive rows hold zeros; in onepass unused
+  TensorMap low;    // [M, R16], box 128 × 64, inactive rows are zero; unused in onepass
   TensorMap up;     // [N, R] or [R, N] like right; unless kConvertUp
   TensorMap out;    // [M, N], box 64 × 64
   const void* bias;
   const void* up_values;  // [R, N] by strides, adapter dtype; with kConvertUp
   const void* lora_bias;
-  void* out_values;  // [M, N]: what `out` maps
+  void* out_values;  // [M, N], the matrix of `out`; for kAdd and for columns that fill no box
   const int32_t* row_adapter;
   const int64_t* seed;
   int64_t up_r, up_n, out_m;
@@ -69,8 +70,8 @@ struct GemmSm90Params {
   uint32_t threshold, flags;
 };
 
-// onepass of sm_90a: gemm as above; `low` is not mapped, boxes of `right` and `up` have 256 - R16
-// rows where K or R is their inner dimension.
+// onepass of sm_90a: the GEMM above, without a map of `low`. If K (or R) is their inner dimension,
+// the boxes of `right` (or `up`) have 256 - R16 rows.
 struct OnePassSm90Params {
   TensorMap down;  // [R, K], box R16 × 64; unless kConvertDown
   GemmSm90Params gemm;
@@ -80,15 +81,15 @@ struct OnePassSm90Params {
   float scale;  // of left · downᵀ
 };
 
-// The persistent kernel of sm_90a: gemm as above, whose `low` the kernel itself writes.
+// The persistent kernel of sm_90a: the GEMM above; the kernel itself writes `low`.
 struct FusedSm90Params {
   TensorMap down;  // [R, K] or [K, R] like right, box 64 × 64; unless kConvertDown
   GemmSm90Params gemm;
   const void* down_values;  // [R, K] by strides, adapter dtype; with kConvertDown
-  void* low_out;            // [M, R16], what gemm.low maps; rows of active row blocks are written
+  void* low_out;            // [M, R16], the matrix of gemm.low; written in active row blocks
   const int32_t* active_rows;
   const int32_t* active_count;
-  uint32_t* ready;  // [row blocks], zero; zero again afterwards
+  uint32_t* ready;  // [row blocks], zero before and after the kernel
   int64_t down_r, down_k, low_m;
   float scale;  // of left · downᵀ
 };
@@ -102,7 +103,7 @@ struct DecodeParams {
   const void* lora_bias;
   void* out;         // [M, N]
   float* part;       // [S, tiles, 16, 64]
-  int32_t* arrived;  // [tiles], zero; zero again afterwards
+  int32_t* arrived;  // [tiles], zero before and after the kernel
   const int32_t* row_adapter;
   int64_t left_m, weight_n, up_r, up_n, down_r, down_k, out_m;
   int32_t m, n, k, r, k_slice;
@@ -112,9 +113,9 @@ struct DecodeParams {
 
 constexpr int kMaxColumnBlocks = 16;
 
-// Sixteen columns of the output of shrink: rows of one projection's adapter.
+// Sixteen columns of shrink's output, from up to sixteen rows of one projection's adapter.
 struct ColumnBlock {
-  const void* right;  // first of `valid` rows [valid, K]
+  const void* right;  // [valid, K]
   int32_t valid;      // 1 to 16; the other columns become zero
   float scale;
 };
@@ -173,11 +174,11 @@ struct GradBParams {
 struct ReduceParams {
   const float* part;           // [S, P, R16]
   void* out;                   // [P, R] by strides; float32 or the kernel's dtype
-  const int32_t* active_rows;  // where row p of `part` goes, or null: to row p
+  const int32_t* active_rows;  // row p of `part` goes to row active_rows[p]; null: to row p
   const int32_t* active_count;
   int64_t out_p, out_r;
   int32_t p, r, r16;
-  int32_t split_rows;  // active rows of a part; 0: there are `splits` parts of the active rows
+  int32_t split_rows;  // active rows of a part; 0: the number of parts is `splits`
   int32_t splits;
   float scale;
   uint32_t flags;

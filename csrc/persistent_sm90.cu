@@ -1,4 +1,4 @@
-// The persistent kernel of Hopper for both orders of the weight.
+// Compiles Hopper's persistent kernel for both memory orders of the weight.
 #include "persistent_sm90.cuh"
 #include "registry.h"
 

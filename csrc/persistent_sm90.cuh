@@ -1,22 +1,24 @@
 // fused for Hopper: low = scale · left · downᵀ on active rows, and out = left · right + bias +
 // active ⊙ (low · up + lora_bias), in one persistent launch. Operands as in gemm.cuh; no dropout.
 //
-// Schedule: threads, tiles, ring and epilogue of gemm_sm90.cuh. The list of tiles begins with one
-// narrow tile [128, 64] of low for each 64 columns of each row block that has an active row; block
-// b takes tiles b, b + grid, ... A narrow tile runs K through the same ring, stores its part of low
-// and adds to the row block's word in `ready`. An ordinary tile runs K first, which needs no low;
-// only then its producer waits for the word, and the R steps follow. All blocks must be resident:
-// then every narrow tile is under way before anyone waits for it, and no narrow tile waits.
+// Schedule: threads, tiles, ring and epilogue are those of gemm_sm90.cuh. The list of tiles begins
+// with narrow tiles [128, 64] of low: one for each 64 columns of low in each row block that has an
+// active row. Ordinary tiles follow. Block b takes tiles b, b + grid, ... A narrow tile runs K
+// through the same ring, stores its part of low and adds to the row block's word in `ready`. An
+// ordinary tile runs K first, which needs no low. Then its producer waits for the word, and the R
+// steps follow. All blocks must run at the same time: then every narrow tile has begun before a
+// block waits for it, and narrow tiles wait for nothing.
 //
-// `ready`: the lower half counts warpgroups that have stored their part of low, the upper half
-// ordinary tiles that have seen them all. The last of these sets the word back to zero.
+// `ready`: the lower half of a word counts the warpgroups that have stored their part of low. The
+// upper half counts the ordinary tiles that have seen all parts; the last one sets the word back to
+// zero.
 //
-// The row blocks with active rows: a bitmap in shared memory, which each block makes from
-// active_rows[0 .. active_count). All decisions come from it, so that tiles that wait and tiles
-// that are waited for always agree.
+// Active row blocks are a bitmap in shared memory. Each block of threads computes it from
+// active_rows[0 .. active_count). All decisions use this bitmap, so waiting tiles and tiles that
+// they wait for always agree.
 //
-// Shared memory: that of gemm_sm90.cuh, then the bitmap and its count, 528 bytes. A narrow tile's
-// stage holds left [128][64] and, in right's place, down [64][64].
+// Shared memory: that of gemm_sm90.cuh, then the bitmap and its count, 528 bytes. The stage of a
+// narrow tile contains left [128][64] and, in the place of right, down [64][64].
 #pragma once
 
 #include "flags.cuh"
@@ -36,8 +38,8 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
   static_assert(kSharedBytes + kWords * 4 + 16 <= 227 * 1024, "must fit a Hopper multiprocessor");
 
   const FusedSm90Params& q;
-  uint32_t* const bitmap;  // [kWords] in shared memory, behind it how many bits are set
-  const int chunks;        // of low's columns
+  uint32_t* const bitmap;  // [kWords] in shared memory, then the number of bits that are set
+  const int chunks;        // of 64 columns in low
 
   __device__ FusedSm90(const FusedSm90Params& params, uint8_t* base)
       : Gemm(params.gemm, shared_address(base)),
@@ -77,7 +79,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
     __syncthreads();
   }
 
-  // How many narrow tiles begin the list, and how long it is. Read, not kept: the producer has
+  // The number of narrow tiles, and of all tiles. Computed at each use, because the producer has
   // few registers.
   __device__ int narrow() const { return static_cast<int>(bitmap[kWords]) * chunks; }
   __device__ int tiles() const { return narrow() + this->tiles_m * this->tiles_n; }
@@ -88,8 +90,8 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
     return t;
   }
 
-  // One chunk of eight neighbours of `down` for each thread and turn, rounded to T. Rows past R16
-  // are zeros too: the product is always 64 columns wide.
+  // Writes a tile of `down`, rounded to T. A thread takes a chunk of eight neighbours per turn.
+  // Rows past R are zero, because the product is always 64 columns wide.
   __device__ void convert_down(int stage, int k0, int r0) {
     const bool is_float = this->has(kAdapterFloat), vector = this->has(kVectorAdapter);
 #pragma unroll 2
@@ -169,7 +171,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
       wgmma_wait<0>(acc);
       this->release(ring.stage);
     }
-    // Columns past R and inactive rows are selected to zero: left may hold NaN there.
+    // Columns past R and inactive rows are set to zero by selection, because left may contain NaN.
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = block * kBlockM + group * 64 + row + half * 8;
@@ -192,7 +194,7 @@ struct FusedSm90 : GemmSm90<T, kRightAlongN, 256> {
 
   __device__ void consume() {
     const int group = uniform(threadIdx.x / 128) - 1, lane = threadIdx.x % 32;
-    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of this group's 64
+    const int row = threadIdx.x % 128 / 32 * 16 + lane / 4;  // and row + 8, of the group's 64 rows
     const uint32_t out = this->shared + Gemm::kOutAt + group * 2 * Gemm::kOutBytes;
     Ring ring;
     for (int index = blockIdx.x; index < tiles(); index += gridDim.x) {

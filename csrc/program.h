@@ -1,4 +1,4 @@
-// A program's launches, ready to be sent with the addresses of a call.
+// A program: launches that are complete except for the addresses of a call.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +19,7 @@ namespace alora {
 
 constexpr int kMaxDevices = 64;
 constexpr size_t kMaxParams = 1024;
-constexpr int kDefaultShared = 48 * 1024;  // what a kernel may use without asking
+constexpr int kDefaultShared = 48 * 1024;  // a kernel that uses more must set an attribute
 
 // Kernels by name.
 inline const std::unordered_map<std::string_view, const void*>& kernels() {
@@ -34,7 +34,8 @@ inline const std::unordered_map<std::string_view, const void*>& kernels() {
   return *map;
 }
 
-// Where the address of a tensor, or what is `shift` bytes behind it, goes into the parameters.
+// The address of tensor number `tensor`, plus `shift` bytes, goes to byte `offset` of the
+// parameters.
 struct Slot {
   size_t offset;
   size_t tensor;
@@ -51,10 +52,9 @@ struct CounterSlot {
   size_t words;
 };
 
-// One launch: all of it but addresses. `params` is the kernel's parameter struct. A `dependent`
-// kernel may begin while the one before it ends, and waits for it by griddepcontrol. The blocks of
-// a `cooperative` one wait for each other: all of them are on the device at once, or the launch is
-// an error.
+// One launch without addresses. `params` is the kernel's parameter struct. A `dependent` kernel may
+// begin while the previous one ends, and waits for that end by griddepcontrol. The blocks of a
+// `cooperative` kernel wait for each other, so the launch fails if they cannot all run at once.
 struct Launch {
   std::string name;
   unsigned grid[3];
@@ -70,10 +70,10 @@ struct Launch {
 
 using Addresses = std::vector<uint64_t>;
 
-// Launches that follow each other. It holds no address, no stream and no device.
+// A sequence of launches. It contains no address, no stream and no device.
 class Program {
  public:
-  // `residues`: what the address of each tensor leaves when divided by 16; -1 where any will do.
+  // `residues`: the address of each tensor modulo 16; -1 if it does not matter.
   Program(std::vector<Launch> launches, std::vector<int> residues)
       : launches_(std::move(launches)), residues_(std::move(residues)) {
     for (Launch& launch : launches_) {
@@ -97,7 +97,7 @@ class Program {
 
   const std::vector<Launch>& launches() const { return launches_; }
 
-  // Whether the launches were planned for tensors that lie like these.
+  // Whether the addresses have the alignment that the launches were planned for.
   bool fits(const Addresses& addresses) const {
     if (addresses.size() != residues_.size()) {
       throw std::invalid_argument("alora_kernels: " + std::to_string(addresses.size()) +
@@ -112,7 +112,7 @@ class Program {
     return true;
   }
 
-  // Puts addresses into the parameters of `launch`; maps and counters are left zero.
+  // Writes the parameters of `launch` with addresses into `bytes`; maps and counters stay zero.
   static void fill(const Launch& launch, const Addresses& addresses, unsigned char* bytes) {
     std::memcpy(bytes, launch.params.data(), launch.params.size());
     for (const Slot& s : launch.addresses) {
@@ -121,7 +121,7 @@ class Program {
     }
   }
 
-  // Launches everything; nothing here waits for the device.
+  // Launches all kernels. Does not wait for the device.
   void run(const Addresses& addresses, int device, cudaStream_t stream) const {
     if (device < 0 || device >= kMaxDevices) {
       throw std::invalid_argument("alora_kernels: device " + std::to_string(device) +

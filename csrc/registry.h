@@ -1,4 +1,4 @@
-// Kernels by name. Each .cu file adds its own; the binding and the tests list them.
+// The list of kernels by name. Each .cu file adds its own; the binding and the tests read it.
 #pragma once
 
 namespace alora {
@@ -28,8 +28,8 @@ struct Register {
 
 }  // namespace alora
 
-// Defines `extern "C"` kernel `name` that runs `body` with its parameters `p`, `blocks` of which
-// should fit a multiprocessor.
+// Defines and registers the `extern "C"` kernel `name`, which calls the given function with its
+// parameters. `blocks` blocks of it should fit on a multiprocessor.
 #define ALORA_KERNEL(name, Params, threads, blocks, ...)        \
   extern "C" __global__ void __launch_bounds__(threads, blocks) \
       name(const __grid_constant__ Params p) {                  \

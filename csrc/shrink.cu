@@ -3,13 +3,14 @@
 //   left [M, K], right_b [≤ 16, K] for each block b of sixteen columns, out [M, 16 · blocks]
 //   xa from x and lora_a (one launch for a group that shares x), dya from dy and lora_bᵀ
 //
-// Schedule: 256 threads; eight warps own the same 16·kMI gathered rows and up to 64 columns, and
-// take turns at K, 32 steps each. Nothing is staged: a lane reads the eight neighbouring k that
-// are its share of two tensor-core products straight into registers. The order of k inside a
-// product is free as long as both operands agree, so the logical steps 2t, 2t+1, 2t+8, 2t+9 of
-// product j are the steps 8t+4j .. 8t+4j+3 in memory. At the end the warps' sums are added in
-// order through shared memory [8][16·kMI][72] float. Columns past `valid` become zero. The adapter
-// operand lies along k (lora_a) or along its columns (lora_bᵀ): each has its own way of reading.
+// Schedule: 256 threads. All eight warps have the same 16·kMI gathered rows and up to 64 columns,
+// and take turns along K, 32 steps each. A lane reads eight neighbouring k directly into registers;
+// they are its share of two tensor-core products. The order of k inside a product does not matter,
+// as long as both operands have the same. So the logical steps 2t, 2t+1, 2t+8, 2t+9 of product j
+// are the steps 8t+4j .. 8t+4j+3 in memory. At the end the warps' sums are added in order, through
+// shared memory [8][16·kMI][72] float. Columns past `valid` become zero. The adapter operand is
+// contiguous along k (lora_a) or along its columns (lora_bᵀ), and each layout is read in its own
+// way.
 #include "common.cuh"
 #include "registry.h"
 
@@ -17,10 +18,10 @@ namespace alora {
 namespace {
 
 // How the adapter operand is read: eight neighbouring k at once, in x's dtype or float32; two
-// neighbouring columns at once (then tile h of a block holds the columns 2c + h); or singly.
+// neighbouring columns at once (then tile h of a block has the columns 2c + h); or one by one.
 enum class Read { kVector, kVectorFloat, kPairs, kPairsFloat, kSingly };
 
-// Two columns of eight steps: `even` and `odd` are the fragments of the block's two tiles.
+// Reads eight steps of two columns. `even` and `odd` are the fragments of the block's two tiles.
 template <typename T, bool kFloat>
 __device__ __forceinline__ void read_pairs(const void* base, int64_t offset, int64_t stride,
                                            bool second, uint4& even, uint4& odd) {
@@ -84,7 +85,7 @@ struct Shrink {
     }
   }
 
-  // All loads of a step come before its products, so that they wait for memory together.
+  // All loads of a step come before its products, so that their latencies overlap.
   template <Read kRead>
   __device__ void multiply_all() {
     const bool dropout = p.flags & kDropout;

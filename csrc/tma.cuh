@@ -1,4 +1,4 @@
-// Bulk tensor copies, mbarriers and the register and proxy instructions of Hopper.
+// Hopper's instructions for bulk tensor copies, mbarriers, registers and proxies.
 #pragma once
 
 #include "common.cuh"
@@ -26,11 +26,11 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
       "r"(parity)
       : "memory");
 }
-// Makes initialised mbarriers visible to the copies.
+// Makes initialised mbarriers visible to the tensor copies.
 __device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-// Orders this thread's ordinary accesses to shared memory before copies and wgmma that follow.
+// Orders this thread's ordinary accesses to shared memory before its later tensor copies and wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -52,7 +52,7 @@ __device__ __forceinline__ void copy_tile_out(const TensorMap& map, int x, int y
 __device__ __forceinline__ void commit_tiles_out() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-// At most `kPending` groups still read shared memory.
+// Waits until at most `kPending` groups of stores still read shared memory.
 template <int kPending>
 __device__ __forceinline__ void wait_tiles_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
@@ -66,7 +66,7 @@ template <int kRegisters>
 __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-// Barrier `id` among `kThreads` threads.
+// Synchronises `kThreads` threads at barrier `id`.
 template <int kThreads>
 __device__ __forceinline__ void sync_some(int id) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");

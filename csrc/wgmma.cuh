@@ -1,8 +1,8 @@
-// wgmma of Hopper: d [64, N] += a [64, 16] · b [16, N]. `a` lies in shared memory, named by a
-// descriptor, or in registers; `b` lies in shared memory. A lane of warp w holds rows 16w + lane/4
-// and + 8; d[4j + 2h + i] is row half h and column 8j + 2·(lane mod 4) + i; of `a` in registers it
-// holds the same rows, a[2j + h] being columns 8j + 2·(lane mod 4) and + 1. `d` may be longer than
-// the instruction's N/2. Only sources named *_sm90.cu may include this file.
+// Hopper's wgmma: d [64, N] += a [64, 16] · b [16, N]. `a` is in shared memory, given by a
+// descriptor, or in registers. `b` is in shared memory. A lane of warp w has the rows r = 16w +
+// lane/4 and r + 8 of d: d[4j + 2h + i] is row r + 8h, column 8j + 2·(lane mod 4) + i. If `a` is in
+// registers, a[2j + h] has row r + 8h, columns 8j + 2·(lane mod 4) and the next one. `d` may be
+// longer than the N/2 of the instruction. Only files named *_sm90.cu may include this file.
 #pragma once
 
 #include "common.cuh"
@@ -12,7 +12,8 @@ namespace alora {
 template <typename T, int kN>
 struct Wgmma;
 
-// The accumulators in the text of the instruction, and as its operands, for each N.
+// For each N, the accumulators in the text of the instruction, and as operands of the asm
+// statement.
 #define ALORA_D_64                                                       \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -58,7 +59,7 @@ struct Wgmma;
 #define ALORA_REGISTERS_256                                                                  \
   ALORA_REGISTERS_240, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), \
       "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
-// The other operands: both tiles by descriptor, or the left one in registers.
+// The other operands in the text: both tiles by descriptor, or the left one in registers.
 #define ALORA_SHARED_64 "%32, %33, 1, 1, 1, 0, %34;"
 #define ALORA_SHARED_128 "%64, %65, 1, 1, 1, 0, %66;"
 #define ALORA_SHARED_192 "%96, %97, 1, 1, 1, 0, %98;"
@@ -120,7 +121,7 @@ __device__ __forceinline__ void hold(float (&acc)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
-// Orders earlier register and shared-memory accesses of this warpgroup before its next wgmma.
+// Orders this warpgroup's earlier accesses to registers and shared memory before its next wgmma.
 template <int kCount>
 __device__ __forceinline__ void wgmma_fence(float (&acc)[kCount]) {
   hold(acc);

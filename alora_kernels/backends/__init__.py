@@ -1,1 +1,1 @@
-"""The backends: each computes the operation of `contract` in its own way."""
+"""The backends: implementations of the masked-LoRA linear, as `contract.Backend` describes it."""

@@ -1,4 +1,4 @@
-"""The `reference` backend: the definition itself, for any device and any floating dtype."""
+"""The `reference` backend: runs the definition itself, on any device and in any floating dtype."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class ReferenceBackend:
 def outputs(
     call: Call, x: Tensor, projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """The outputs `[..., N]` of x `[..., K]`, differentiable any number of times, in any mode."""
+    """The outputs `[..., N]` of x `[..., K]`, differentiable any number of times and in any mode of
+    torch."""
     given = [None] * len(projections) if base_outs is None else base_outs
     return [_output(call, x, p, i, base) for i, (p, base) in enumerate(zip(projections, given))]
 
@@ -76,7 +77,7 @@ def gradients(
         *(p.lora_bias for p in projections),
     ]
     with torch.enable_grad():
-        # Each use of a tensor gets a gradient of its own, also where two projections share one.
+        # Two projections may share a tensor. Each use becomes a leaf, so it gets its own gradient.
         leaves = [
             t if t is None else t.view_as(t) if create_graph else t.detach().requires_grad_(need)
             for t, need in zip(tensors, wanted)

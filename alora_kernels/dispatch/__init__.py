@@ -1,4 +1,4 @@
-"""Dispatch: which backend and which strategy run a problem, by estimates and measurements."""
+"""Dispatch chooses the backend and the strategy of a call, from estimates and measurements."""
 
 from .choice import (
     BACKENDS,

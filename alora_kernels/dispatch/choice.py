@@ -1,6 +1,6 @@
-"""Which backend and which strategy run a problem; every refusal has a reason.
+"""Chooses the backend and the strategy for a problem. A backend that refuses gives a reason.
 
-The choice is a pure function of the problem, made once per problem and logged.
+The choice is a pure function of the problem. It is made and logged once per problem.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from .cost import seconds
 
 logger = logging.getLogger("alora_kernels")
 
-# os.environ raises and catches two errors for a name that is not set, in every call: 2 µs.
+# `os.environ.get` of an unset name raises and catches two exceptions inside, which costs 2 µs in
+# every call. So the dict behind it is asked.
 BACKEND_VARIABLE, STRATEGY_VARIABLE = "ALORA_BACKEND", "ALORA_STRATEGY"
 _environ: Any = getattr(os.environ, "_data", None)
 _encode: Any = getattr(os.environ, "encodekey", str)
 _KEYS = {name: _encode(name) for name in (BACKEND_VARIABLE, STRATEGY_VARIABLE)}
 
-# In the order of preference where the cost model sees no difference.
+# In order of preference, which decides if the estimated times are equal.
 BACKENDS: dict[str, Backend] = {
     b.name: b for b in (CudaBackend(), TritonBackend(), CpuBackend(), ReferenceBackend())
 }
@@ -44,7 +45,7 @@ def problem_of(
     base_given: bool,
     backward: bool,
 ) -> Problem:
-    """What the choice depends on."""
+    """The facts of a call that the choice depends on."""
     (rows, depth), device = x.shape, x.device
     kind = device.type
     return Problem(
@@ -76,20 +77,20 @@ def _arch(device: torch.device) -> int:
 def choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str]:
     """The backend and strategy for `problem`.
 
-    "auto" picks the pair with the least expected time among those that have no reason to refuse:
-    the cost model's estimate, corrected by measurements where this GPU was tuned.
-    `ALORA_BACKEND` and `ALORA_STRATEGY` stand in for an "auto". A backend that is asked for by name
-    never falls back.
+    "auto" takes the pair with the least expected time among all that do not refuse. The expected
+    time is the cost model's estimate, corrected by measurements if this GPU was tuned.
+    `ALORA_BACKEND` and `ALORA_STRATEGY` replace "auto". A backend that is given by name never falls
+    back to another.
 
     Raises:
-        ValueError: an unknown name.
-        RuntimeError: nothing that was asked for can run; lists every reason.
+        ValueError: a name is unknown.
+        RuntimeError: no allowed pair can run; the message lists every reason.
     """
     return _choose(problem, *asked_for(backend, strategy))
 
 
 def asked_for(backend: str, strategy: str) -> tuple[str, str]:
-    """What the user asks for: the environment stands in for an "auto"."""
+    """The backend and strategy that the user asks for: the environment replaces "auto"."""
     if backend == "auto":
         backend = _variable(BACKEND_VARIABLE)
     if strategy == "auto":
@@ -98,7 +99,7 @@ def asked_for(backend: str, strategy: str) -> tuple[str, str]:
 
 
 def _variable(name: str) -> str:
-    """What the environment says in place of "auto"."""
+    """The value of an environment variable, "auto" if it is not set."""
     if _environ is not None and _KEYS[name] not in _environ:
         return "auto"
     return os.environ.get(name, "auto")
@@ -125,7 +126,7 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
                 able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:
                 reasons.append(f"{name}/{wanted}: {reason}")
-    # The reference is the definition, not a contender: it serves what nothing else can.
+    # The reference is slow; it runs only what no other backend can.
     contenders = [a for a in able if a[1] != "reference"] or able
     if not contenders:
         raise RuntimeError(
@@ -143,9 +144,10 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
 
 
 def expected_seconds(backend: str, problem: Problem, strategy: str) -> float:
-    """The cost model's time with the backend's own tiles, corrected by what was measured here.
+    """The cost model's time with the backend's own tiles, corrected by measurements of this GPU.
 
-    Lengths that are near each other share a result: batches of text are all of different lengths.
+    On a GPU, row counts are rounded, so that similar ones share a result: almost every batch of
+    text has another length.
     """
     if problem.device != "cuda":
         return seconds(problem, strategy)
@@ -175,7 +177,7 @@ def model_seconds(backend: Backend, problem: Problem, strategy: str) -> float:
 
 
 def forget_choices() -> None:
-    """Choose anew: what the choice depends on besides the problem has changed."""
+    """Forget all choices, because something besides the problem has changed (a tuning file)."""
     _choose.cache_clear()
     _expected_seconds.cache_clear()
     measured.read.cache_clear()

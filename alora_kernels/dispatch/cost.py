@@ -1,10 +1,11 @@
 """The cost model that ranks strategies on a GPU: a pure function of the problem and the schedule.
 
-Time of a launch = fixed cost + max(bytes / bandwidth, arithmetic). A GEMM's arithmetic is whole
-waves of its tiles, one tile on a multiprocessor at a time; where too few blocks ask for bytes to
-keep the memory busy they get their share of the bandwidth. A strategy's time is the sum over its
-launches.
-The rates are data-sheet figures; the efficiencies say how near a GEMM comes to them. They are
+Time of a launch = fixed cost + max(bytes / bandwidth, arithmetic). The arithmetic of a GEMM takes
+whole waves of its tiles, with one tile on a multiprocessor at a time. If there are too few blocks
+to keep the memory busy, they get only their share of the bandwidth. The time of a strategy is the
+sum over its launches.
+
+The rates come from data sheets. The efficiencies say how near a GEMM comes to these rates. They are
 estimates until `bench/run.py --tune` has measured this GPU.
 """
 
@@ -18,14 +19,14 @@ import torch
 from ..contract import Problem, Schedule
 from ..hardware import OLD_INSTRUCTIONS, Rates, rates_of
 
-VENDOR_EFFICIENCY = 0.75  # of the data-sheet rate, for a large GEMM of the vendor's library
-OUR_EFFICIENCY = 0.85  # of the vendor's GEMM, until measured
+VENDOR_EFFICIENCY = 0.75  # rate of a large GEMM of the vendor's library / data-sheet rate
+OUR_EFFICIENCY = 0.85  # rate of our GEMM / rate of the vendor's, until measured
 LAUNCH = 2.5e-6  # seconds between the starts of two short kernels on one stream
-NARROW_TILE = 16  # tensor cores multiply at least 16 columns: a smaller R costs as much
-L2_SHARE = 0.55  # time of a byte read again from L2, relative to one from device memory
-STREAMS = 2  # times over that one multiprocessor can take its share of the bandwidth
-VENDOR_TILES = ((128, 256), (128, 128), (64, 128), (16, 64))  # the library picks the quickest
-PARTS = 2  # float32 parts of dA or dB that are written and read for each multiprocessor
+NARROW_TILE = 16  # tensor cores multiply at least 16 columns, so a smaller R costs as much as 16
+L2_SHARE = 0.55  # time to read a byte again from L2 / time to read it from device memory
+STREAMS = 2  # a multiprocessor can use up to this many times its share of the bandwidth
+VENDOR_TILES = ((128, 256), (128, 128), (64, 128), (16, 64))  # the library takes the fastest
+PARTS = 2  # float32 parts of dA or dB per multiprocessor, each written and read once
 
 
 TILES = (
@@ -35,7 +36,7 @@ TILES = (
 
 
 class Launch(NamedTuple):
-    """One launch of a strategy, as the model sees it."""
+    """One launch of a strategy, as the model estimates it."""
 
     what: str
     bytes: float
@@ -50,7 +51,7 @@ def seconds(
     rates: Rates | None = None,
     efficiency: float = OUR_EFFICIENCY,
 ) -> float:
-    """Estimated time of the forward or backward of `problem` by `strategy`."""
+    """Estimated time in seconds of the forward or backward pass of `problem` with `strategy`."""
     return sum(
         [launch.seconds for launch in launches(problem, strategy, schedules, rates, efficiency)]
     )
@@ -63,10 +64,10 @@ def launches(
     rates: Rates | None = None,
     efficiency: float = OUR_EFFICIENCY,
 ) -> list[Launch]:
-    """The launches of the whole pass: base, adapter and, in backward, dx, dA and dB.
+    """The launches of the whole pass: base and adapter, or in backward dx, dA and dB.
 
-    `schedules` has one for each projection; without it the quickest of `TILES` is assumed.
-    `efficiency` is that of our GEMM over the vendor's.
+    `schedules` has one schedule per projection; by default the fastest of `TILES` is assumed.
+    `efficiency` is the rate of our GEMM relative to the vendor's.
     """
     rates = rates or rates_of(problem.arch)
     active, size = problem.active, problem.dtype.itemsize
@@ -74,7 +75,7 @@ def launches(
     fused = strategy != "delta" and not problem.base_given
     found: list[Launch] = []
     inside = False
-    shrinks: list[tuple[int, int]] = []  # bytes without the wide operand, its columns
+    shrinks: list[tuple[int, int]] = []  # bytes except those of x, and x's columns
     for i, (width, rank) in enumerate(zip(problem.out_features, ranks)):
         left, right = (width, problem.in_features) if problem.backward else (
             problem.in_features, width)  # fmt: skip
@@ -95,7 +96,7 @@ def launches(
             own = size * (active * rank + rank * left)
             if problem.backward:
                 found.append(_stream("shrink", rates, own + size * active * left))
-            else:  # one launch reads x once for all projections
+            else:  # forward: one launch for all projections reads x once
                 shrinks.append((own, left))
         if not fused:
             moved = size * (active * (2 * right + rank) + rank * right)
@@ -112,7 +113,7 @@ def launches(
 
 
 def base_seconds(problem: Problem, rates: Rates | None = None) -> float:
-    """Estimated time of the frozen layers alone, by the vendor's library."""
+    """Estimated time in seconds of the frozen layers alone, by the vendor's library."""
     rates = rates or rates_of(problem.arch)
     total = 0.0
     for width in problem.out_features:
@@ -123,7 +124,7 @@ def base_seconds(problem: Problem, rates: Rates | None = None) -> float:
 
 
 def _vendor(problem: Problem, rates: Rates, left: int, right: int) -> Launch:
-    """The base by the vendor's library."""
+    """The base computed by the vendor's library."""
     rows, size = problem.rows, problem.dtype.itemsize
     moved = float(size * (rows * (left + right) + left * right))
     speed = _peak(problem, rates) * VENDOR_EFFICIENCY
@@ -140,29 +141,29 @@ def _fused(
     problem: Problem, rates: Rates, schedule: Schedule, strategy: str, left: int, right: int,
     rank: int, efficiency: float,
 ) -> Launch:  # fmt: skip
-    """The base with the strategy's part in it."""
+    """The GEMM of the base with the strategy's part inside."""
     rows, active, size = problem.rows, problem.active, problem.dtype.itemsize
     fraction = active / rows if rows else 0.0
     tile = (schedule.rows, schedule.columns)
     column_tiles = -(-right // schedule.columns)
     moved = float(size * (rows * (left + right) + left * right))
-    depth = float(left)  # steps of K that one tile multiplies, the strategy's included
+    depth = float(left)  # K of one tile, with the extra depth that the strategy adds
     flops = 2.0 * rows * left * right
-    again = 0.0  # bytes from L2 that nothing hides
+    again = 0.0  # bytes from L2 whose time is not hidden
     if strategy == "onepass":
-        # Every column tile forms the narrow product of its rows anew.
+        # Every column tile computes the narrow product of its rows again.
         depth += fraction * (left * rank / schedule.columns + rank)
         moved += size * rank * (left + right)
         flops += 2.0 * active * rank * (left * column_tiles + right)
         if rows <= 16:
-            # lora_a is read from L2 by every column tile while the weight streams by.
+            # Every column tile reads lora_a from L2, besides its part of the weight.
             again = L2_SHARE * size * rank * left * column_tiles
     else:
         depth += fraction * rank
         moved += size * rank * (active + right)
         flops += 2.0 * active * rank * right
         if schedule.kernel == "fused":
-            # Narrow tiles, 64 columns wide, come first; x's rows are then in L2.
+            # The narrow tiles, 64 columns wide, come first. They bring x's rows into L2.
             depth += fraction * left * 64 / right
             moved += size * rank * left
             flops += 2.0 * active * rank * left
@@ -179,12 +180,12 @@ def _fused(
 
 
 def _stream(what: str, rates: Rates, moved: float) -> Launch:
-    """A launch whose time is its bytes."""
+    """A launch that is limited by the bytes it moves."""
     return Launch(what, moved, 0.0, LAUNCH + moved / rates.bandwidth)
 
 
 def _waves(rates: Rates, rows: int, columns: int, tile: tuple[int, int]) -> float:
-    """Turns of the whole machine."""
+    """The number of waves: how often all multiprocessors get a tile."""
     tiles = -(-rows // tile[0]) * -(-columns // tile[1])
     return -(-tiles // rates.sms)
 

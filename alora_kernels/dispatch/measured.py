@@ -1,8 +1,8 @@
-"""Measured times of this GPU, which correct the cost model where they exist.
+"""Measured times of this GPU, which correct the cost model.
 
-`bench/run.py --tune` writes them; dispatch reads them. One json file holds the measurements of
-several GPUs, each under its name with the versions of this package and of torch, so that figures of
-another GPU or another version are never used.
+`bench/run.py --tune` writes them, and dispatch reads them. One JSON file has the measurements of
+several GPUs. The key of each contains the GPU's name and the versions of this package and of torch,
+so measurements of another GPU or version are never used.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ VARIABLE = "ALORA_TUNING_FILE"
 
 @dataclass(frozen=True)
 class Measurement:
-    """One strategy of one backend on one layer; `seconds` was measured, `model_seconds` expected.
+    """The time of one strategy of one backend on one layer.
 
-    With `backward` both are of forward + backward.
+    `seconds` is the measured time, `model_seconds` the cost model's. With `backward`, both are the
+    time of forward + backward.
     """
 
     backend: str
@@ -59,11 +60,11 @@ class Measurement:
 
     @property
     def ratio(self) -> float:
-        """Measured over expected."""
+        """Measured time / time of the cost model."""
         return self.seconds / self.model_seconds
 
     def distance(self, problem: Problem) -> float:
-        """How far `problem` is away, in doublings of its sizes."""
+        """The distance to `problem`: the number of doublings between their sizes, summed."""
         widths, ranks = problem.out_features, problem.ranks
         pairs = (
             (self.rows, problem.rows),
@@ -75,7 +76,7 @@ class Measurement:
 
 
 def path() -> Path:
-    """`ALORA_TUNING_FILE`, or alora_kernels/tuning.json in the user's cache folder."""
+    """The tuning file: `ALORA_TUNING_FILE`, or alora_kernels/tuning.json in the user's cache."""
     given = os.environ.get(VARIABLE)
     if given:
         return Path(given)
@@ -84,7 +85,7 @@ def path() -> Path:
 
 
 def key_of(device_name: str) -> str:
-    """Under what the measurements of a GPU stand."""
+    """The key of a GPU's measurements in the file."""
     from .. import __version__
 
     return f"{device_name} | alora_kernels {__version__} | torch {torch.__version__}"
@@ -92,7 +93,7 @@ def key_of(device_name: str) -> str:
 
 @functools.cache
 def key_here(arch: int) -> str | None:
-    """The key of the visible GPU of `arch`; None without one, or with several kinds."""
+    """The key of the visible GPU of `arch`; None if there is none, or several different ones."""
     if not torch.cuda.is_available():
         return None
     names = {
@@ -104,11 +105,11 @@ def key_here(arch: int) -> str | None:
 
 
 def correction(problem: Problem, backend: str, strategy: str) -> float:
-    """By what the model's time of `problem` is to be multiplied; 1 where nothing was measured.
+    """The factor that corrects the model's time of `problem`; 1 if nothing was measured.
 
-    It is the ratio measured / expected of the nearest measured problem of the same backend,
-    strategy, dtype and pass. A pair that was not measured gets the mean ratio of those that were,
-    so that it is ranked by the model among them.
+    It is the ratio measured / model of the nearest measured problem with the same backend,
+    strategy, dtype and pass. If this pair of backend and strategy was not measured, it is the
+    geometric mean of all measured ratios. So the model still ranks the pair among the others.
     """
     key = key_here(problem.arch)
     if key is None:
@@ -127,7 +128,7 @@ def correction(problem: Problem, backend: str, strategy: str) -> float:
 
 @functools.cache
 def read(file: Path) -> dict[str, tuple[Measurement, ...]]:
-    """All measurements by key; a file that cannot be understood is ignored with a warning."""
+    """All measurements by key. A file that cannot be parsed is ignored with a warning."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
@@ -151,7 +152,7 @@ def write(file: Path, key: str, measurements: Sequence[Measurement]) -> None:
     """Replace the measurements of `key`; readers never see half a file."""
     read.cache_clear()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot be understood is replaced
+        warnings.simplefilter("ignore")  # a file that cannot be parsed is replaced
         gpus = {**read(file), key: tuple(measurements)}
     content = {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""Accelerate a PEFT model that holds activated LoRAs: one line, no other change."""
+"""Accelerates a PEFT model with activated LoRAs: one line of code, and no other change."""
 
 from .model import accelerate, adapter_scope, restore
 from .support import check_adapter_folder

@@ -1,4 +1,4 @@
-"""Acceleration: what hangs on the root of an accelerated model, travels with it, and goes again."""
+"""Attaches our hooks and methods to the root of a model, and detaches them again."""
 
 from __future__ import annotations
 
@@ -20,19 +20,23 @@ from .hooks import Forwards
 from .requests import current_request
 from .support import check_arriving
 
-CHUNKING = "_prefill_chunking"  # where transformers 4.57 prefills in chunks
+CHUNKING = "_prefill_chunking"  # the method with which transformers 4.57 prefills in chunks
 
 _lock = threading.RLock()  # one look at a time: another thread's forward waits for it
 
 
 class Acceleration:
-    """Hooks and methods on `root`, the model whose forward takes tokens.
+    """Our hooks and methods on `root`, the model whose forward takes the tokens.
 
     Attributes:
+        root: the model. It keeps this object in the attribute `OURS`.
+        options: passed to every op.
         adapters: the adapters and layers of `root`.
-        forwards: what happens around each forward of `root`.
-        wrappers: the PeftModels around `root` that are served too.
-        seen: at which of `watch.changes()` the model was last looked at; None: never.
+        forwards: runs before and after each forward of `root`.
+        wrappers: the PeftModels and tuners around `root` whose class is ours.
+        seen: the value of `watch.changes()` when the layers were last looked at; None: never.
+        handles: the handles of the forward hooks.
+        methods: what `root` had in its instance under the names of our methods.
     """
 
     def __init__(self, root: nn.Module, options: Options) -> None:
@@ -48,7 +52,7 @@ class Acceleration:
     # ------------------------------------------------------------------ the root
 
     def attach(self) -> None:
-        """Hang onto `root`: its forward hooks, and the methods that have to know of a call."""
+        """Set the forward hooks of `root`, and replace the methods that we must run through."""
         root, kind = self.root, type(self.root)
         root.__dict__[OURS] = self
         self.handles = [
@@ -68,7 +72,7 @@ class Acceleration:
         root.__dict__.update(mine)
 
     def detach(self) -> None:
-        """Undo the acceleration: the model, and the PeftModels around it, are as before."""
+        """Undo the acceleration of the model and of the PeftModels around it."""
         with _lock:
             root = self.root
             if root.__dict__.get(OURS) is not self:
@@ -85,7 +89,7 @@ class Acceleration:
             watch.note_change()  # for another accelerated model that shares layers with this one
 
     def _give_back_methods(self) -> None:
-        """Undo what `attach` put into the instance, unless others have put theirs there since."""
+        """Remove our methods from the instance, except where somebody has replaced them since."""
         for name, before in self.methods.items():
             now = self.root.__dict__.get(name)
             if getattr(now, "__self__", getattr(now, "owner", None)) is not self:
@@ -95,23 +99,23 @@ class Acceleration:
                 self.root.__dict__[name] = before
 
     def method(self, name: str) -> Any:
-        """The method of `root` that ours took the place of."""
+        """The method of `root` that our method replaced."""
         before = self.methods.get(name)
         return getattr(type(self.root), name).__get__(self.root) if before is None else before
 
     # ------------------------------------------------------------------ a live model
 
     def refresh(self) -> bool:
-        """Look at the model again if adapters came, changed or went; whether it is still ours."""
+        """Look at the layers again if adapters have changed; returns whether the model is ours."""
         if self.seen != watch.changes():
             self.look_again()
         return self.root.__dict__.get(OURS) is self
 
     def look_again(self) -> None:
-        """Take over what came, and let go of what went, since the model was last looked at.
+        """Take over modules that were added since the last look, and release those removed.
 
         Raises:
-            ValueError: an adapter came that would be silently wrong (see `check_config`).
+            ValueError: a new adapter would give wrong results (see `check_config`).
         """
         with _lock:
             seen = watch.changes()
@@ -121,7 +125,7 @@ class Acceleration:
             before = self.adapters.refused
             watch.look_inside(self.root)
             adoption.adopt(self.adapters)
-            if not self.adapters.modules:  # merged or unloaded: nothing of the model is ours now
+            if not self.adapters.modules:  # all adapters were merged or unloaded
                 self.detach()
                 return
             adoption.warn_of_refusals(self.adapters, before)
@@ -133,14 +137,14 @@ class Acceleration:
         adoption.check_names(self.adapters, names, where)
 
     def _complete(self) -> None:
-        """Make what did not travel, if this one was loaded or is a copy."""
+        """Rebuild the attributes that are not pickled, if this object was loaded or copied."""
         if "adapters" not in self.__dict__:
             travelled = self.__getstate__()
             self.__init__(self.root, self.options)  # type: ignore[misc]
             self.__dict__.update(travelled)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What travels with the model; the rest is found out again before its next forward."""
+        """The attributes that are saved and copied; the others are rebuilt before a forward."""
         return {name: self.__dict__[name] for name in ("root", "options", "handles", "methods")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,7 +163,7 @@ class Acceleration:
     def after_forward(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Called after an exception as well."""
+        """Runs after an exception too."""
         if torch.compiler.is_compiling():
             self.forwards.leave(args, kwargs, output)
         else:
@@ -182,7 +186,7 @@ class Acceleration:
     # ------------------------------------------------------------------ methods of the root
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`root.generate` with the starts of its prompt."""
+        """`root.generate`, with the starts of its adapters."""
         method = self.method("generate")
         if not self.refresh():
             return method(*args, **kwargs)
@@ -190,13 +194,13 @@ class Acceleration:
             return running.finish(method(*args, **kwargs))
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """`root.init_continuous_batching`, which `generate_batch` calls too."""
+        """`root.init_continuous_batching` after a check; `generate_batch` calls it too."""
         if self.refresh():
             check_batching(self.adapters)
         return self.method("init_continuous_batching")(*args, **kwargs)
 
     def load_adapter(self, peft_model_id: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """`root.load_adapter` of transformers, which would load some adapters silently wrong."""
+        """`root.load_adapter` of transformers after a check: it loads some adapters wrongly."""
         name = (args[0] if args else kwargs.get("adapter_name")) or "default"
         self.refresh()
         check_arriving(name, peft_model_id, self.adapters.configs)
@@ -205,21 +209,22 @@ class Acceleration:
         return result
 
     def prefill_in_chunks(self, *args: Any, **kwargs: Any) -> Any:
-        """`root._prefill_chunking` through the hooks of `root`."""
+        """`root._prefill_chunking`, with calls of `root` that run its hooks."""
         return getattr(type(self.root), CHUNKING)(Called(self.root), *args, **kwargs)
 
 
-# torch.compile of `root` itself runs its hooks outside the graph, and would compile each of them as
-# a graph of its own; of a model around `root` it takes them into the graph.
+# If `root` itself is compiled, torch runs its hooks outside the graph and would compile each hook
+# on its own; `skip_code` prevents that. If a model around `root` is compiled, the hooks are traced
+# into its graph.
 for _hook in (Acceleration.before_forward, Acceleration.after_forward):
     skip_code(_hook.__code__)
 
 
 class Prepare:
-    """`root.prepare_inputs_for_generation`: what it returns are the inputs of the next forward.
+    """`root.prepare_inputs_for_generation`, which returns the inputs of the next forward.
 
-    transformers calls it right before each forward of a generation, and nobody else does. So the
-    forward that gets these inputs is `generate`'s own, and any other is not.
+    Only transformers calls it, right before each forward of a generation. So a forward that gets
+    these inputs belongs to `generate`, and any other forward does not.
     """
 
     def __init__(self, owner: Acceleration) -> None:
@@ -238,7 +243,7 @@ class Prepare:
 
 
 class Called:
-    """A model whose `forward` is its call, hooks included."""
+    """A model whose `forward` is its `__call__`, so that hooks run."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.forward = model, model.__call__
@@ -248,5 +253,5 @@ class Called:
 
 
 def _skips_hooks(chunking: Any) -> bool:
-    """Whether `chunking` calls the model's `forward`, past its hooks."""
+    """Whether `chunking` calls the model's `forward` directly, which skips the hooks."""
     return "forward" in getattr(getattr(chunking, "__code__", None), "co_names", ())

@@ -10,26 +10,27 @@ from torch import nn
 from ..contract import Options
 from ..invocation import invocation_of
 
-OURS = "_alora_acceleration"  # where a model keeps its Acceleration
-FIELDS = "alora_"  # how the names of all attributes begin that we put on its modules
+OURS = "_alora_acceleration"  # the attribute in which a model keeps its Acceleration
+FIELDS = "alora_"  # prefix of every attribute that we put on the model's modules
 
 
 class Adapters:
-    """What every room of this folder may know of one accelerated model.
+    """The facts about one accelerated model that all files of this folder share.
 
     Attributes:
         root: the transformers model (or any module) that holds the LoRA layers. Its forward takes
             the tokens.
         options: passed to every op.
-        key: names this model in what it writes down with caches.
+        key: identifies this model in the records that it writes on caches.
         layers: every LoRA layer, by its name in `root`.
-        served: the names of those that run our forward.
-        refused: the names of the others, with the reasons.
-        modules: all modules that hold adapters: these layers, modules that an adapter trains as a
-            whole (`modules_to_save`), layers of other methods.
+        served: the names of the layers that run our forward.
+        refused: the names of the other layers, each with the reason.
+        modules: all modules that hold adapters: the LoRA layers, modules that an adapter trains as
+            a whole (`modules_to_save`), and layers of other PEFT methods.
         checkpointing: the modules that can recompute their layers in the backward pass.
         inner_configs: configurations of adapters that were injected into a part of `root`.
-        beside: names of layers outside the tokens, of which was said that no aLoRA runs there.
+        beside: names of layers that do not see the tokens, and for which the user was already told
+            that no activated LoRA runs there.
     """
 
     def __init__(self, root: nn.Module, options: Options) -> None:
@@ -58,7 +59,7 @@ class Adapters:
         return any(invocation_of(config) is not None for config in self.configs.values())
 
     def active_names(self) -> tuple[str, ...]:
-        """The active adapters, as the first LoRA layer has them; none when they are disabled."""
+        """The active adapters of the first LoRA layer; empty while adapters are disabled."""
         for layer in self.layers.values():
             return () if layer._disable_adapters else active_in(layer)
         return ()

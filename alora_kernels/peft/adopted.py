@@ -1,4 +1,4 @@
-"""What every module of an accelerated model gets that holds adapters, served or not."""
+"""The behaviour that every module with adapters gets in an accelerated model, served or not."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .peft_path import PRE_HOOKS, chosen_for
 
 
 class Adopted:
-    """Copied into a subclass of `alora_kind`.
+    """Methods that are copied into a subclass of `alora_kind`.
 
-    A module travels without us (pickle, torch.save, deepcopy): what is loaded is of PEFT's class.
-    The Acceleration travels with the root of the model, and adopts its layers again.
+    A pickled, saved or copied module has PEFT's class again and nothing of ours. The Acceleration
+    itself is saved or copied with the root of the model, and adopts the layers again.
     """
 
     alora_kind: Any  # PEFT's class
@@ -37,13 +37,13 @@ class Adopted:
 
 
 def reduced(module: Any, protocol: Any) -> tuple[Any, ...]:
-    """`module.__reduce_ex__` as if `accelerate` had never met it."""
+    """`module.__reduce_ex__` as if the module had never been accelerated."""
     kind = type(module).alora_kind
     _, _, state, *rest = kind.__reduce_ex__(module, protocol)
     if isinstance(state, dict):
         state = {name: value for name, value in state.items() if not name.startswith(FIELDS)}
         _leave_out_hooks(state)
-    # (pickle's usual way to make an object insists on the class that it has now.)
+    # (pickle's usual constructor insists on the object's present class.)
     return copyreg._reconstructor, (kind, object, None), state, *rest  # type: ignore[attr-defined]
 
 
@@ -57,7 +57,7 @@ def _leave_out_hooks(state: dict[str, Any]) -> None:
 
 
 def remove_hooks(module: nn.Module) -> None:
-    """Take our forward pre-hooks off a module that holds adapters."""
+    """Remove our forward pre-hooks from a module."""
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook in PRE_HOOKS]:
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)

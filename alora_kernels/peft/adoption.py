@@ -1,4 +1,4 @@
-"""Which modules of a model are ours to run, and how they are taken over and given back."""
+"""Takes over the modules of a model that hold adapters, and gives them back to PEFT."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ logger = logging.getLogger("alora_kernels")
 
 
 def adopt(adapters: Adapters) -> None:
-    """Serve every LoRA layer of the model that can be; the others are handed what PEFT would."""
+    """Serve every LoRA layer that can be served; the others keep PEFT's forward and get a pre-hook.
+
+    Raises:
+        ValueError: an adapter would give wrong results (see `check_config`).
+    """
     modules: dict[str, Any] = {
         path: module
         for path, module in adapters.root.named_modules()
@@ -75,7 +79,7 @@ def adopt(adapters: Adapters) -> None:
 def why_unserved(module: Any) -> str | None:
     """Why a module that holds adapters keeps PEFT's forward, or None.
 
-    A layer that is served stays so: a forward that has been put on it since holds ours.
+    A served layer stays served: a forward that was put on it later wraps ours.
     """
     return None if is_served(module) else why_not_served(module)
 
@@ -120,7 +124,7 @@ def _regroup(adapters: Adapters) -> None:
 
 
 def release(module: Any) -> None:
-    """Make one module PEFT's own again."""
+    """Give one module back to PEFT: its class, its attributes, its hooks."""
     remove_hooks(module)
     for name in [name for name in module.__dict__ if name.startswith(FIELDS)]:
         del module.__dict__[name]
@@ -128,7 +132,7 @@ def release(module: Any) -> None:
         return
     ours = type(module)
     module.__class__ = plain_class(ours)
-    for name, value in list(module.__dict__.items()):  # where accelerate keeps a former forward
+    for name, value in list(module.__dict__.items()):  # Hugging Face's accelerate keeps a forward
         method = getattr(value, "__func__", None)
         called = getattr(method, "__name__", "")
         if method is not None and getattr(ours, called, None) is method:
@@ -136,7 +140,7 @@ def release(module: Any) -> None:
 
 
 def give_back(adapters: Adapters) -> None:
-    """Make every module that holds adapters PEFT's own again."""
+    """Give every module that holds adapters back to PEFT."""
     for module in {*adapters.modules, *adapters.root.modules()}:
         if isinstance(module, watch.ADAPTED):
             release(module)
@@ -148,7 +152,11 @@ def give_back(adapters: Adapters) -> None:
 
 
 def check_configs(root: nn.Module, layers: dict[str, Any]) -> None:
-    """Refuse the model if one of its adapters cannot be right."""
+    """Refuse the model if one of its adapters would give wrong results.
+
+    Raises:
+        ValueError: see `check_config`; or the invocation of an activated LoRA is not known.
+    """
     configs = configs_of(root)
     unsuited = why_unsuited(root)
     for name, config in configs.items():
@@ -177,7 +185,11 @@ def check_names(adapters: Adapters, names: Sequence[str], where: str) -> None:
 
 
 def configs_of(root: nn.Module) -> dict[str, Any]:
-    """The configurations of all adapters in `root`, wherever in it they were injected."""
+    """The configurations of all adapters in `root`, in whichever part they were injected.
+
+    Raises:
+        ValueError: two adapters of one name have different invocations.
+    """
     found: dict[str, Any] = {}
     for path, module in root.named_modules():
         configs = module.__dict__.get("peft_config")
@@ -193,7 +205,7 @@ def configs_of(root: nn.Module) -> dict[str, Any]:
 
 
 def refusals(layers: dict[str, Any]) -> dict[str, str]:
-    """The LoRA layers that cannot be served, with the reasons."""
+    """The LoRA layers that cannot be served, each with the reason."""
     reasons = {path: why_unserved(layer) for path, layer in layers.items()}
     return {path: reason for path, reason in reasons.items() if reason is not None}
 
@@ -204,7 +216,7 @@ def table(refused: dict[str, str]) -> str:
 
 
 def warn_of_refusals(adapters: Adapters, said: Mapping[str, str]) -> None:
-    """Name the layers that keep PEFT's path, but for those of which it was said already."""
+    """Warn of the layers that keep PEFT's forward, except those in `said` (warned of before)."""
     came = {path: reason for path, reason in adapters.refused.items() if path not in said}
     if came:
         logger.warning(

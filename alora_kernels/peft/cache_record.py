@@ -1,9 +1,9 @@
-"""What a cache holds: which tokens went in, and from where on an adapter wrote them.
+"""The record of a KV cache: which tokens it holds, and from which position on an adapter ran.
 
-The record lies on the cache object, so a copy of a cache takes it along. Caches change without us:
-rows are reordered, repeated and dropped, tokens are cropped, another model writes. So a record
-keeps some bits of what the cache held for each token, and is believed only as far as the cache
-still holds them. Rows that moved are found again by their bits.
+The record is an attribute of the cache object, so a copy of the cache takes it along. Caches change
+without our knowledge: rows are reordered, repeated and dropped, tokens are cropped, another model
+writes. So a record keeps some bits of what the cache held for each token. It is believed only as
+far as the cache still holds those bits. Rows that moved are found again by their bits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .caches import carrier_of, fingerprint
 
 logger = logging.getLogger("alora_kernels")
 ATTRIBUTE = "_alora_kernels_record"
-LONGEST = 64  # chunks that are kept apart
+LONGEST = 64  # a record with more chunks joins neighbours
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Chunk:
     """The tokens of one forward.
 
     Attributes:
-        count: tokens a row.
-        ids: `[B, count]`, or None where they were not known.
-        bits: `fingerprint` of the last n ≤ count of them, `[B, n, C]`; None: could not be read.
+        count: tokens per row.
+        ids: the token ids `[B, count]`, or None if they were not known.
+        bits: `fingerprint` of the last n ≤ count tokens, `[B, n, C]`; None if it could not be read.
         plain: no activated adapter was active, so the cache was not asked for its length.
     """
 
@@ -42,7 +42,7 @@ class Chunk:
     plain: bool = False
 
     def first(self, count: int) -> Chunk:
-        """The chunk without its last tokens."""
+        """The chunk's first `count` tokens."""
         if count >= self.count:
             return self
         bits = self.bits
@@ -52,7 +52,7 @@ class Chunk:
         return replace(self, count=count, ids=_take(self.ids, slice(count)), bits=bits)
 
     def rows(self, rows: Tensor) -> Chunk:
-        """The chunk of other rows."""
+        """The chunk with only these rows, in this order."""
         ids, bits = (
             t if t is None else t.index_select(0, rows.to(t.device)) for t in (self.ids, self.bits)
         )
@@ -68,12 +68,12 @@ class CacheRecord:
     """The history of one cache. Never changed in place: copies of a cache share it.
 
     Attributes:
-        begin: tokens in the cache before the first chunk, of which nothing is known; None: the
-            cache was not asked.
-        chunks: what followed.
+        begin: the number of tokens in the cache before the first chunk; nothing else is known of
+            them. None: the cache was not asked for its length.
+        writer: the key of the accelerated model that `starts` belongs to.
+        chunks: the forwards that followed.
         starts: for each activated adapter that has run, the absolute start in each row (None = it
             has not begun).
-        writer: the accelerated model whose adapters these are.
     """
 
     begin: int | None
@@ -83,7 +83,7 @@ class CacheRecord:
 
     @property
     def known(self) -> int:
-        """Tokens in the chunks."""
+        """The number of tokens in the chunks."""
         return sum(chunk.count for chunk in self.chunks)
 
     @property
@@ -103,7 +103,7 @@ class CacheRecord:
         return replace(self, chunks=chunks, starts={**self.starts, **starts})
 
     def cut(self, length: int) -> CacheRecord:
-        """The record of a cache whose last tokens were taken back."""
+        """The record of the same cache after it was cropped to `length` tokens."""
         room, chunks = length - (self.begin or 0), []
         for chunk in self.chunks:
             if room <= 0:
@@ -118,9 +118,13 @@ class CacheRecord:
         return replace(self, begin=begin, chunks=tuple(chunks), starts=starts)
 
     def latest(self, length: int) -> CacheRecord | None:
-        """What the last forwards wrote into a cache of `length` tokens, if none was an adapter's.
+        """The record of the last forwards alone, if no activated adapter ran in them; else None.
 
-        (They did not ask what the cache held before, and it may have been emptied.)
+        Those forwards did not ask how many tokens the cache held, and somebody may have emptied it
+        before them. So the tokens before them count as unknown.
+
+        Args:
+            length: the number of tokens that the cache holds now.
         """
         chunks: list[Chunk] = []
         room = length
@@ -132,13 +136,13 @@ class CacheRecord:
         return replace(self, begin=room, chunks=tuple(chunks), starts={}) if chunks else None
 
     def of_rows(self, rows: list[int]) -> CacheRecord:
-        """The record of a cache that holds these rows."""
+        """The record of a cache that holds only these rows, in this order."""
         place = torch.tensor(rows)
         starts = {name: [s[r] for r in rows] for name, s in self.starts.items()}
         return replace(self, chunks=tuple(c.rows(place) for c in self.chunks), starts=starts)
 
     def ids(self, batch: int, device: torch.device) -> Tensor | None:
-        """The last tokens of the cache that are known without a gap, `[B, t]`."""
+        """The ids of the last tokens of the cache, as far back as all are known, `[B, t]`."""
         tail: list[Tensor] = []
         for chunk in reversed(self.chunks):
             if chunk.ids is None or chunk.ids.shape[0] != batch:
@@ -147,7 +151,7 @@ class CacheRecord:
         return torch.cat(tail[::-1], 1) if tail else None
 
     def bits(self) -> Tensor | None:
-        """The bits of the last tokens that are known without a gap, `[B, n, C]`."""
+        """The bits of the last tokens, as far back as all are known, `[B, n, C]`."""
         tail: list[Tensor] = []
         for chunk in reversed(self.chunks):
             fits = chunk.bits is not None and (
@@ -162,7 +166,7 @@ class CacheRecord:
 
 
 def _joined(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
-    """Neighbours that are known in the same way as one chunk."""
+    """The chunks, with neighbours joined if both have the same known parts (ids, bits)."""
     result: list[list[Chunk]] = []
     for chunk in chunks:
         last = result[-1][-1] if result else None
@@ -192,7 +196,7 @@ def _one(group: list[Chunk]) -> Chunk:
 
 
 def record_of(cache: Any) -> CacheRecord | None:
-    """The record that lies on `cache`, whatever has become of the cache since."""
+    """The record on `cache`. The cache may have changed since; `recall` checks that."""
     record = getattr(carrier_of(cache), ATTRIBUTE, None)
     return record if isinstance(record, CacheRecord) else None
 
@@ -200,21 +204,22 @@ def record_of(cache: Any) -> CacheRecord | None:
 def write_record(cache: Any, record: CacheRecord) -> None:
     try:
         setattr(carrier_of(cache), ATTRIBUTE, record)
-    except AttributeError:  # slots: nothing can be remembered, which the next forward will say
+    except AttributeError:  # a class with slots; the next forward says that nothing is known
         logger.debug("a %s cannot carry a record of its tokens", type(cache).__name__)
 
 
 def forget(cache: Any) -> None:
-    """Take the record off."""
+    """Remove the record from `cache`."""
     getattr(carrier_of(cache), "__dict__", {}).pop(ATTRIBUTE, None)
 
 
 def recall(cache: Any, length: int | None, reader: str) -> CacheRecord | None:
-    """The record of the tokens that `cache` holds now, its rows in their present order.
+    """The record of the tokens that `cache` holds now, with the rows in their present order.
 
     Args:
-        length: tokens in the cache; None if it does not tell.
-        reader: the accelerated model that asks; another's adapters of the same name are not its.
+        length: the number of tokens in the cache; None if it is not known.
+        reader: the key of the accelerated model that asks. Starts that another model wrote are
+            left out: its adapters may have the same names, but they are other adapters.
 
     Returns:
         None if there is no record, or the cache no longer holds what was recorded.
@@ -235,7 +240,7 @@ def recall(cache: Any, length: int | None, reader: str) -> CacheRecord | None:
 
 
 def _rows_now(cache: Any, record: CacheRecord) -> list[int] | None:
-    """For each row of the cache, the row of `record` that it is; None if one is none of them."""
+    """For each row of the cache, its row in `record`; None if one of them is not in `record`."""
     then = record.bits()
     now = None if then is None else fingerprint(cache, then.shape[1])
     if then is None or now is None or now.shape[2] != then.shape[2] or now.dtype != then.dtype:
@@ -272,12 +277,12 @@ def continued_starts(
 ) -> list[int | None]:
     """Absolute starts of `name` for a chunk that continues a cache of `past` tokens.
 
-    A row that the adapter has begun in this cache stays active. Otherwise the last invocation that
-    lies whole in the chunk begins it.
+    A row in which the adapter has begun stays active. In any other row the adapter begins at the
+    last invocation that is completely in the chunk.
 
     Raises:
-        ValueError: tokens of the invocation lie in the cache, where the base model wrote them; or
-            it is not known what the cache holds, and the chunk has no invocation.
+        ValueError: tokens of the invocation are in the cache, and the base model wrote them there;
+            or the chunk has no invocation, and what the cache holds is not known.
     """
     kept: list[int | None] = [None] * rows
     ran = record is not None and name in record.starts
@@ -300,7 +305,7 @@ def continued_starts(
         )
     before = None if record is None else record.ids(rows, input_ids.device)
     if before is not None and ran:
-        tail = len(tokens) - 1  # the rest was searched when it came
+        tail = len(tokens) - 1  # earlier tokens were searched when they came
         before = before[:, before.shape[1] - tail :] if tail and before.shape[1] > tail else before
         before = before if tail else None
     lead = 0 if before is None else before.shape[1]
@@ -316,7 +321,7 @@ def continued_starts(
         elif start >= lead:
             result.append(past + start - lead)
         elif input_ids.shape[1] == 1 and start + len(tokens) > lead:
-            # A model that runs without the adapter has just spelled the invocation.
+            # The model ran without the adapter and has just generated the invocation itself.
             warnings.warn(
                 f"adapter {name!r}: row {row} completed its invocation one token at a time; the "
                 "first tokens are in the cache as base tokens, so the adapter stays off. Feed the "
@@ -337,13 +342,13 @@ def _check_whole(
     before: Tensor | None,
     input_ids: Tensor | None,
 ) -> None:
-    """Refuse a cache that was cropped inside an invocation and goes on with other tokens."""
+    """Refuse a cache that was cropped inside an invocation and continues with other tokens."""
     for row, start in enumerate(starts):
         if start is None or start + len(tokens) <= past or before is None or input_ids is None:
             continue
         kept = past - start
         if kept > before.shape[1] or before[row, -kept:].tolist() != list(tokens[:kept]):
-            continue  # the start was told, not found
+            continue  # no invocation begins there: the user gave this start
         rest = list(tokens[kept:])[: input_ids.shape[1]]
         if input_ids[row, : len(rest)].tolist() != rest:
             raise ValueError(
@@ -361,16 +366,17 @@ def kept_starts(
     row_names: list[str | None] | None,
     assistant: bool,
 ) -> list[int | None]:
-    """Absolute starts of `name` in whole rows, of which a cache holds the first `past` tokens.
+    """Absolute starts of `name` in whole rows; a cache holds the first `past` tokens of each.
 
     Args:
-        starts: of the last invocation in each row of tokens.
-        record: what is known of the cache. Its rows may be the repeated rows of the prompt.
-        row_names: the adapter of each row, where rows differ.
-        assistant: the tokens are another model's, which may have spelled an invocation.
+        starts: the start of the last invocation in each row.
+        record: what is known of the cache. It may repeat each row of the prompt several times.
+        row_names: the adapter of each row; None if all rows run the same.
+        assistant: this is the assistant model of assisted decoding. The main model wrote the
+            tokens and may have generated an invocation.
 
     Raises:
-        ValueError: an invocation lies in the cache, where the base model wrote it.
+        ValueError: an invocation is in the cache, and the base model wrote it there.
     """
     old = record.starts.get(name) if record is not None else None
     times = max(1, len(old) // max(1, len(starts))) if old is not None else 1

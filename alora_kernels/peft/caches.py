@@ -1,4 +1,4 @@
-"""Caches of every kind: found among arguments, asked for their length, recognised by their bits."""
+"""Reads KV caches of every kind: finds one among arguments, asks its length, compares its bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-# What models call the state that a forward continues.
+# The names of the argument that holds a cache, in the models of transformers.
 NAMES = (
     "cache",
     "past_key_values",
@@ -20,7 +20,7 @@ NAMES = (
     "layer_past",
     "past",
 )
-CHANNELS = 4  # of the first head, that stand for a token
+CHANNELS = 4  # channels of the first head; their bits stand for a token
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -36,7 +36,7 @@ def among(values: Mapping[str, Any]) -> Any:
 
 
 def of_output(output: Any) -> Any:
-    """The cache that a forward returned, if it did."""
+    """The cache that a forward returned; None if it returned none."""
     if isinstance(output, dict):
         return among(output)
     if isinstance(output, tuple):
@@ -49,7 +49,7 @@ def _is_cache(value: Any) -> bool:
 
 
 def carrier_of(cache: Any) -> Any:
-    """The object that keeps an attribute for `cache`: a list or tuple keeps none itself."""
+    """The object on which an attribute for `cache` can be set (a list or tuple takes none)."""
     cache = getattr(cache, "self_attention_cache", cache)
     while isinstance(cache, list | tuple) and cache:
         cache = cache[0]
@@ -57,7 +57,7 @@ def carrier_of(cache: Any) -> Any:
 
 
 def length_of(cache: Any) -> int | Tensor | None:
-    """Tokens in the cache: an int, a tensor if counted on the device, None if it does not tell."""
+    """Tokens in the cache: an int, a tensor if it is counted on the device, None if unknown."""
     if cache is None:
         return 0
     if isinstance(cache, list | tuple):
@@ -83,9 +83,9 @@ def _has_state(layer: Any) -> bool:
 def fingerprint(cache: Any, count: int) -> Tensor | None:
     """Bits of what the cache holds for its last tokens, `[B, n, C]` with n ≤ `count`.
 
-    A few channels of the keys and values in the last layer that keeps every token; of a cache of
-    recurrent layers, which keep no tokens, a few elements of the state (n = 1). Two caches with the
-    same bits hold the same rows. None if the cache cannot be read so.
+    The bits come from a few channels of the keys and values, in the last layer that keeps every
+    token. Recurrent layers keep no tokens: there the bits are a few elements of the state (n = 1).
+    Two caches with the same bits hold the same rows. None if the bits cannot be read.
     """
     cache = getattr(cache, "self_attention_cache", cache)
     if isinstance(cache, list | tuple):
@@ -107,7 +107,7 @@ def fingerprint(cache: Any, count: int) -> Tensor | None:
     layer = whole[-1]
     keys, values = layer.keys, layer.values
     quantised = getattr(layer, "_quantized_keys", None)
-    if quantised is not None:  # readable if it only ever appends (8-bit floating point)
+    if quantised is not None:  # only 8-bit floats keep old bits: other kinds quantise them again
         if not (isinstance(quantised, tuple) and isinstance(quantised[0], Tensor)):
             return None
         keys, values = quantised[0], layer._quantized_values[0]
@@ -120,7 +120,7 @@ def fingerprint(cache: Any, count: int) -> Tensor | None:
 
 
 def _of_tokens(keys: Any, values: Any, filled: int | Tensor | None, count: int) -> Tensor | None:
-    """Bits of `[B, H, S, D]`; `filled`: how many of the S places are in use, None for all."""
+    """Bits of keys and values `[B, H, S, D]`; `filled` of the S places are in use (None = all)."""
     if not (isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel()):
         return None
     if keys.device.type == "meta":
@@ -140,7 +140,7 @@ def _of_tokens(keys: Any, values: Any, filled: int | Tensor | None, count: int) 
 
 
 def _of_parts(cache: Any, count: int) -> Tensor | None:
-    """Bits of a cache of recurrent layers as transformers 4.57 has them, by layer."""
+    """Bits of a recurrent model's cache in transformers 4.57: lists of tensors, one per layer."""
     conv = getattr(cache, "conv_states", None)
     keys: list[Tensor] = getattr(cache, "key_cache", [])
     if not isinstance(conv, list | Tensor):

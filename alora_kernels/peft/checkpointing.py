@@ -1,7 +1,7 @@
-"""Gradient checkpointing: a layer is recomputed under the state of its own forward.
+"""Gradient checkpointing: recomputes a layer under the state of the forward it belongs to.
 
-The recomputation comes in the backward pass, when the forward is long over, other forwards may have
-followed, and the thread may be another.
+The recomputation happens in the backward pass. By then the forward is over, other forwards may have
+run, and the thread may be another.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ FUNCTION = "_gradient_checkpointing_func"  # where transformers keeps a layer's 
 
 
 def watch(modules: Iterable[nn.Module]) -> None:
-    """Let every module of `modules` that checkpoints carry the state along."""
+    """Make the checkpoint function of every module restore the state when it recomputes."""
     for module in modules:
         function = module.__dict__.get(FUNCTION)
         if function is not None and not isinstance(function, CarriesState):
@@ -34,7 +34,7 @@ def unwatch(modules: Iterable[nn.Module]) -> None:
 
 
 class CarriesState:
-    """A checkpoint function that recomputes under the state in which it was called."""
+    """A checkpoint function that recomputes under the state that was current at its call."""
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -46,7 +46,7 @@ class CarriesState:
 
 
 class Bound:
-    """`function` under `state`."""
+    """A call of `function` under `state`."""
 
     def __init__(self, function: Any, state: ForwardState | None) -> None:
         self.function, self.state = function, state

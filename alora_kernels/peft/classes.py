@@ -1,4 +1,4 @@
-"""Classes that take the place of a live object's class, so that the object stays the same."""
+"""Makes subclasses that replace the class of a live object, so that the object itself stays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _classes: dict[tuple[type, tuple[type, ...]], type] = {}
 
 
 def accelerated_class(kind: type, *methods: type) -> type:
-    """A subclass of `kind` under the same name, with the functions and properties of `methods`.
+    """A subclass of `kind` with the same name, and the functions and properties of `methods`.
 
-    Code that looks classes up by name (FSDP's wrapping, saved architectures) goes on finding it.
+    Code that looks up classes by name (FSDP's wrapping, saved architectures) still finds it.
     """
     found = _classes.get((kind, methods))
     if found is None:
@@ -24,7 +24,7 @@ def accelerated_class(kind: type, *methods: type) -> type:
         }
         fields |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
         forward = fields.get("forward")
-        if forward is not None:  # one function for each kind, for a signature of its own
+        if forward is not None:  # a copy for each kind, because its signature is that of the kind
             forward = types.FunctionType(forward.__code__, forward.__globals__, "forward")
             forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
             fields["forward"] = forward
@@ -40,10 +40,10 @@ def is_accelerated(module: Any) -> bool:
 
 
 def plain_class(kind: type) -> type:
-    """`kind` without what `accelerated_class` added.
+    """The class that `kind` was before `accelerated_class`.
 
-    Others may have made a subclass of an accelerated class since (FSDP2 does): it is made again
-    over the plain one.
+    If others have made a subclass of the accelerated class (FSDP2 does), the same subclass is made
+    of the plain class.
     """
     if "alora_kind" in vars(kind):
         return kind.alora_kind  # type: ignore[attr-defined, no-any-return]

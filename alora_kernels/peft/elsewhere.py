@@ -1,4 +1,4 @@
-"""A forward as seen by layers whose rows are not its tokens (their places: `stream`)."""
+"""The state of a forward for layers whose rows are not its tokens (`stream` finds these layers)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ logger = logging.getLogger("alora_kernels")
 
 
 def elsewhere(adapters: Adapters, place: str, state: ForwardState | None) -> ForwardState | None:
-    """`state` as a layer at `place` sees it; None where only the layer itself can tell.
+    """`state` as a layer at `place` sees it.
 
-    A tower may also be called outside a forward (`get_image_features`).
+    Outside a forward `state` is None. A tower can be called there too (`get_image_features`) and
+    gets a state. For other places the result is None.
     """
     if state is None:
         return Beside(adapters, None) if place == BESIDE else None
@@ -34,7 +35,7 @@ class View(ForwardState):
     """The state that layers at one place of the model read.
 
     Attributes:
-        tokens: the state of the forward, or None outside of any.
+        tokens: the state of the forward, or None outside a forward.
     """
 
     def __init__(self, adapters: Adapters, tokens: ForwardState | None) -> None:
@@ -49,7 +50,7 @@ class View(ForwardState):
 
 
 class Beside(View):
-    """Towers, projectors, other states: an activated LoRA is off, a plain one is on everywhere."""
+    """Layers that never see the tokens: activated LoRAs are off, plain LoRAs act on all rows."""
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
         rows = x.shape[:-1].numel()
@@ -66,7 +67,7 @@ class Beside(View):
 
 
 class Routed(View):
-    """Routed experts: some of this forward's tokens, in an order that is not known."""
+    """Routed experts: they see some of the forward's tokens, in an order that is not known."""
 
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
         chosen = own_rows(self, activation, x) or all_or_none(activation, x)
@@ -76,7 +77,7 @@ class Routed(View):
 
 
 class Heads(View):
-    """What follows the decoder: its tokens, or those whose logits are wanted."""
+    """Layers that follow the decoder: they see all tokens, or only those whose logits are asked."""
 
     after_decoder = True
 
@@ -86,13 +87,16 @@ class Heads(View):
 
 
 def own_rows(state: ForwardState, activation: Activation, x: Tensor) -> Activation | None:
-    """The activation that an `adapter_scope` outside of a forward was given for this layer."""
+    """The activation that an `adapter_scope` outside a forward gave for x; None if it did not."""
     alone = state.batch == 0 and activation.num_rows == x.shape[:-1].numel()
     return activation if alone else None
 
 
 def all_or_none(activation: Activation, x: Tensor) -> Activation | None:
-    """The active rows of x, made of the activation's rows alone, when all are alike."""
+    """The activation for x if all rows of `activation` are active, or none is; else None.
+
+    Every row of x is one of the rows of `activation`.
+    """
     rows = x.shape[:-1].numel()
     if activation.num_active == 0:
         return Activation.none(rows, device=x.device)
@@ -102,7 +106,7 @@ def all_or_none(activation: Activation, x: Tensor) -> Activation | None:
 
 
 class WholeSequence(View):
-    """Projections of what the cache returned: row j is token `first + j` of the sequence."""
+    """Projections of what the cache returned: row j of x is token `first + j` of the sequence."""
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
         assert self.tokens is not None
@@ -129,7 +133,7 @@ class WholeSequence(View):
         length = lead[-1]
         if lead in ((batch, length), (batch, 1, length)):
             starts = state.starts.get(name)
-            whole = starts is not None and not any(starts)  # rows that are active throughout
+            whole = starts is not None and not any(starts)  # each row is active from 0, or never
             first = 0 if whole else self._first(length)
             if first is not None and starts is not None:
                 return _from_starts(starts, length, first, x.device)
@@ -149,11 +153,11 @@ class WholeSequence(View):
         )
 
     def _first(self, length: int) -> int | None:
-        """The position of the first of `length` rows; None when the cache does not explain them."""
+        """The position of the first of `length` rows; None if no kind of cache returns so many."""
         assert self.tokens is not None
         past, new = self.tokens.past, self.tokens.seq_len
         widths = list(_widths(self.tokens.cache))
-        if isinstance(past, Tensor):  # compiled: only a cache of one width for all positions
+        if isinstance(past, Tensor):  # compiled: the host knows the place in a static cache alone
             return 0 if any(w == length and not sliding for w, sliding in widths) else None
         if past is None:
             return None
@@ -161,14 +165,14 @@ class WholeSequence(View):
             return 0
         for width, sliding in widths:
             if length == width and past + new <= width:
-                return 0  # a static cache: what follows the tokens is masked
+                return 0  # a static cache: the rows after the tokens are masked
             if sliding and length in (width, min(past, width - 1) + new):
                 return past + new - length
         return None
 
 
 def _widths(cache: Any) -> Any:
-    """For each layer of a cache the tokens it holds at most, and whether it then forgets."""
+    """For each layer of a cache: how many tokens it can hold, and whether it drops older ones."""
     for layer in getattr(cache, "layers", ()):
         width = getattr(layer, "max_cache_len", None) or getattr(layer, "sliding_window", None)
         if isinstance(width, int) and width > 0:
@@ -188,7 +192,7 @@ VIEWS = {BESIDE: Beside, CACHE: WholeSequence, EXPERT: Routed, HEAD: Heads}
 
 
 def say_beside(adapters: Adapters, places: dict[str, str]) -> None:
-    """Say once of every layer outside the tokens that an activated LoRA is off there."""
+    """Warn once for every layer that never sees the tokens: activated LoRAs are off there."""
     alora = {n for n, config in adapters.configs.items() if invocation_of(config) is not None}
     new = [
         path

@@ -1,4 +1,4 @@
-"""The scope of `generate`: where its adapters begin is found once, in the prompt."""
+"""Runs `generate` with the starts of its adapters, which are found once, in the prompt."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .sequences import Sequences
 
 
 class generation(requesting):
-    """The scope of one `generate` call: the starts are found once, in the prompt.
+    """A context for one `generate` call; its forwards take the starts found in the prompt.
 
-    Takes `adapter_names` and `alora_offsets` out of `kwargs`.
+    It removes `adapter_names` and `alora_offsets` from `kwargs`.
     """
 
     def __init__(self, sequences: Sequences, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +43,8 @@ class generation(requesting):
     def finish(self, result: Any) -> Any:
         """Leave a true record on a cache that outlives `generate`; returns `result`.
 
-        Beams have moved rows on the way, and compiled forwards write no record.
+        The record that the forwards wrote may be wrong: beam search moves rows, and compiled
+        forwards write no record.
         """
         cache = caches.of_output(result)
         if cache is None and self.given:
@@ -82,10 +83,14 @@ class generation(requesting):
 
 
 def check_batching(adapters: Adapters) -> None:
-    """Refuse continuous batching where it would run other adapters, or an activated one.
+    """Refuse continuous batching if it would run the wrong adapter.
 
-    It packs tokens of many sequences into each forward, over a cache in pages that does not tell
-    where a sequence began, and runs in a thread of its own, which no scope reaches.
+    It runs in its own thread, which no scope reaches, so a chosen adapter would be ignored. And it
+    packs tokens of many sequences into each forward, over a paged cache that does not know where
+    a sequence began, so an activated LoRA cannot run.
+
+    Raises:
+        NotImplementedError: an adapter is chosen, or an activated LoRA is active.
     """
     request = current_request(adapters)
     if request is not None and (request.chosen or request.generation is None):
@@ -108,7 +113,7 @@ def check_batching(adapters: Adapters) -> None:
 def begin(
     sequences: Sequences, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Generation, Request]:
-    """A generation of these arguments, and the request under which it runs."""
+    """The `Generation` for these arguments of `generate`, and the request under which it runs."""
     outer = current_request(sequences.adapters)
     names = kwargs.pop("adapter_names", None)
     offsets = kwargs.pop("alora_offsets", None)
@@ -168,7 +173,7 @@ def _find(
     mask = kwargs.get("attention_mask")
     longer = isinstance(mask, Tensor) and mask.shape[1] != width
     if past and (longer or width <= past or length is None):
-        running.before = running.position = past  # only what is new was given
+        running.before = running.position = past  # the rows are the new tokens alone
     assistant = bool(getattr(kwargs.get("generation_config"), "is_assistant", False))
     for name, tokens in invocations.items():
         if offsets is not None:
@@ -196,7 +201,11 @@ def _find(
 
 
 def _starts_in(activation: Activation, rows: Tensor | None) -> Starts:
-    """The starts that say the same as `activation`."""
+    """The starts that describe the same rows as `activation`.
+
+    Raises:
+        ValueError: no starts do.
+    """
     if activation.num_active in (0, activation.num_rows):
         return [None if activation.num_active == 0 else 0]
     if rows is not None and activation.num_rows == rows.shape[0] * rows.shape[1]:

@@ -1,4 +1,4 @@
-"""One call of `generate`: its tokens, and which forwards are its own."""
+"""One call of `generate`: where its adapters begin, and which forwards belong to it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        prompt: its tokens `[B, P]`, if they are known.
+        prompt: the token ids `[B, P]` of the prompt, if they are known.
+        custom: it runs the user's own decoding method (`custom_generate`), which may move rows.
         starts: by adapter, the absolute start in each row of the prompt (None = base).
-        every: the starts of all adapters, told by `adapter_scope`.
-        custom: it runs a method of the user's (`custom_generate`), which may move rows.
-        awaited: the inputs of the next own forward are prepared, and it has not come yet.
-        before: tokens in its cache before the first that was given.
-        position: tokens that its own forwards have read.
-        begun: no row has a start that is still to come.
-        cache: what its last own forward wrote.
+        every: the starts of all adapters, if `adapter_scope` gave them.
+        fed: the tensor (ids or embeddings) that the next own forward will get.
+        width: the length of the rows whose last tokens are `fed`.
+        before: the number of tokens in its cache before the first token of the prompt.
+        position: the number of tokens that its own forwards have read, those in the cache included.
+        awaited: the inputs of its next own forward are prepared, but that forward has not run yet.
+        begun: the tokens that were read include all starts.
+        seen: an own forward has run.
+        cache: the cache that its last own forward wrote.
     """
 
     def __init__(self, prompt: Tensor | None, custom: bool) -> None:
@@ -55,7 +58,7 @@ class Generation:
         length = caches.length_of(cache) if self.custom or not self.seen else None
         fresh = length is not None and not int(length)
         if self.custom and not fresh:
-            return False  # its record knows better: rows may have moved
+            return False  # rows may have moved; the cache's record follows them
         own = self._is_fed(tokens) or (fresh and self._is_prompt(ids))
         self.seen = self.seen or own
         return own
@@ -68,7 +71,7 @@ class Generation:
             return True
         if tokens.shape != fed.shape or tokens.dtype != fed.dtype:
             return False
-        return torch.equal(tokens.to(fed.device), fed)  # moved on the way
+        return torch.equal(tokens.to(fed.device), fed)  # a copy, perhaps on another device
 
     def _is_prompt(self, ids: Tensor | None) -> bool:
         if ids is None or self.prompt is None or ids.shape[0] % max(len(self.prompt), 1):
@@ -78,14 +81,15 @@ class Generation:
         return begin.shape == own.shape and torch.equal(begin.to(own.device), own)
 
     def past(self, seq_len: int, length: Any, cache: Any) -> Any:
-        """Tokens before an own forward of `seq_len`; `length`: what its cache tells, if anything.
+        """The number of tokens before an own forward of `seq_len` tokens.
 
-        A cache may not tell (recurrent layers), and some models keep their state in themselves.
+        `length` is the length that the cache reports. It can be None: recurrent layers do not
+        report one, and some models keep their state in their own modules.
         """
         if torch.compiler.is_compiling():
             if length is not None or not self.begun:
                 return length
-            return self._last_start()  # further than that makes no difference
+            return self._last_start()  # all rows are decided from here on
         if length is not None and (cache is not None or self.width <= seq_len):
             return length
         return self.before + self.width - seq_len if self.width > seq_len else self.position

@@ -1,4 +1,4 @@
-"""Groups: projections that read one input and are computed in one call."""
+"""Groups of projections that read the same input, such as q, k and v: one call computes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 logger = logging.getLogger("alora_kernels")
 
-# Projections of one input, by their names in the models of transformers.
+# Names of projections that read the same input in the models of transformers.
 TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -22,10 +22,10 @@ TOGETHER = (
 
 
 class Group:
-    """Layers that read the same x: the first one called computes the outputs of all.
+    """Layers that read the same x. The first one that is called computes the outputs of all.
 
-    The outputs wait in the forward's own state, so threads and recomputation do not meet. A group
-    whose layers turn out not to share an x is dissolved.
+    The outputs wait in the state of the forward, so threads and recomputations do not mix them up.
+    If the layers turn out to read different inputs, the group is dissolved.
     """
 
     def __init__(self, parent: nn.Module, members: list[Any]) -> None:
@@ -35,11 +35,12 @@ class Group:
     def is_called_by_transformers(self) -> bool:
         """Whether the code that calls the members is transformers' own.
 
-        It writes nothing between them. Other code may write to x in ways that no version counts.
+        That code does not write to x between the calls. Other code may, in ways that x's version
+        counter does not show.
         """
         forward: Any = type(self.parent).forward
-        # Two names, for decorators copy one: `__module__` is that of the decorated function, and
-        # the globals are of the file that wrote the decorator.
+        # Both names must fit. Decorators copy `__module__` from the decorated function, while the
+        # globals belong to the file that defines the decorator.
         names = (forward.__module__, getattr(forward, "__globals__", {}).get("__name__", ""))
         own = names[0].startswith("transformers.models.") and names[1].startswith("transformers.")
         return own and "forward" not in self.parent.__dict__
@@ -54,7 +55,7 @@ class Group:
 
 
 class Pending:
-    """Outputs of a group that wait for their layers."""
+    """Outputs that a group has computed for layers that have not been called yet."""
 
     def __init__(
         self, group: Group, names: tuple[str, ...], x: Tensor, outputs: dict[int, Tensor]
@@ -63,15 +64,15 @@ class Pending:
         self.mode = _mode(x)
 
     def fits(self, x: Tensor, names: tuple[str, ...]) -> bool:
-        """Whether `names` are asked for in the mode and on the tensor that the group read, and it
-        has not been written since."""
+        """Whether the outputs are still right: same tensor x, not written since, same adapters
+        `names`, same torch modes."""
         return x is self.x and names == self.names and _mode(x) == self.mode
 
 
 def _mode(x: Tensor) -> tuple[Any, ...]:
-    """What beside x decides a layer's output: what was written to x, and the modes of torch."""
+    """What else decides a layer's output: the version of x, and torch's grad and autocast modes."""
     if torch.compiler.is_compiling():
-        return ()  # a compiler follows them by itself
+        return ()  # the compiler tracks them itself
     autocast = torch._C._is_any_autocast_enabled()
     return (
         x._version,
@@ -83,7 +84,7 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
 
 
 def find_groups(model: nn.Module, layers: dict[str, Any]) -> list[Group]:
-    """The projections of `layers` (by module name) that read one input, as groups."""
+    """Groups of those `layers` (by module name) that read the same input."""
     by_parent: dict[str, dict[str, Any]] = {}
     for path, layer in layers.items():
         parent, _, leaf = path.rpartition(".")

@@ -1,4 +1,4 @@
-"""What happens before and after a forward of the model: the one search for its active rows."""
+"""Runs before and after each forward of the model: finds its active rows, updates the record."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .state import ForwardState, current_state, restrict, set_state
 
 
 class Forwards:
-    """The forwards of one accelerated model."""
+    """Sets and removes the state of each forward of one accelerated model."""
 
     def __init__(self, adapters: Adapters) -> None:
         self.adapters = adapters
         self.sequences = Sequences(adapters)
         known = inspect.signature(adapters.root.forward).parameters.values()
-        # The names of the arguments that may come by position.
+        # The names of the arguments that can be passed by position.
         self.parameters = [
             p.name for p in known if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the active rows of a forward with these arguments; its layers will read them."""
+        """Find the active rows of a forward with these arguments, and set its state."""
         state = self.state_of(args, kwargs)
         state.outer = current_state()
         set_state(state)
 
     def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The forward is over, by an exception perhaps (then `output` is None)."""
+        """Remove the state after a forward. `output` is None if the forward raised."""
         state = current_state()
         if state is None or state.adapters is not self.adapters:
             return  # `enter` itself raised
@@ -53,7 +53,7 @@ class Forwards:
         arguments = self._arguments(args, kwargs)
         ids = arguments.get("input_ids")
         tokens = ids if ids is not None else arguments.get("inputs_embeds")
-        if tokens is None:  # a module of its own making: its first argument is what it has
+        if tokens is None:  # not a transformers model: take its first tensor
             tokens = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             if tokens is None:
                 return ForwardState(self.adapters, None, {}, 0, 0)

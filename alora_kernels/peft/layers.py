@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers with another forward: base and adapter in one op, groups in one call."""
+"""The forward of accelerated LoRA layers: base and adapter in one op, a group in one call."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .tensors import Step, runs_plainly, steps_of
 
 
 class AcceleratedLayer:
-    """What the class of a served layer gets; its own attributes begin with `alora_`.
+    """The methods that the class of a served layer gets. Their attributes begin with `alora_`.
 
-    Copied into a subclass of `alora_kind` (a second base would change the layout of the object, and
-    a live layer could not change its class).
+    They are copied into a subclass of `alora_kind`. A second base class would change the layout of
+    the object, and Python would refuse to change the class of a live layer.
     """
 
     alora_kind: Any  # PEFT's class
@@ -34,21 +34,21 @@ class AcceleratedLayer:
     alora_adapters: Adapters
     alora_group: Group | None
     alora_index: int
-    alora_rows: str | None  # where its rows are not the forward's tokens: see `stream`
-    alora_fused: bool  # the class's base may be computed together with the adapter
-    alora_known: Any  # returns PEFT's forward as it was when the class was made
+    alora_rows: str | None  # its place (see `stream`); None if its rows are the forward's tokens
+    alora_fused: bool  # whether one op may compute base and adapter
+    alora_known: Any  # returns the forward that PEFT's class had when ours was made
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if "alora_index" not in self.__dict__:  # held by what was put on the layer before `restore`
+        if "alora_index" not in self.__dict__:  # somebody kept this method beyond `restore`
             return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or self._disable_adapters:
             return self.alora_kind.forward(self, x, *args, **kwargs)
-        if x.dim() > MAX_DIM:  # the tiles of an image, in a tower
+        if x.dim() > MAX_DIM:  # a vision tower adds a dimension for the tiles of an image
             return self.forward(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
         state = current_state()
         if self.merged_adapters:
             if state is not None and state.names is not None:
-                return self._by_peft(x, state, state.names)  # which refuses to choose
+                return self._by_peft(x, state, state.names)  # raises: cannot choose when merged
             return self.alora_kind.forward(self, x)
         if self.alora_rows is not None:
             state = elsewhere(self.alora_adapters, self.alora_rows, state)
@@ -80,7 +80,7 @@ class AcceleratedLayer:
         return self._hand_out(x, asked, state, [m.alora_index for m in members], outputs)
 
     def _waiting(self, x: Tensor, asked: tuple[str, ...], state: ForwardState) -> Tensor | None:
-        """My output, if the call of another layer of my group has computed it."""
+        """This layer's output, if another layer of its group has computed it already."""
         pending = state.pending
         if pending is None or self.alora_index not in pending.outputs:
             return None
@@ -96,13 +96,14 @@ class AcceleratedLayer:
     def _plan(
         self, x: Tensor, asked: tuple[str, ...], names: list[str], state: ForwardState
     ) -> tuple[list[Any], list[Step]] | None:
-        """The layers that are computed now and how: my group, me, or my adapters alone.
+        """The layers to compute now, and the steps for it; None if PEFT must compute this layer.
 
-        None: PEFT must compute me.
+        The layers are those of the group, or this layer alone. If the op cannot compute the base,
+        the steps hold the adapters alone.
         """
         alone: list[Any] = [self]
         if not torch.compiler.is_compiling() and self.alora_kind.forward is not self.alora_known():
-            return None  # PEFT's class has got another forward since
+            return None  # somebody has replaced the forward of PEFT's class
         if self.alora_fused:
             together = self._together(x, asked, names, state)
             for layers in (together, alone) if together else (alone,):
@@ -115,12 +116,12 @@ class AcceleratedLayer:
     def _together(
         self, x: Tensor, asked: tuple[str, ...], names: list[str], state: ForwardState
     ) -> list[Any]:
-        """The layers of my group that can be computed with me; none if I am alone.
+        """The layers of the group that can be computed together with this one; empty if none can.
 
-        Another layer's output would wait for its call. So it is left out where its call may do more
-        than run its forward, and there is no group where something might change between the calls
-        without a trace: after a hook of mine, in code that is not transformers', or in inference
-        mode, where no write to x is counted.
+        The output of another layer waits until that layer is called. So a layer is left out if its
+        call may do more than run its forward. And nothing is computed together if x might change
+        between the calls without a trace: this layer has hooks, the calling code is not
+        transformers' own, or inference mode is on, which counts no writes to x.
         """
         group = self.alora_group
         if group is None or not group.enabled:
@@ -146,7 +147,7 @@ class AcceleratedLayer:
     def _run(
         self, x: Tensor, state: ForwardState, steps: list[Step], outputs: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, ...]:
-        """The outputs after all steps, one after the other; `outputs`: the base's, if computed."""
+        """The outputs after all steps. `outputs` are those of the base, if already computed."""
         options = self.alora_adapters.options
         inplace = False
         for step in steps:
@@ -168,7 +169,7 @@ class AcceleratedLayer:
             )
             if foreign:
                 outputs = tuple([y.to(dtype) for y in outputs])
-            # Where no gradient needs what a step has made, the next one adds to it in place.
+            # Without gradients nobody needs the output of a step, so the next one may add in place.
             inplace = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
         assert outputs is not None
         return outputs
@@ -181,7 +182,7 @@ class AcceleratedLayer:
         indices: Sequence[int],
         outputs: tuple[Tensor, ...],
     ) -> Tensor:
-        """My output; the others wait in the state for their layers."""
+        """This layer's output. The outputs of the other layers wait in the state."""
         waiting = dict(zip(indices, outputs))
         y = waiting.pop(self.alora_index)
         assert self.alora_group is not None
@@ -199,6 +200,6 @@ class AcceleratedLayer:
         )
 
     def _by_peft(self, x: Tensor, state: ForwardState, names: Any) -> Any:
-        """PEFT's own arithmetic, for what the op does not take (adapters in a third dtype)."""
+        """Run PEFT's forward for inputs that the op does not take (adapters of a third dtype)."""
         arguments = peft_arguments(self, state, tuple(names), x)
         return self.alora_kind.forward(self, x, **arguments)

@@ -1,4 +1,4 @@
-"""accelerate, restore and adapter_scope: what a user calls."""
+"""The functions that a user calls: accelerate, restore and adapter_scope."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ def accelerate(
 ) -> Any:
     """Make a live PEFT model run its LoRA layers through this package; returns the same object.
 
-    Everything of PEFT goes on working: saving, loading, adding, choosing and deleting adapters,
+    All functions of PEFT keep working: saving, loading, adding, choosing and deleting adapters,
     mixed batches by `adapter_names`, `alora_offsets=`, generation, training. The invocation is
-    searched for once per forward, and every layer shares the result. Layers that cannot be served
-    keep PEFT's path and are logged with the reason. `restore` undoes it.
+    searched for once per forward, and all layers share the result. Layers that cannot be served
+    keep PEFT's forward, and a warning names each of them with the reason. `restore` undoes all of
+    this.
 
     Args:
         model: a `PeftModel`, or a model whose adapters came from `add_adapter` or
             `inject_adapter_in_model`, with any number of LoRA and aLoRA adapters.
-        strict: raise when a layer cannot be served.
+        strict: raise an error if a layer cannot be served.
         adapter_precision, backend, strategy, prefix_grad: options of `alora_linear`. The default
             precision is PEFT's own arithmetic; "compute" rounds adapters to the base's dtype.
 
     Raises:
-        TypeError: there is no LoRA layer in the model.
-        ValueError: an adapter that would be silently wrong (see `check_config`).
-        RuntimeError: with `strict`, lists every layer that is not served.
+        TypeError: the model has no LoRA layer.
+        ValueError: an adapter would give wrong results without an error (see `check_config`).
+        RuntimeError: with `strict`, a layer cannot be served; the message lists every such layer.
     """
     root = root_of(model)
     layers = {path: m for path, m in root.named_modules() if isinstance(m, LoraLayer)}
@@ -59,7 +60,7 @@ def accelerate(
     if strict and refused:
         raise RuntimeError("accelerate: layers that cannot be served:\n" + table(refused))
     options = Options(
-        dropout_p=0.0,  # each layer has its own
+        dropout_p=0.0,  # every layer sets its own
         prefix_grad=prefix_grad,
         adapter_precision=adapter_precision,
         strict_inactive=False,
@@ -79,7 +80,7 @@ def accelerate(
 
 
 def restore(model: Any) -> Any:
-    """Undo `accelerate`: the model is as before; returns the same object."""
+    """Undo `accelerate`; returns the same object."""
     owner = root_of(model).__dict__.get(OURS)
     if owner is not None:
         owner.detach()
@@ -94,25 +95,25 @@ def adapter_scope(
     *,
     starts: Sequence[int | None] | None = None,
 ) -> Iterator[None]:
-    """Choose the adapter of every forward in the block, without touching the model.
+    """Choose the adapter of every forward in the block, without changing the model.
 
     with adapter_scope(model, "summary", starts=[812]):
         model(input_ids, past_key_values=cache)
 
-    Safe across threads and asyncio tasks: each sees its own scopes. It overrides the active
-    adapters, `disable_adapter` excepted.
+    Each thread and each asyncio task sees its own scopes only. A scope overrides the active
+    adapters, but not `disable_adapter`.
 
     Args:
         model: an accelerated model.
         adapter: None for the base model, a name for all rows, or a list with one name (or None)
             for each row of the batch.
-        activation: the active rows of the forwards in the block, `[B·T]`; layers called on their
-            own use it too. By default each forward searches its own tokens.
-        starts: absolute start for each row (None = base model), counted in tokens of the row from
-            the beginning of its cache; serves prefill, chunks and decoding alike.
+        activation: the active rows of the forwards in the block, `[B·T]`. Layers that are called
+            on their own use it too. By default each forward searches its own tokens.
+        starts: the absolute start in each row (None = base model), counted in tokens from the
+            beginning of the row's cache. The same starts serve prefill, chunks and decoding.
 
-    `starts` and `activation` are meant for every forward in the block; around `generate`, for its
-    own sequence alone (not for a negative prompt, or what a logits processor runs).
+    `starts` and `activation` hold for every forward in the block. Around `generate` they hold for
+    its own sequence alone, not for a negative prompt or for forwards of a logits processor.
 
     Raises:
         ValueError: the model is not accelerated, an adapter is unknown, or both `activation` and
@@ -150,7 +151,7 @@ def _fixed_state(adapters: Adapters, chosen: Names, activation: Activation | Non
         )
     names, row_names = rows_of(chosen, batch)
     if row_names is None:
-        batch = 0  # any layout of these rows will do
+        batch = 0  # one adapter for all rows, so their layout does not matter
     state = BlockState(adapters, names, {}, batch, rows // max(batch, 1), row_names=row_names)
     for name in names:
         assert activation is not None

@@ -1,4 +1,4 @@
-"""Layers, adapters and modules that keep PEFT's own forward: what it has to be handed."""
+"""Tells PEFT's own forward which adapters to run, in the layers and modules that keep it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .requests import BASE
 from .state import BlockState, ForwardState, current_state
 from .stream import BESIDE
 
-SERVED_HERE = object()  # in place of alora_offsets: PEFT then neither searches nor sets hooks
+# Passed to PEFT as alora_offsets. PEFT then neither searches for invocations nor sets hooks.
+SERVED_HERE = object()
 
 
 def peft_arguments(
@@ -22,10 +23,15 @@ def peft_arguments(
     names: tuple[str, ...],
     x: Tensor,
 ) -> dict[str, Any]:
-    """The keyword arguments with which PEFT's forward does the same for `layer`.
+    """The keyword arguments with which PEFT's forward of `layer` runs `names` as `state` says.
 
-    One adapter for all rows needs none: the layer's class answers with it when PEFT asks which
-    adapters are active (`Adopted`), so that layers which cannot mix adapters can run it.
+    A single adapter for all rows needs no `adapter_names` argument: PEFT asks the layer which
+    adapters are active, and our class (`Adopted`) names the chosen one. So layers that cannot mix
+    adapters can run it too.
+
+    Raises:
+        NotImplementedError: PEFT's forward cannot run these rows.
+        ValueError: an adapter is chosen, but another is merged into the base.
     """
     if state.names is not None:
         refuse_merged(layer)
@@ -51,7 +57,7 @@ def peft_arguments(
 
 
 def refuse_merged(module: Any) -> None:
-    """Refuse to choose an adapter where another is merged into the base."""
+    """Refuse to choose an adapter for a layer that has adapters merged into its base."""
     if module.merged_adapters:
         raise ValueError(
             f"an adapter cannot be chosen for a layer that has merged adapters "
@@ -60,7 +66,10 @@ def refuse_merged(module: Any) -> None:
 
 
 def _row_names(state: ForwardState, x: Any) -> list[str | None] | None:
-    """The adapters by rows, of which PEFT has to be told by an argument; None where it asks."""
+    """The adapter of each row, if PEFT must get it by an argument.
+
+    None if one adapter runs in all rows of a forward: PEFT then asks the module (`chosen_for`).
+    """
     if state.row_names is not None or not isinstance(state, BlockState):
         return state.row_names
     return [state.names[0] if state.names else None] * (len(x) if isinstance(x, Tensor) else 1)
@@ -85,9 +94,9 @@ def _offsets(state: ForwardState, name: str, x: Tensor) -> list[int | None]:
 
 
 def chosen_for(module: Any) -> tuple[str, ...] | None:
-    """The adapters of `module` that the current forward runs, whatever is active.
+    """The adapters of `module` that the current forward chose in place of the active ones.
 
-    None where none were chosen, and where an argument tells them (see `peft_arguments`).
+    None if the forward chose none, or if PEFT gets them by an argument (see `peft_arguments`).
     """
     state = current_state()
     if module.__dict__.get("alora_rows") == BESIDE:
@@ -99,7 +108,7 @@ def chosen_for(module: Any) -> tuple[str, ...] | None:
 
 
 def _chosen_beside(module: Any, state: ForwardState | None) -> tuple[str, ...] | None:
-    """The same for a layer outside the tokens, where activated LoRAs are off."""
+    """The result of `chosen_for` in a layer that never sees the tokens: activated LoRAs are off."""
     chosen = None if state is None else state.names
     asked = _there(module, active_in(module) if chosen is None else chosen)
     adapters = module.alora_adapters
@@ -114,9 +123,10 @@ def _there(module: Any, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class OneAtATime:
-    """Experts with LoRA: PEFT changes the base's parameter for the length of the forward.
+    """LoRA on experts: PEFT changes the parameter of the base while the forward runs.
 
-    Another thread must not see it, so the forwards of layers around one base wait for each other.
+    Another thread must not see the change. So the forwards of all layers around one base take turns
+    under a lock.
     """
 
     alora_kind: Any
@@ -136,7 +146,7 @@ class OneAtATime:
 def before_layer(
     layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Of a LoRA layer: hand it what PEFT would."""
+    """Pre-hook of a LoRA layer: add the arguments that PEFT's own model would pass to it."""
     state, place = current_state(), layer.alora_rows
     if place is not None:
         state = elsewhere(layer.alora_adapters, place, state)
@@ -154,7 +164,7 @@ def before_layer(
 def before_auxiliary(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Of a `modules_to_save` or trainable tokens: the adapter of each row, where rows differ."""
+    """Pre-hook of `modules_to_save` and trainable tokens: add `adapter_names`, one for each row."""
     state = current_state()
     if state is None or state.names is None or chosen_for(module) is not None:
         return None
@@ -166,7 +176,10 @@ def before_auxiliary(
 
 
 def before_foreign(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Of the layer of another method than LoRA, which PEFT cannot tell what to run."""
+    """Pre-hook of layers of other PEFT methods than LoRA.
+
+    They take no argument for the adapter, so this refuses every choice that would need one.
+    """
     state = current_state()
     if state is None or state.names is None or module._disable_adapters:
         return
@@ -182,7 +195,7 @@ def before_foreign(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def before_model(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Of a PeftModel whose forward holds PEFT's own: keep that from searching by itself."""
+    """Pre-hook of a PeftModel with a wrapped PEFT forward on its instance: no search by PEFT."""
     if kwargs.get("alora_offsets") is not None:
         return None
     return args, {**kwargs, "alora_offsets": SERVED_HERE}

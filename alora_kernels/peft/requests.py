@@ -1,4 +1,4 @@
-"""What is asked of the forwards of a model: which adapters they run, and where these begin."""
+"""What the user asks of a model's forwards: which adapters they run, and where those begin."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ class Request:
     """Which adapters the forwards of one model run, and where they begin.
 
     Attributes:
-        adapters: those of the model that this request is for.
+        adapters: the adapters of the model that this request is for.
         chosen: whether `names` overrides the active adapters.
-        names: one adapter for all rows, one (or None for the base model) a row, or None: the base.
-        starts: absolute start of the adapter in each row (None = base), or None: search.
+        names: one adapter for all rows; or a list with one adapter per row, None for the base
+            model; or None: all rows run the base model.
+        starts: absolute start of the adapter in each row (None = base); or None: search for it.
         offsets: PEFT's `alora_offsets`, counted from the end of the tokens of each forward.
-        activation: the active rows themselves.
-        generation: the call of `generate` that runs, which tells starts to its own forwards alone.
-        outer: the request around this one, perhaps of another model.
+        activation: the active rows, if the user gave them.
+        generation: the running call of `generate`. Its starts hold for its own forwards alone.
+        outer: the request around this one, perhaps for another model.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ def current_request(adapters: Adapters) -> Request | None:
 
 
 class requesting:
-    """`with requesting(request):`; a class, because a compiler traces it more easily."""
+    """`with requesting(request):` sets the request. (A compiler traces a class more easily.)"""
 
     def __init__(self, request: Request | None) -> None:
         self.request = request
@@ -72,7 +73,7 @@ class requesting:
 
 
 def rows_of(names: Names, batch: int) -> tuple[tuple[str, ...], list[str | None] | None]:
-    """The adapters that are named, and the one of each of `batch` rows where rows differ."""
+    """The adapters in `names`, and the adapter of each of `batch` rows (None if all are alike)."""
     if names is None:
         return (), None
     if isinstance(names, str):
@@ -84,6 +85,6 @@ def rows_of(names: Names, batch: int) -> tuple[tuple[str, ...], list[str | None]
             "each row (generate repeats them for beams and return sequences)"
         )
     if len(set(rows)) == 1:
-        return rows_of(rows[0], batch)  # one for all rows, however it was said
+        return rows_of(rows[0], batch)
     rows = [n for n in rows for _ in range(batch // len(rows))]
     return tuple(dict.fromkeys(n for n in rows if n is not None)), rows

@@ -1,4 +1,4 @@
-"""Where the adapters of one forward begin: told, remembered with its cache, or in its tokens."""
+"""Finds where the adapters of a forward begin: from the user, the cache's record, or the tokens."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ Starts = list[int | None]
 class Sequences:
     """Finds the active rows of every forward of one model.
 
-    A forward is the next part of a sequence. `generate` tells where the adapters of its own
-    sequence begin; every other forward, also one that is made while `generate` runs, is known by
-    its cache's record, or else is a new sequence, in whose tokens the invocation is looked for.
+    A forward reads the next part of a sequence. For the forwards of `generate`, the call of
+    `generate` knows where the adapters begin. For every other forward, also one that runs during
+    `generate`, the record of its cache knows. Without a cache the sequence is new, and the
+    invocation is searched for in its tokens.
     """
 
     def __init__(self, adapters: Adapters) -> None:
@@ -49,7 +50,20 @@ class Sequences:
         ids: Tensor | None,
         tokens: Tensor,
     ) -> None:
-        """Fill `state.activations` for `names`, and note what the cache will have to remember."""
+        """Fill `state.activations` for `names`, and note what the cache's record has to take up.
+
+        Args:
+            state: the state of the forward.
+            names: the adapters to find.
+            request: what the user asks of this forward, or None.
+            arguments: the arguments of the forward, by name.
+            ids: the token ids, or None if only embeddings came.
+            tokens: the ids, or the embeddings.
+
+        Raises:
+            ValueError: it is not known where an adapter begins.
+            NotImplementedError: a compiled forward continues a cache, and nobody gave the starts.
+        """
         generation = None if request is None else request.generation
         cache = caches.among(arguments)
         if generation is not None and generation.owns(tokens, ids, cache):
@@ -57,7 +71,7 @@ class Sequences:
         invocations = {name: self.adapters.invocation(name) for name in names}
         told = {name: self._told(state, name, request) for name in names}
         if all(t is None and told[n] is None for n, t in invocations.items()):
-            for name in names:  # no place to find, so the cache is not asked for anything
+            for name in names:  # only plain LoRAs: nothing to find, so the cache is not asked
                 rows = state.starts[name] = starts_of(state, name, [0] * state.batch)
                 state.activations[name] = self._from_starts(rows, state, 0, tokens.device)
             self._note(state, Note(ids, plain=True))
@@ -120,7 +134,7 @@ class Sequences:
     # ------------------------------------------------------------------ what is known beforehand
 
     def _told(self, state: ForwardState, name: str, request: Request | None) -> Starts | None:
-        """Absolute starts that somebody tells."""
+        """The absolute starts that `adapter_scope` or `generate` gives; None if neither does."""
         rows: Sequence[int | None] | None = None
         if request is not None and request.starts is not None:
             rows = request.starts
@@ -131,13 +145,13 @@ class Sequences:
     def _counted(
         self, state: ForwardState, name: str, offsets: Sequence[int | None], past: Any
     ) -> Starts:
-        """PEFT's `alora_offsets`, counted from the end of the tokens of this forward."""
+        """The absolute starts that PEFT's `alora_offsets` give, counted from this forward's end."""
         end = state.seq_len if past is None else past + state.seq_len
         rows = [None if not o or o < 0 else max(end - int(o), 0) for o in offsets]
         return _for_rows(name, rows, state.batch)
 
     def _past(self, state: ForwardState, arguments: Mapping[str, Any], cache: Any) -> Any:
-        """Tokens that were read before this forward; None if nobody knows."""
+        """The number of tokens that were read before this forward; None if it is not known."""
         length = caches.length_of(cache)
         if state.generation is not None:
             return state.generation.past(state.seq_len, length, cache)
@@ -227,7 +241,7 @@ class Sequences:
             state.note = note
 
     def remember(self, state: ForwardState, arguments: Mapping[str, Any], output: Any) -> None:
-        """Write down with the cache what this forward fed it."""
+        """Add the tokens of this forward to the record of its cache."""
         note, given = state.note, caches.among(arguments)
         if note is None or not self.adapters.any_activated():
             return
@@ -239,7 +253,7 @@ class Sequences:
             state.generation.wrote(cache, note.past + state.seq_len)
         bits = caches.fingerprint(cache, state.seq_len)
         if bits is None or (note.past is None and not note.plain):
-            forget(cache)  # what cannot be compared cannot be believed
+            forget(cache)  # a record that cannot be compared later is worth nothing
             return
         chunk = Chunk(state.seq_len, note.ids, bits, note.plain)
         record = note.record

@@ -1,4 +1,4 @@
-"""Where sequences and adapters begin inside of rows, and rows in which no adapter begins."""
+"""Finds where packed sequences and adapters begin inside a row; warns of rows without a start."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def restarts(
     cu_seqlens: Tensor | None,
     input_ids: Tensor,
 ) -> Tensor | None:
-    """bool `[B, T]`, true where a packed sequence begins inside a row; None for plain rows.
+    """bool `[B, T]`, true where a packed sequence begins inside a row; None if no row is packed.
 
-    A sequence begins where the position ids do not rise. Positions of padding say nothing: both
-    tokens must be real. `cu_seqlens` (what padding-free collators hand to attention) says the same.
+    A sequence begins where the position ids do not rise. Padding has no meaningful positions, so
+    both neighbours must be real tokens. Without position ids, `cu_seqlens` (the borders that
+    padding-free collators pass to attention) gives the same answer.
     """
     batch, seq_len = input_ids.shape
     if seq_len < 2:
@@ -47,7 +48,7 @@ def restarts(
 
 
 def packed_mask(input_ids: Tensor, tokens: Sequence[int], begin: Tensor) -> Tensor:
-    """bool `[B, T]`: from the last invocation of each packed sequence to its end.
+    """bool `[B, T]`, true from the last invocation of each packed sequence to its end.
 
     Args:
         input_ids: `[B, T]`.
@@ -59,14 +60,14 @@ def packed_mask(input_ids: Tensor, tokens: Sequence[int], begin: Tensor) -> Tens
     if length > seq_len:
         return torch.zeros_like(begin)
     position = torch.arange(seq_len, device=input_ids.device).expand(batch, -1)
-    first = torch.where(begin, position, 0).cummax(1).values  # where my sequence begins
+    first = torch.where(begin, position, 0).cummax(1).values  # where each token's sequence begins
     wanted = torch.as_tensor(tokens, dtype=input_ids.dtype, device=input_ids.device)
     match = (input_ids.unfold(1, length, 1) == wanted).all(-1)  # [B, T − I + 1]
     windows = match.shape[1]
-    match = match & (first[:, :windows] == first[:, length - 1 :])  # none across a border
+    match = match & (first[:, :windows] == first[:, length - 1 :])  # not across two sequences
     match = torch.cat([match, match.new_zeros(batch, seq_len - windows)], 1)
-    last = torch.where(match, position, -1).cummax(1).values  # my last match so far
-    # The next match and the next border strictly after me; T when there is none.
+    last = torch.where(match, position, -1).cummax(1).values  # the last match up to each token
+    # The next match and the next border strictly after each token; T if there is none.
     later = torch.stack([torch.where(flag, position, seq_len) for flag in (match, begin)])
     later = torch.cat([later[..., 1:], later.new_full((2, batch, 1), seq_len)], -1)
     following, border = later.flip(-1).cummin(-1).values.flip(-1)
@@ -77,7 +78,7 @@ Looked = tuple[str, Sequence[int], bool]  # the adapter, its invocation, whether
 
 
 class LonelyRows:
-    """Warns once for each adapter, without waiting for the device."""
+    """Warns of rows without an invocation, once per adapter, without waiting for the device."""
 
     def __init__(self) -> None:
         self.warned: set[str] = set()
@@ -86,7 +87,10 @@ class LonelyRows:
     def look(
         self, name: str, tokens: Sequence[int], lonely: Tensor | Sequence[bool], training: bool
     ) -> None:
-        """Take note of `lonely`, `[B]`: the rows of whole sequences without `tokens`."""
+        """Warn of the rows in `lonely` `[B]`: whole sequences that do not contain `tokens`.
+
+        A `lonely` on a GPU is copied now and read in the next call.
+        """
         what: Looked = (name, tokens, training)
         if name in self.warned:
             return
@@ -94,7 +98,7 @@ class LonelyRows:
             rows = list(lonely)
         elif lonely.device.type == "cpu":
             rows = lonely.tolist()
-        else:  # looked at in the next forward, when the copy has long arrived
+        else:  # the copy has arrived by the next call
             before, self.unread = self.unread, None
             event = torch.cuda.Event() if lonely.device.type == "cuda" else None
             self.unread = (what, lonely.to("cpu", non_blocking=event is not None), event)

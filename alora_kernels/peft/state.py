@@ -1,4 +1,4 @@
-"""The state of a forward: the adapters that its layers run, and on which rows."""
+"""The state of one forward: which adapters its layers run, and on which rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .groups import Pending
 
 @dataclass(frozen=True)
 class Note:
-    """What a forward leaves for the record of its cache.
+    """What a forward adds to the record of its cache.
 
     Attributes:
-        ids: its tokens `[B, T]`, if known.
-        past: tokens that were in the cache before; None: not known, or not asked.
-        record: what was known of them.
-        starts: where each activated adapter begins.
+        ids: the forward's token ids `[B, T]`, if known.
+        past: the number of tokens in the cache before it; None: not known, or not asked.
+        record: the cache's record before the forward, if there was one.
+        starts: the absolute start in each row, by activated adapter.
         plain: no activated adapter ran.
     """
 
@@ -41,22 +41,25 @@ class ForwardState:
     """The adapters of one forward, shared by all its layers.
 
     Attributes:
-        adapters: those of the accelerated model.
-        names: None: every layer runs its own active adapters; else the adapters to run, whatever
-            is active.
-        row_names: the adapter of each row, where rows differ.
+        adapters: the adapters of the accelerated model.
+        names: the adapters to run, whichever are active. None: every layer runs its own active
+            adapters.
+        row_names: the adapter of each row; None if all rows run the same.
         activations: the active rows of each adapter.
         batch, seq_len: B and T of the tokens (B = 0: not known); `rows` is their product.
         keep: `logits_to_keep` of this forward.
-        past, starts, cache: tokens in the cache before this forward, the absolute start of each
-            row by adapter, and the cache itself, where they are known.
-        outer: the state that this one hides.
+        past: the number of tokens in the cache before this forward, if known.
+        starts: by adapter, the absolute start of each row, if known.
+        cache: the cache that this forward continues.
+        outer: the state that was current before this one.
         pending: outputs that a group computed for layers that have not been called yet.
-        generation: the call of `generate` whose own forward this is.
-        note: what the cache's record will take up.
+        generation: the call of `generate` that this forward belongs to.
+        note: what this forward adds to the record of its cache.
+        shaped: activations for inputs of other shapes and devices, computed once.
+        views: this forward as layers see it whose rows are not its tokens.
     """
 
-    after_decoder = False  # whether its layers follow the decoder, where rows may be left out
+    after_decoder = False  # whether the layers follow the decoder, which may drop rows before them
 
     def __init__(
         self,
@@ -80,13 +83,13 @@ class ForwardState:
         self.generation: Generation | None = None
         self.note: Note | None = None
         self.shaped: dict[tuple[str, tuple[int, ...], torch.device], Activation] = {}
-        self.views: dict[str, ForwardState] = {}  # this forward as layers elsewhere see it
+        self.views: dict[str, ForwardState] = {}
 
     def activation_for(self, name: str, x: Tensor) -> Activation:
         """The active rows of adapter `name` among the rows of x `[..., K]`.
 
         Raises:
-            RuntimeError: x is not made of the forward's tokens in their order.
+            RuntimeError: the rows of x are not the forward's tokens in their order.
         """
         activation = self.activations.get(name)
         if activation is None:
@@ -106,7 +109,10 @@ class ForwardState:
         return found
 
     def late_activation(self, name: str) -> Activation:
-        """For an adapter that is active in some layer only: it cannot be searched for now."""
+        """The activation of an adapter that is active in a layer, but not in the first LoRA layer.
+
+        Its invocation was not searched for, so only a plain LoRA can run.
+        """
         if self.rows and self.adapters.invocation(name) is None:
             return Activation.all(self.rows)
         raise RuntimeError(
@@ -115,7 +121,7 @@ class ForwardState:
         )
 
     def reshaped(self, activation: Activation, x: Tensor, name: str) -> Activation:
-        """`activation` of the tokens for an x that is not `[B, T, K]`."""
+        """The activation for an x that is not `[B, T, K]`, from that of the tokens."""
         return reshape(self, activation, x, name)
 
     def everywhere(self, name: str) -> bool:
@@ -127,15 +133,21 @@ class ForwardState:
 
 
 class BlockState(ForwardState):
-    """The state of layers that are called on their own inside an `adapter_scope`.
+    """The state of layers that the user calls on their own inside an `adapter_scope`.
 
-    It lasts as long as the block, in which PEFT may be asked which adapters are active, so layers
-    that keep PEFT's forward are told by arguments alone what to run.
+    It lasts for the whole block, and the user may ask PEFT in the block which adapters are active.
+    The answer must stay true, so layers with PEFT's forward get their adapters by arguments alone.
     """
 
 
 def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -> Activation:
-    """`activation` for an x that is not `[B, T, K]`: flattened, with heads, or the last tokens."""
+    """The activation for an x that is not `[B, T, K]`: flattened, with heads, or the last tokens.
+
+    `activation` is that of the forward's tokens.
+
+    Raises:
+        RuntimeError: it is not known which tokens the rows of x are.
+    """
     lead = tuple(x.shape[:-1])
     rows = x.shape[:-1].numel()
     if rows == activation.num_rows and (len(lead) == 1 or lead[0] in (1, state.batch or lead[0])):
@@ -145,22 +157,22 @@ def reshape(state: ForwardState, activation: Activation, x: Tensor, name: str) -
     batch, seq_len = state.batch, state.seq_len
     mask = activation.mask.view(batch, seq_len)
     if len(lead) >= 3 and (*lead[:2], lead[-1]) == (batch, seq_len, seq_len):
-        raise unknown_rows(state, x, name)  # as many heads as tokens: two layouts fit
+        raise unknown_rows(state, x, name)  # H = T: [B, T, H, K] and [B, H, T, K] both fit
     if len(lead) >= 3 and lead[:2] == (batch, seq_len):  # [B, T, H, K]
         return Activation.from_mask(mask.view(batch, seq_len, *(1,) * len(lead[2:])).expand(lead))
     if len(lead) >= 3 and (lead[0], lead[-1]) == (batch, seq_len):  # [B, H, T, K]
         return Activation.from_mask(mask.view(batch, *(1,) * len(lead[1:-1]), seq_len).expand(lead))
     if lead == (batch,) and state.adapters.invocation(name) is None:
-        return Activation.from_mask(mask[:, 0])  # one vector a row: a plain LoRA has whole rows
+        return Activation.from_mask(mask[:, 0])  # [B, K]: a plain LoRA acts on whole sequences
     if state.after_decoder and len(lead) == 2 and lead[0] == batch:
         kept = mask[:, -state.keep :] if isinstance(state.keep, int) else mask[:, state.keep]
-        if kept.shape == lead:  # what logits_to_keep left
+        if kept.shape == lead:  # the tokens that logits_to_keep selects
             return Activation.from_mask(kept)
     raise unknown_rows(state, x, name)
 
 
 def unknown_rows(state: ForwardState, x: Tensor, name: str) -> RuntimeError:
-    """The error for an input whose rows cannot be told."""
+    """The error for an input whose rows are not known to be which tokens."""
     return RuntimeError(
         f"adapter {name!r}: a layer got an input of shape {tuple(x.shape)}, but this forward has "
         f"{state.batch} × {state.seq_len} tokens, so which of its rows are active is not known; "
@@ -177,7 +189,7 @@ set_state = _current.set
 
 @contextmanager
 def within(state: ForwardState | None) -> Iterator[None]:
-    """Run a block under `state`; a group's leftovers die with the block."""
+    """Run a block under `state`. Outputs that a group computed in the block do not outlive it."""
     before, pending = current_state(), None if state is None else state.pending
     set_state(state)
     try:
@@ -189,14 +201,14 @@ def within(state: ForwardState | None) -> Iterator[None]:
 
 
 def starts_of(state: ForwardState, name: str, starts: list[int | None]) -> list[int | None]:
-    """`starts` for the rows that run `name`, None for the others."""
+    """`starts`, with None in the rows that do not run `name`."""
     if state.row_names is None:
         return starts
     return [s if n == name else None for s, n in zip(starts, state.row_names)]
 
 
 def restrict(state: ForwardState, name: str, activation: Activation) -> Activation:
-    """The rows of `activation` that run `name`."""
+    """`activation`, restricted to the rows that run `name`."""
     if state.row_names is None:
         return activation
     mine = [n == name for n in state.row_names]
@@ -206,7 +218,13 @@ def restrict(state: ForwardState, name: str, activation: Activation) -> Activati
 
 
 def state_outside(adapters: Adapters, layer: Any, x: Tensor) -> ForwardState:
-    """The state of a layer that is called on its own: by `activate`, or plain LoRA alone."""
+    """The state for a layer that is called outside a forward of the model.
+
+    A plain LoRA acts on all rows. An activated LoRA takes the activation of `activate(...)`.
+
+    Raises:
+        RuntimeError: an activated LoRA is active, but no activation is.
+    """
     rows = x.shape[:-1].numel()
     batch, seq_len = (x.shape[0], rows // x.shape[0]) if x.dim() > 2 and rows else (1, rows)
     state = ForwardState(adapters, None, {}, batch, seq_len)

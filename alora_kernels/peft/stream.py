@@ -1,11 +1,12 @@
-"""Where a layer stands: which rows it sees is decided by its place in the model, once.
+"""Finds the layers of a model whose input rows are not the tokens of the forward.
 
-Most layers see the tokens of the forward. The others are found here by the model's structure:
+Most layers see exactly these tokens. This file finds the others, once, by the model's structure:
 
-    BESIDE    towers, projectors, encoders, and keys and values over other states: never the tokens
-    CACHE     a projection of what the cache returns: the whole sequence, not this forward's tokens
-    EXPERT    a routed expert: some of this forward's tokens, in another order
-    HEAD      what follows the decoder: this forward's tokens, or some of them
+    BESIDE    never sees the tokens: towers, projectors, encoders, keys and values of
+              cross-attention
+    CACHE     sees the whole sequence: a projection of what the cache returns
+    EXPERT    sees some of the tokens, in another order: a routed expert
+    HEAD      sees the tokens, or some of them: a module that follows the decoder
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ BESIDE, CACHE, EXPERT, HEAD = "beside", "cache", "expert", "head"
 Children = list[tuple[str, nn.Module]]
 IsHead = Callable[[str, nn.Module], bool]
 
-# Names of modules that see something else than tokens, where the structure alone does not tell.
+# Names of modules that do not see tokens, for models whose structure alone does not show it.
 OTHER_SENSES = re.compile(
     r"vision|visual|image|img|pixel|patch|video|audio|speech|sound|protein|codec|tower|resampler"
     r"|perceiver|qformer|mm_proj|multi_?modal",
@@ -41,7 +42,7 @@ EXPERTS = re.compile(r"experts?\w*\.\d+(\.|$)")
 
 
 def find_places(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
-    """The place of every layer of `paths` that does not simply see the tokens.
+    """The place of every layer in `paths` whose rows are not the tokens of the forward.
 
     Args:
         root: the model whose forward takes the tokens.
@@ -64,12 +65,12 @@ def find_places(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
 class Stream:
     """The part of a model that the tokens run through.
 
-    The decoder is the smallest module that holds the token embeddings and a stack of blocks. What
-    stands beside it is a head while the model has nothing but text; else heads are told by what
-    they are, and everything else is beside the tokens.
+    The decoder is the smallest module that holds the token embeddings and a stack of blocks. In a
+    text-only model every module outside the decoder is a head. In other models heads are found by
+    name and shape, and all other modules outside the decoder never see the tokens.
 
     Attributes:
-        decoder: the decoder's name in the model; None when there are no token embeddings.
+        decoder: the decoder's name in the model; None if no module is the decoder.
         heads: names of modules that follow the decoder.
         others: names of modules that never see the tokens.
     """
@@ -107,7 +108,7 @@ class Stream:
         return _under(path, self.heads)
 
     def _sort_inside(self, children: Children, is_head: IsHead) -> None:
-        """Towers that a decoder holds beside its own blocks (Idefics, GIT, Phi-4 multimodal)."""
+        """Sort modules inside the decoder: some hold towers there (Idefics, GIT, Phi-4)."""
         towers = [(path, module) for path, module in children if _is_tower(path, module)]
         rest = [child for child in children if child not in towers]
         self.heads += [path for path, module in rest if is_head(path, module)]
@@ -157,7 +158,7 @@ def _decoder(root: nn.Module, embeddings: str) -> str | None:
 
 
 def _has_blocks(module: nn.Module) -> bool:
-    """Whether there is a stack of blocks that hold linear layers."""
+    """Whether `module` contains a stack of blocks with linear layers."""
     for stack in module.modules():
         if isinstance(stack, nn.ModuleList | nn.Sequential):
             for block in stack:
@@ -167,7 +168,7 @@ def _has_blocks(module: nn.Module) -> bool:
 
 
 def _is_row_of_heads(module: nn.Module) -> bool:
-    """Whether it is a list of single layers, adapted or not: a head for each codebook."""
+    """Whether `module` is a list of single linear layers, such as one head for each codebook."""
     return isinstance(module, nn.ModuleList) and all(
         isinstance(m, nn.Linear | Conv1D) or hasattr(m, "base_layer") for m in module
     )
@@ -203,7 +204,7 @@ def _output_embeddings(root: nn.Module) -> set[str]:
 
 
 def _children(root: nn.Module, parent: str, without: str) -> Children:
-    """The children of `parent` but the one that holds `without`."""
+    """The children of `parent`, except the one that holds `without`."""
     lead = f"{parent}." if parent else ""
     children = root.get_submodule(parent).named_children()
     return [(lead + n, module) for n, module in children if not _under(without, [lead + n])]
@@ -232,14 +233,14 @@ def reads_other_states(root: nn.Module, path: str) -> bool:
     )
     if not cross:
         return False
-    # GPT-2's cross-attention has its queries in q_attn, keys and values in c_attn.
+    # GPT-2's cross-attention computes queries in q_attn, and keys and values in c_attn.
     return bool(KEYS_AND_VALUES & set(leaf.lower().split("_"))) or (
         leaf == "c_attn" and hasattr(parent, "q_attn")
     )
 
 
 def projects_cache(root: nn.Module) -> str | None:
-    """The first layer of the model that projects what the cache returned."""
+    """The name of the first layer that projects what the cache returned; None if there is none."""
     for path, module in root.named_modules():
         kind: Any = type(module)
         for child in projections_of_cache(kind):
@@ -258,8 +259,10 @@ def reads_cache(root: nn.Module, path: str) -> bool:
 
 @cache
 def projections_of_cache(kind: type) -> frozenset[str]:
-    """Children of an attention module of class `kind` that are called on what `cache.update`
-    returned, read from the source of its forward."""
+    """Names of the children that an attention class calls on what `cache.update` returned.
+
+    They are read from the source of the class's forward.
+    """
     forward = _source(kind, "forward")
     if forward is None:
         return frozenset({"kv_b_proj"})  # the name that every latent attention uses

@@ -1,4 +1,4 @@
-"""What is served: adapters, models and layers, and the reason why others are not."""
+"""Decides which adapters, models and layers this package serves, and says why it refuses others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from torch import nn
 from ..invocation import invocation_of
 from .stream import CROSS, Stream
 
-# Initialisations that rewrite the base weight: the base model's cache is then no longer valid.
+# Initialisations that change the base weights, after which the base model's cache is not valid.
 REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 OLD_KEYS = ("invocation_string", "alora_invocation_string")
 
 
 def check_config(name: str, config: Any, unsuited: str | None = None) -> None:
-    """Refuse an adapter whose result would be silently wrong.
+    """Refuse an adapter whose results would be wrong without an error.
 
     Args:
         name: the adapter's name.
         config: a `LoraConfig`.
-        unsuited: why the base model can run no activated LoRA (see `why_unsuited`).
+        unsuited: why the base model cannot run an activated LoRA (see `why_unsuited`), or None.
 
     Raises:
-        ValueError: says which adapter, why, and what to do.
+        ValueError: the message says which adapter, why, and what to do.
     """
     for key in OLD_KEYS:
         if getattr(config, key, None):
@@ -62,9 +62,9 @@ def check_config(name: str, config: Any, unsuited: str | None = None) -> None:
 
 
 def why_unsuited(root: nn.Module) -> str | None:
-    """Why no activated LoRA makes sense on this model, or None.
+    """Why this model cannot run an activated LoRA, or None.
 
-    Where a token sees later ones, what stands before the invocation depends on the adapter.
+    If tokens attend to later tokens, the tokens before the invocation depend on the adapter.
     """
     kind = type(root).__name__
     config = getattr(root, "config", None)
@@ -83,12 +83,12 @@ def why_unsuited(root: nn.Module) -> str | None:
     return f"the attention of {kind} is bidirectional ({found}): tokens before it see the adapter"
 
 
-# Models whose tokens see later ones though no flag says so.
+# Models whose tokens attend to later tokens although no flag says so.
 BIDIRECTIONAL = {"xlnet": "its masks are given by perm_mask", "cpmant": "its prompt sees itself"}
 
 
 def _bidirectional(root: nn.Module, config: Any) -> str | None:
-    """How the model says that its tokens see later ones."""
+    """What shows that the model's tokens attend to later tokens; None if nothing does."""
     if getattr(config, "is_causal", True) is False:
         return "config.is_causal=False"
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
@@ -116,14 +116,15 @@ def _bidirectional(root: nn.Module, config: Any) -> str | None:
 
 
 def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read `adapter_config.json` in `folder` and refuse what PEFT would load silently wrong.
+    """Read `adapter_config.json` in `folder`; refuse an adapter that PEFT would load wrongly.
 
     Returns the configuration. IBM's older aLoRA format names its invocation in
-    `invocation_string`, a key that PEFT drops: the adapter would run on every token.
+    `invocation_string`. PEFT drops that key without a word and would run the adapter on every
+    token.
 
     Raises:
-        ValueError: the older format, or empty invocation tokens.
-        FileNotFoundError: no configuration there.
+        ValueError: the adapter has the older format, or empty invocation tokens.
+        FileNotFoundError: the folder has no configuration.
     """
     path = os.path.join(folder, "adapter_config.json")
     with open(path, encoding="utf-8") as file:
@@ -137,13 +138,15 @@ def check_adapter_folder(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_arriving(name: str, folder: Any, configs: Mapping[str, Any]) -> None:
-    """Refuse the adapter in `folder` before it is loaded as `name` beside the adapters `configs`.
+    """Refuse the adapter in `folder` before it is loaded as `name` into a model with `configs`.
 
-    An adapter of a name that is there already brings weights alone: it would run at the old one's
-    invocation. A folder that is not on this machine is not looked at.
+    If the model already has an adapter of that name, PEFT loads the new weights and keeps the old
+    configuration, so the new adapter would run at the old invocation. A folder that is not on this
+    machine (a name on the Hub) is not checked.
 
     Raises:
-        ValueError: as `check_adapter_folder`, or another invocation than the adapter of that name.
+        ValueError: as `check_adapter_folder`; or the model's adapter of that name has another
+            invocation.
     """
     if folder is None or not os.path.isfile(os.path.join(str(folder), "adapter_config.json")):
         return
@@ -166,7 +169,8 @@ def _old_format(where: str, key: str) -> str:
 
 # ---------------------------------------------------------------------- layers
 
-# PEFT's layers over a quantised or foreign base: the base's own forward, then the adapter's part.
+# PEFT's layers over a quantised or foreign base. There the base runs its own forward, and only the
+# adapter's part is ours.
 FOREIGN = (
     "Linear4bit",
     "Linear8bitLt",
@@ -198,7 +202,7 @@ def why_not_served(layer: Any) -> str | None:
 
 
 def strange_adapters(layer: Any) -> dict[str, str]:
-    """The adapters of `layer` that keep PEFT's forward, with the reason."""
+    """The adapters of `layer` that keep PEFT's forward, each with the reason."""
     reasons = {name: why_not_adapter(layer, name) for name in layer.lora_A}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 

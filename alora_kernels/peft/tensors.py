@@ -1,6 +1,6 @@
-"""The tensors of a LoRA layer, read where PEFT keeps them, in every call.
+"""Reads the tensors of a LoRA layer from PEFT's modules, anew in every call.
 
-Nothing is remembered of a layer: its modules, weights, scalings, hooks and forwards may be changed
+Nothing is kept from one call to the next. Modules, weights, scalings, hooks and forwards can change
 between two calls in ways that leave no trace.
 """
 
@@ -19,10 +19,10 @@ from ..contract import Projection
 
 
 class Step(NamedTuple):
-    """What one adapter does in layers that read the same x."""
+    """The part of one adapter in the computation of layers that read the same x."""
 
     name: str
-    projections: list[Projection]  # one for each layer; the first step's have the base's weights
+    projections: list[Projection]  # one per layer; those of the first step may hold the base too
     scalings: list[float | Tensor]
     dropout_p: float
 
@@ -32,8 +32,8 @@ NO_BASE: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 def runs_plainly(*modules: nn.Module) -> bool:
-    """Whether calling each module runs its class's forward alone: no hook of its own, no other
-    forward."""
+    """Whether a call of each module runs its class's forward and nothing else: no hooks of its
+    own, no other forward on the instance."""
     for module in modules:
         own = module.__dict__
         if (
@@ -47,12 +47,13 @@ def runs_plainly(*modules: nn.Module) -> bool:
     return True
 
 
-# As torch has them: what takes their place in the class must be called.
+# torch's own forwards. If somebody replaces one in the class, it has to be called, not bypassed.
 _FORWARDS = (nn.Linear.forward, nn.Dropout.forward)
 
 
 def all_are_changed() -> bool:
-    """Whether torch calls a hook around every module, or the class has got another forward."""
+    """Whether torch has global module hooks, or somebody replaced the forward of nn.Linear or
+    nn.Dropout."""
     if not torch.compiler.is_compiling() and (nn.Linear.forward, nn.Dropout.forward) != _FORWARDS:
         return True
     return bool(
@@ -66,12 +67,12 @@ def all_are_changed() -> bool:
 def steps_of(
     layers: Sequence[Any], names: Sequence[str], x: Tensor, fused: bool
 ) -> list[Step] | None:
-    """The steps of `names` in `layers`; None when they cannot be computed in one call.
+    """The steps that compute `names` in `layers`; None if one call cannot compute them.
 
     Args:
         layers: LoRA layers that read the same x.
         names: adapters that each of them has.
-        fused: the first step computes the bases too.
+        fused: the first step computes the base layers too.
     """
     if all_are_changed():
         return None
@@ -91,17 +92,17 @@ def steps_of(
             projections.append(Projection(*base, lora_a, lora_b, lora_bias))
             scalings.append(layer.scaling[name])
         steps.append(Step(name, projections, scalings, probability or 0.0))
-        fused = False  # the bases are computed once
+        fused = False  # later steps add to the outputs of the first
     return steps
 
 
 def adapter_of(
     layer: Any, name: str, x: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, float] | None:
-    """lora_a, lora_b, lora_bias and the dropout of this call; None when PEFT must compute it.
+    """lora_a, lora_b, lora_bias and the dropout probability; None if PEFT must compute the adapter.
 
-    The modules are read, not called. PEFT's forward calls them where a call would be more than
-    their own forward.
+    The modules are read, not called. If a call would do more than run their own forward (hooks,
+    another class), the result is None: PEFT's forward calls them.
     """
     modules = layer._modules
     a, b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
@@ -118,7 +119,7 @@ def adapter_of(
     if lora_a is None or lora_b is None or a._parameters.get("bias") is not None:
         return None
     if type(lora_a) not in PLAIN or type(lora_b) not in PLAIN:
-        return None  # quantised, masked or sharded: their own operations know how to multiply them
+        return None  # quantised, masked or sharded tensors bring their own multiplication
     if (
         lora_a.dtype is not x.dtype
         and lora_a.dtype is not torch.float32
@@ -137,14 +138,14 @@ def adapter_of(
 
 
 def base_of(layer: Any) -> tuple[Tensor, Tensor | None] | None:
-    """weight `[N, K]` and bias of a base that is a frozen plain linear layer; else None."""
+    """weight `[N, K]` and bias of the base if it is a frozen plain linear layer; else None."""
     base = layer._modules["base_layer"]
     kind = type(base)
     weight = base._parameters.get("weight")
     if weight is None or weight.requires_grad or not runs_plainly(base):
         return None
     if type(weight) not in PLAIN:
-        return None  # quantised or sharded: its own forward knows how to multiply it
+        return None  # quantised or sharded tensors bring their own multiplication
     if kind is Conv1D:
         weight = weight.t()
     elif kind is not nn.Linear:

@@ -1,9 +1,9 @@
-"""Notice that adapters came, changed or went in an accelerated model, in whatever way.
+"""Notices that adapters were added to an accelerated model, changed, or removed.
 
-PEFT, transformers and users put LoRA layers into models, new adapters into layers, and merged
-layers back, by setting modules as attributes. torch calls a hook for each such registration. Those
-inside of accelerated models are counted; a model that has looked at its layers at another count
-looks again before its next forward.
+PEFT, transformers and users add LoRA layers, add adapters to layers and put merged layers back, and
+all of them do it by setting modules as attributes. torch calls a hook for each such registration.
+This file counts the registrations inside accelerated models. A model remembers the count at which
+it last looked at its layers, and looks again before its next forward if the count has changed.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TOKENS = "alora_invocation_tokens"
 
 _changes = 0
 _watching = False
-# The modules of accelerated models, by their ids. (Models are sliced and wrapped in every forward:
-# only what is put into one of these changes a model.)
+# The modules of accelerated models, by their ids. Only registrations inside these count: some
+# models slice or wrap their layers in every forward, which changes nothing.
 _inside: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
 
 
 def changes() -> int:
-    """How often the modules of accelerated models have changed since the process began."""
+    """The number of changes in accelerated models since the process began."""
     return _changes
 
 
@@ -52,7 +52,7 @@ def note_change() -> None:
 
 
 def begin() -> None:
-    """Watch from now on; once for the process."""
+    """Start to watch. Every call after the first does nothing."""
     global _watching
     if _watching:
         return
@@ -60,22 +60,23 @@ def begin() -> None:
     register_module_module_registration_hook(_registered)
     _guard_forwards()
     compared = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA]
-    if TOKENS not in compared:  # PEFT would run the new weights at the old adapter's invocation
+    if TOKENS not in compared:  # else a hotswap puts new weights under the old invocation
         compared.append(TOKENS)
 
 
 def _registered(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     if torch.compiler.is_compiling() or _inside.get(id(parent)) is not parent:
-        return  # (A compiler follows models that slice their list of layers in every forward.)
-    # PEFT parametrizes experts for the length of a forward.
+        return  # while compiling, a model may slice its list of layers, which is no change
+    # PEFT parametrizes experts while a forward runs, which is no change either.
     if name != "parametrizations" and not isinstance(parent, ParametrizationList):
         note_change()
 
 
 def _guard_forwards() -> None:
-    """Let a LoRA layer that nobody noticed raise, rather than run without its invocation.
+    """Make a LoRA layer that nobody noticed raise an error instead of running on all tokens.
 
-    Only what writes into `_modules` past torch's registration comes here (`ModuleList.insert`).
+    This happens only to layers that were written into `_modules` directly, without torch's
+    registration (`ModuleList.insert` does so).
     """
     check = LoraLayer._check_forward_args
 

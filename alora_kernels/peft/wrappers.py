@@ -1,4 +1,4 @@
-"""PeftModel and the tuner in it, around an accelerated model."""
+"""Gives a PeftModel, and the tuner in it, classes that know of the accelerated model inside."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .peft_path import SERVED_HERE, before_model
 from .requests import Request, current_request, requesting
 from .support import check_arriving, check_config, why_unsuited
 
-# Before 0.21 PEFT calls its model's `forward`, past every hook on the model, ours among them.
+# PEFT before 0.21 calls `forward` of its model directly, which skips all hooks, ours too.
 SKIPS_HOOKS = "forward" in BaseTuner.forward.__code__.co_names
 
 
 def unwrap(model: Any) -> Any:
-    """The model in what torch has put around it."""
+    """The model inside torch's wrappers (torch.compile, DataParallel, DistributedDataParallel)."""
     while isinstance(model, OptimizedModule | DataParallel | DistributedDataParallel):
         model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
     return model
@@ -43,14 +43,14 @@ def root_of(model: Any) -> nn.Module:
 
 
 def tuner_of(model: Any) -> BaseTuner | None:
-    """The tuner that `model` is or holds."""
+    """The tuner that `model` is, or that it holds; None if there is none."""
     model = unwrap(model)
     tuner = model.base_model if isinstance(model, PeftModel | PeftMixedModel) else model
     return tuner if isinstance(tuner, BaseTuner) else None
 
 
 def wrap(model: Any, owner: Acceleration) -> None:
-    """Let a model around the root of `owner` know of it."""
+    """Give a model around the root of `owner`, and its tuner, our classes."""
     model, tuner = unwrap(model), tuner_of(model)
     if tuner is not None and not is_accelerated(tuner):
         kinds = (PassingHooks,) if SKIPS_HOOKS else ()
@@ -64,12 +64,12 @@ def wrap(model: Any, owner: Acceleration) -> None:
     if not is_accelerated(model):
         model.__class__ = accelerated_class(type(model), AcceleratedModel)
     if "forward" in model.__dict__ and before_model not in model._forward_pre_hooks.values():
-        # What was put on the instance calls PEFT's forward, past that of our class.
+        # The forward on the instance calls PEFT's forward, not that of our class.
         model.register_forward_pre_hook(before_model, with_kwargs=True)
 
 
 class PassingHooks:
-    """What the class of a tuner gets where PEFT skips hooks."""
+    """The forward that a tuner's class gets if PEFT skips hooks."""
 
     model: nn.Module
 
@@ -78,7 +78,7 @@ class PassingHooks:
 
 
 class AcceleratedTuner:
-    """What the class of the tuner in a PeftModel gets: it is what merges and unloads."""
+    """The methods that a tuner's class gets. The tuner merges and unloads adapters."""
 
     alora_kind: Any  # PEFT's class
     model: nn.Module
@@ -87,7 +87,7 @@ class AcceleratedTuner:
         root = self.model
         result = self.alora_kind._unload_and_optionally_merge(self, *args, **kwargs)
         owner = root.__dict__.get(OURS)
-        if owner is not None:  # (When merging raises, the model stays accelerated.)
+        if owner is not None:  # not reached if merging raises: the model stays accelerated
             owner.detach()
         return result
 
@@ -96,9 +96,10 @@ class AcceleratedTuner:
 
 
 class AcceleratedModel:
-    """What the class of an accelerated PeftModel gets, as `AcceleratedLayer` in `layers`.
+    """The methods that the class of an accelerated PeftModel gets.
 
-    It travels (pickle, torch.save, deepcopy) as it is, and serves its layers again on arrival.
+    They are copied into a subclass, as those of `AcceleratedLayer` in `layers`. A model that is
+    pickled, saved or copied stays accelerated: it serves its layers again when it is loaded.
     """
 
     alora_kind: Any  # PEFT's class
@@ -107,7 +108,7 @@ class AcceleratedModel:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         owner = self.__dict__.get(OURS)
-        if owner is None:  # held by what was put on the instance before `restore`
+        if owner is None:  # somebody kept this method beyond `restore`
             return type(self).forward(self, *args, **kwargs)
         offsets = kwargs.pop("alora_offsets", None)
         names = kwargs.pop("adapter_names", None)
@@ -170,5 +171,5 @@ class AcceleratedModel:
 
 
 def accelerated_model(kind: type) -> Any:
-    """An empty object of the accelerated class of `kind`, for what loads one."""
+    """An empty object of the accelerated class of `kind`; pickle and deepcopy then fill it."""
     return object.__new__(accelerated_class(kind, AcceleratedModel))

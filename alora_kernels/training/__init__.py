@@ -1,6 +1,7 @@
-"""Training without the prefix: nothing before the invocation costs a gradient.
+"""Training that computes no gradients for the tokens before the invocation.
 
-See `prefix_forward` for the step, `AloraTrainer` for the Trainer, `docs/training.md` for a guide.
+See `prefix_forward` for one training step, `AloraTrainer` for the Trainer, and `docs/training.md`
+for a guide.
 """
 
 from .collator import AloraDataCollator

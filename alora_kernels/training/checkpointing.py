@@ -1,8 +1,9 @@
-"""Layers that are checkpointed keep a cache that running them again does not change.
+"""Lets layers read the prefix's cache under gradient checkpointing.
 
-transformers takes the cache away from a layer that will run again, since an ordinary cache would
-grow twice. Some versions have a switch against that; in others the function that checkpoints a
-layer puts the cache back (and transformers warns all the same that it has taken it away).
+transformers removes the cache from a layer that will be recomputed, because the layer would append
+to an ordinary cache twice. A read-only cache does not have that problem. transformers 5.16 and
+later have a switch that keeps the cache. In older versions the layer's checkpoint function is
+wrapped to put the cache back (transformers still warns that it removed the cache).
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 def checkpointed_layers(model: nn.Module) -> dict[nn.Module, tuple[int, str]]:
-    """The layers that are checkpointed and take a cache: its place among their arguments and its
-    name."""
+    """The checkpointed layers that take a cache, with the position and name of that argument."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: dict[nn.Module, tuple[int, str]] = {}
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
-            names = list(inspect.signature(type(module).forward).parameters)[1:]  # but self
+            names = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
             for place, name in enumerate(names):
                 if name in CACHE_ARGUMENTS:
                     found[module] = (place, name)
@@ -36,8 +36,11 @@ def checkpointed_layers(model: nn.Module) -> dict[nn.Module, tuple[int, str]]:
 
 
 def hooks_run_again() -> bool:
-    """Whether transformers checkpoints the call of a layer, with its hooks: PEFT's take the adapter
-    away from a layer whose input needs no gradient before it runs again."""
+    """Whether transformers checkpoints the call of a layer including its hooks.
+
+    Then PEFT's hooks can switch the adapter off before the layer is recomputed, if the layer's
+    input needs no gradient.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
@@ -45,10 +48,11 @@ def hooks_run_again() -> bool:
 
 @contextmanager
 def lending(model: nn.Module, cache: Any) -> Iterator[None]:
-    """Within the block the checkpointed layers of `model` read `cache`, also when they run again.
+    """Make the checkpointed layers of `model` read `cache` in the block, and when recomputed.
 
     Args:
-        cache: one whose `update` stores nothing.
+        model: the model.
+        cache: a cache whose `update` stores nothing.
     """
     changed: list[tuple[nn.Module, str, Any]] = []
     for layer, argument in checkpointed_layers(model).items():

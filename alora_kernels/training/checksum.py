@@ -1,11 +1,12 @@
-"""A checksum of a tensor's bytes, computed where the tensor lies.
+"""A checksum of a tensor's bytes, computed on the tensor's own device.
 
     Σ over rows c and columns i of  m_c · w_i · v_ci   (mod 2⁶⁴)
 
-v are the tensor's 32-bit words in rows of 65536; the m_c and w_i are fixed, odd and random. An odd
-factor is invertible, so the change of a single word always shows. So does an exchange of two words
-of a row, because no two w_i agree in their low 33 bits; any other edit is missed with a chance of
-about 2⁻⁶⁴ (2⁻³² in the worst, an exchange across rows of words that differ in their top bit alone).
+v are the tensor's 32-bit words, in rows of 65536 words. The factors m_c and w_i are fixed random
+odd numbers. An odd factor is invertible, so a change of one word always changes the checksum. So
+does an exchange of two words in a row, because no two w_i have the same low 33 bits. Any other edit
+is missed with a probability of about 2⁻⁶⁴. The worst case is 2⁻³²: an exchange, across rows, of two
+words that differ in their top bit alone.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from torch import Tensor
 
 ROW = 1 << 16
-# Words at once: what a core's cache holds on a CPU, what keeps a GPU busy.
+# The number of words per step: few enough for the cache of a CPU core, many enough for a GPU.
 AT_ONCE = {"cpu": ROW}
 ON_DEVICE = ROW << 7
 
 
 def checksum(tensor: Tensor) -> Tensor:
-    """An int64 scalar on the tensor's device, of all bytes in their order."""
+    """The checksum of all bytes in their order, an int64 scalar on the tensor's device."""
     with torch.no_grad():
         words = _words(tensor.detach())
         factors = _factors(tensor.device)
@@ -41,7 +42,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 
 def checksums(tensors: list[Tensor]) -> list[int]:
-    """The checksum of each tensor, with one copy from each device."""
+    """The checksum of each tensor. Each device copies its results to the host once."""
     found = [checksum(tensor) for tensor in tensors]
     values = [0] * len(found)
     for device in dict.fromkeys(value.device for value in found):
@@ -52,7 +53,7 @@ def checksums(tensors: list[Tensor]) -> list[int]:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """The tensor's bytes as int32, zeros behind them."""
+    """The tensor's bytes as int32, padded with zeros."""
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if tensor.is_complex():
@@ -66,7 +67,7 @@ def _words(tensor: Tensor) -> Tensor:
 
 
 def _random(begin: int, count: int) -> np.ndarray:
-    """Numbers `begin` … of a fixed sequence of odd 64-bit integers (SplitMix64)."""
+    """`count` numbers, from index `begin`, of a fixed sequence of odd integers (SplitMix64)."""
     z = (np.arange(begin + 1, begin + count + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -79,7 +80,7 @@ def _factors(device: torch.device) -> Tensor:
 
 
 def _distinct(count: int) -> np.ndarray:
-    """The first `count` of the sequence whose low 33 bits have not come before."""
+    """The first `count` numbers of the sequence that all differ in their low 33 bits."""
     candidates = _random(1 << 40, 2 * count)
     _, first = np.unique(candidates & ((1 << 33) - 1), return_index=True)
     return candidates[np.sort(first)][:count].copy()

@@ -1,4 +1,4 @@
-"""Batches for aLoRA training: where the invocation starts, and where the loss does."""
+"""Builds batches for aLoRA training: finds the invocation, and masks the labels up to it."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .layout import IGNORE
 
 @dataclass
 class AloraDataCollator:
-    """Pads rows on the right, finds each invocation and takes the loss after it alone.
+    """Pads rows on the right, finds each invocation, and masks the labels up to its end.
 
     A feature is one of
         {"prompt_ids", "answer_ids"}            the prompt ends with the invocation
-        {"input_ids", "prompt_length"}          the same in one list
+        {"input_ids", "prompt_length"}          prompt and answer in one list
         {"input_ids", "invocation_start"}       the start is known
         {"input_ids"}                           the last invocation of the row counts, as in PEFT
-    and may hold "labels" (−100 stays −100). With a boundary of prompt and answer the last
-    invocation of the *prompt* counts: an answer that contains the invocation does not move it.
+    and may have "labels" (−100 stays −100). If a feature tells where the prompt ends, the last
+    invocation in the *prompt* counts, even if the answer contains the invocation again.
 
-    The loss is taken on every token after the invocation, EOS included: padding is masked by
-    position, so a tokenizer whose pad token is its EOS loses nothing.
+    The loss counts every token after the invocation, EOS too. Padding is masked by position, so the
+    EOS counts even if the tokenizer uses it as pad token.
 
     Args:
         invocation_tokens: token ids of the invocation.
-        pad_token_id: what fills the end of short rows.
-        max_length: longer rows lose the beginning of their prompt; never the invocation. Only
-            what then still is too long is cut off at the end of the answer, with a warning.
-        keep_first: tokens at the beginning of a row that truncation spares (1 for a BOS).
-        pad_to_multiple_of: pad the batch to a multiple of this.
+        pad_token_id: the token that fills the end of short rows.
+        max_length: a longer row loses tokens at the beginning of its prompt, but never the
+            invocation. If it is still too long, the end of the answer is cut off, with a warning.
+        keep_first: the number of tokens at the beginning of a row that are never cut (1 for a BOS).
+        pad_to_multiple_of: pad the batch to a multiple of this length.
 
     Returns (from a call):
         input_ids, attention_mask, labels, each int64 `[B, T]`, and invocation_starts int64 `[B]`
-        (−1 where a row has no invocation).
+        (−1 for a row without an invocation).
     """
 
     invocation_tokens: Sequence[int]
@@ -137,7 +137,7 @@ class AloraDataCollator:
         over = 0 if self.max_length is None else len(ids) - self.max_length
         if over <= 0:
             return ids, labels, start
-        # Without an invocation the row trains nothing: its end is as good as any other.
+        # A row without an invocation trains nothing, so it does not matter which part is cut.
         first = min(self.keep_first, len(ids)) if start < 0 else min(self.keep_first, start)
         cut = over if start < 0 else min(over, start - first)
         ids, labels = ids[:first] + ids[first + cut :], labels[:first] + labels[first + cut :]

@@ -1,7 +1,7 @@
-"""A fingerprint of the base model: prefixes computed by other weights must not be found again.
+"""A fingerprint of the base model, so that a prefix is never reused with other weights.
 
-Nothing is remembered from one call to the next: optimizers, `.data`, numpy, DLPack and swapped
-storages change weights without a trace, so every byte is looked at in every call.
+Every call reads every byte of the weights. Optimizers, `.data`, numpy, DLPack and swapped storages
+can change weights without a trace, so nothing is remembered from one call to the next.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from .checksum import checksums
 from .guard import is_adapter, text_config, unwrap
 
-# Attributes of modules that decide no value.
+# Attributes of modules that do not change what a module computes.
 _STATES = ("training", "gradient_checkpointing")
 
 
 def fingerprint(model: nn.Module, extra: str = "") -> str:
-    """A hex name that changes when a weight or a setting changes.
+    """A hex string that changes if a weight or a setting changes.
 
-    Where weights are sharded every rank has to call it: each looks at its own shards.
+    If the weights are sharded, every rank must call this function; each reads its own shards.
 
     Raises:
-        ValueError: a weight lies on the meta device and nothing tells its bytes.
+        ValueError: a weight is on the meta device, and its bytes are not known.
     """
     names, tensors = [], []
     for name, tensor in base_tensors(model):
@@ -48,8 +48,8 @@ def fingerprint(model: nn.Module, extra: str = "") -> str:
 
 
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the base model: parameters, buffers, plain attributes, and what quantised
-    weights keep beside their packed numbers (this rank's shard under FSDP2)."""
+    """Every tensor of the base model: parameters, buffers, plain attributes, and the state that
+    quantised weights have beside their packed values. Under FSDP2, this rank's shards."""
     seen: set[int] = set()
     for path, module in unwrap(model).named_modules():
         lead = f"{path}." if path else ""
@@ -61,14 +61,14 @@ def base_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 seen.add(id(value))
                 yield from _parts(lead + name, _known(module, name, value))
         if isinstance(module, BaseTunerLayer):
-            continue  # what it keeps beside its base layer is the adapters'
+            continue  # its other attributes belong to the adapters
         for name, value in vars(module).items():
             if not name.startswith(("_", "alora_")):
                 yield from _kept(lead + name, value, seen)
 
 
 def _known(module: nn.Module, name: str, value: Tensor) -> Tensor:
-    """The tensor itself, or where accelerate keeps it while the module does not run."""
+    """The tensor itself, or the copy that Hugging Face's accelerate keeps of an offloaded one."""
     if not value.is_meta:
         return value
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
@@ -81,7 +81,7 @@ def _known(module: nn.Module, name: str, value: Tensor) -> Tensor:
 
 
 def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The plain tensors that a tensor consists of, and those that hang on it."""
+    """The plain tensors that a tensor consists of, and those among its attributes."""
     if hasattr(tensor, "to_local"):
         yield from _parts(name, tensor.to_local())
         return
@@ -96,7 +96,7 @@ def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kept(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in an attribute: itself, a dict or list of them, a quantiser's state."""
+    """The tensors in an attribute: a tensor, a dict or list of tensors, a quantiser's state."""
     inside: dict[Any, Any] = {}
     if id(value) in seen:
         return
@@ -108,9 +108,9 @@ def _kept(name: str, value: Any, seen: set[int]) -> Iterator[tuple[str, Tensor]]
         inside = dict(value)
     elif isinstance(value, list | tuple):
         inside = dict(enumerate(value))
-    elif type(value).__name__ == "QuantState":  # of bitsandbytes, 4 bits
+    elif type(value).__name__ == "QuantState":  # bitsandbytes with 4 bits
         inside = vars(value)
-    elif type(value).__name__ == "MatmulLtState":  # 8 bits; the rest of it belongs to one call
+    elif type(value).__name__ == "MatmulLtState":  # 8 bits; its other fields belong to one call
         inside = {key: getattr(value, key, None) for key in ("CB", "SCB", "CxB")}
     if inside:
         seen.add(id(value))
@@ -133,12 +133,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def settings(model: nn.Module, extra: str = "") -> str:
-    """What beside the weights decides keys and values, as text."""
+    """Everything except the weights that decides keys and values, as text."""
     import transformers
 
     peft = unwrap(model)
     base = peft.get_base_model()
-    kinds = [p.device.type for p in peft.parameters() if not p.is_meta]  # meta: offloaded
+    kinds = [p.device.type for p in peft.parameters() if not p.is_meta]  # offloaded ones are meta
     device = kinds[0] if kinds else "cpu"
     autocast = torch.is_autocast_enabled(device) and str(torch.get_autocast_dtype(device))
     return json.dumps(
@@ -160,7 +160,7 @@ def settings(model: nn.Module, extra: str = "") -> str:
 
 
 def _arithmetic() -> list[Any]:
-    """torch's switches for how products and attention are computed."""
+    """torch's switches that change how matrix products and attention are computed."""
     cuda = torch.backends.cuda
     return [
         torch.get_float32_matmul_precision(),
@@ -176,9 +176,10 @@ def _arithmetic() -> list[Any]:
 
 
 def _modules(base: nn.Module) -> Iterator[list[Any]]:
-    """Each module's class, its numbers and words (an epsilon, a window, a scale).
+    """Each module's class, and its attributes that are numbers or strings (an epsilon, a scale).
 
-    Code that others put into a model is not told here: no prefix is kept then (`foreign`).
+    Code that others put into a model is not covered. `foreign` finds it, and then no prefix is
+    kept.
     """
     for path, module in base.named_modules():
         if any(part.startswith("lora_") for part in path.split(".")):

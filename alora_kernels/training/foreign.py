@@ -1,4 +1,8 @@
-"""Code of others inside a model: what it computes has no name by which a prefix could be kept."""
+"""Finds foreign code inside a model. Prefixes that such code computed must not be kept.
+
+A kept prefix is found again by the weights and settings of the model, and foreign code is part of
+neither.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,15 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-# Whose hooks and forwards are told by the version, the config and the weights alone.
+# The libraries whose hooks and forwards are determined by version, config and weights alone.
 KNOWN = ("torch", "transformers", "peft", "accelerate", "trl", "alora_kernels")
 
 
 def foreign_code(base: nn.Module, attention: str | None) -> str | None:
-    """The first hook or forward in `base` that none of the known libraries has put there.
+    """The first hook or forward in `base` that is not from a known library; None if there is none.
 
     Args:
+        base: the transformers model.
         attention: the name of the model's attention implementation.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -46,7 +51,7 @@ def _code_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _home(code: Any) -> str:
-    """The module in which a function, or the class of a callable object, was written."""
+    """The module that defines a function, or the class of a callable object."""
     while hasattr(code, "func") and not hasattr(code, "__code__"):  # functools.partial
         code = code.func
     code = getattr(code, "__func__", code)

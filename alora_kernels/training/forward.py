@@ -2,11 +2,11 @@
 
     no_grad   prefix, once, without gradient:  tokens -> K, V of every layer   (read-only)
               suffix, with gradient:           tokens, K, V -> logits, loss
-    cached    as no_grad, but K, V of a prefix seen before come from a PrefixStore
-    full      the whole row with gradient, as a plain model call does it
+    cached    as no_grad, but K, V of a known prefix come from a PrefixStore
+    full      the whole row with gradient, as a plain call of the model
 
-The adapter is off before the invocation, so keys and values of the prefix are the base model's and
-no gradient of a trained parameter passes through them: loss and gradients are the same.
+The adapter is off before the invocation. So the keys and values of the prefix are the base model's,
+and no gradient of a trained parameter flows through them: all three modes give the same gradients.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ MODES = ("no_grad", "cached", "full")
 
 @dataclass
 class PrefixOutput(ModelOutput):
-    """What `prefix_forward` returns.
+    """The result of `prefix_forward`.
 
     Attributes:
         loss: scalar, or None without labels.
         logits: `[B, S, V]` for the left-aligned suffixes (`[B, T, V]` with `full`).
-        labels: `[B, S]`, the token that each row of logits predicts, −100 where none counts.
+        labels: `[B, S]` (`[B, T]` with `full`), the token that each row of logits predicts; −100
+            where no loss is taken. None without labels.
     """
 
     loss: Tensor | None = None
@@ -63,38 +64,41 @@ def prefix_forward(
     store_extra: str = "",
     **inputs: Any,
 ) -> PrefixOutput:
-    """Run an aLoRA model on a batch; spend nothing on gradients of the frozen prefix.
+    """Run an aLoRA model on a batch, without computing gradients of the frozen prefix.
 
         loss = Σ_{suffix labels} −log p(label) / N,   N = num_items_in_batch, else all labels
 
     Labels up to and including the first invocation token belong to the prefix: their loss does not
-    depend on the adapter. `no_grad` and `cached` leave it out of the loss (it would only add a
-    constant) and count them in N, so the gradients are those of the whole row.
+    depend on the adapter. `no_grad` and `cached` leave that loss out, because it would only add a
+    constant. But they count these labels in N, so the gradients are those of the whole row.
 
     Args:
         model: a PEFT model with one active aLoRA adapter, accelerated or not; also under DDP, or
             with FSDP2's `fully_shard` applied to it.
         input_ids: int64 `[B, T]`.
         attention_mask: `[B, T]`, left or right padding; None: no padding.
-        labels: int64 `[B, T]`, −100 where no loss is taken; shifted here, as transformers does.
+        labels: int64 `[B, T]`, −100 where no loss is taken; shifted here, as in transformers.
         prefix: "no_grad", "cached" or "full".
-        starts: for each row the column of its first invocation token (None or −1: the row has
-            none and runs the base model). Without it the last occurrence counts, as in PEFT.
-        position_ids: `[B, T]`; by default the count of real tokens before each.
-        num_items_in_batch: N, when the loss is normalised over more than this batch.
-        store: where `cached` keeps the prefixes.
-        prefix_loss: ask for the loss over the prefix as well: only `full` has it.
-        chunk_size: tokens of a prefix that run at once, on the mean of the rows; bounds memory.
-        store_extra: anything else that decides keys and values, e.g. an autocast setting that is
-            applied inside of `model`.
+        starts: for each row the column of its first invocation token. None or −1: the row has no
+            invocation and runs the base model. By default the last occurrence counts, as in PEFT.
+        position_ids: `[B, T]`; by default each token's distance from the first real token.
+        num_items_in_batch: N, if the loss is normalised over more than this batch.
+        store: the `PrefixStore` in which `cached` keeps the prefixes.
+        prefix_loss: also take the loss over the prefix; only `full` can.
+        chunk_size: a pass over prefixes runs at most `chunk_size` × (number of prefixes to compute)
+            tokens, which bounds memory.
+        store_extra: text for anything else that decides keys and values, e.g. an autocast setting
+            that is applied inside `model`.
         **inputs: other model inputs. `no_grad` and `cached` refuse them.
 
     Returns:
         A `PrefixOutput`.
 
     Raises:
-        PrefixError: when the shortcut would be wrong, with every reason.
-        ValueError: for a bad mode, shapes, starts or labels.
+        PrefixError: leaving out the prefix's gradient would be wrong; the message lists all
+            reasons.
+        TypeError: the model is not a PeftModel.
+        ValueError: the mode, a shape, a start or a label is wrong.
     """
     if prefix not in MODES:
         raise ValueError(f"prefix_forward: prefix must be one of {MODES}, got {prefix!r}")
@@ -160,14 +164,14 @@ def prefix_forward(
 def causal_loss(base: nn.Module, logits: Tensor, targets: Tensor, count: Tensor | int) -> Tensor:
     """Σ −log p(target) / count over the targets that are not −100.
 
-    A model's own loss function is used when it has one; transformers' usual one would round
-    float64 logits to float32.
+    If the model has its own loss function, that is called. transformers' default is not called: it
+    would round float64 logits to float32.
 
     Args:
         base: the transformers model.
         logits: `[B, S, V]`.
         targets: int64 `[B, S]`, already shifted.
-        count: the N of the mean.
+        count: the number N that the sum is divided by.
     """
     function = getattr(base, "loss_function", None)
     if function is not None and getattr(function, "__name__", "") != "ForCausalLMLoss":
@@ -199,7 +203,7 @@ def _lend(
     chunk_size: int,
     extra: str,
 ) -> list[list[KeyValue]] | None:
-    """Keys and values of every row's prefix: from the store, else computed. None: no prefix."""
+    """Keys and values of every row's prefix, from the store or computed; None if no row has one."""
     device = input_ids.device
     found: dict[int, list[KeyValue]] = {}
     keys: dict[int, str] = {}
@@ -215,13 +219,13 @@ def _lend(
             if layers is not None:
                 found[b] = layers
         missing = [b for b in missing if b not in found]
-    # Rows that share a prefix share its pass.
+    # Rows with the same prefix compute it once.
     twins = {b: next(a for a in missing if keys.get(a) == keys[b]) for b in missing if keys}
     missing = [b for b in missing if twins.get(b, b) == b]
     call.windows = attention_windows(call.model)
     tokens = chunk_size * len(missing)
     groups = layout.prefix_groups(missing, tokens)
-    # For each group its rows, its longest prefix, and how much of it runs at once.
+    # For each group: its rows, the length of its longest prefix, the tokens of a row in each pass.
     plan = [(rows, layout.rows[rows[0]].prefix, tokens // len(rows)) for rows in groups]
     passes = sum(-(-longest // chunk) for _, longest, chunk in plan)
     total = _most_passes(passes, device) if call.sharded else passes
@@ -238,7 +242,7 @@ def _lend(
                         call.collect(ids[:, span], places[:, span], collector)
                 _check_collected(call.peft, collector, longest)
                 found.update(zip(rows, collector.rows()))
-            for _ in range(total - passes):  # keep in step with the other ranks
+            for _ in range(total - passes):  # every rank must run the same number of passes
                 call.collect(input_ids[:1, :1], positions[:1, :1], None)
     if not any_prefix:
         return None
@@ -271,7 +275,7 @@ def _most_passes(passes: int, device: torch.device) -> int:
 
 
 def _runs_foreign_code(call: ModelCall) -> bool:
-    """Whether others' code runs inside the base: then no prefix is kept, which is said once."""
+    """Whether foreign code runs inside the base. Then no prefix is kept; a warning says so once."""
     found = foreign_code(
         call.peft.get_base_model(), getattr(text_config(call.peft), "_attn_implementation", None)
     )
@@ -285,7 +289,7 @@ def _runs_foreign_code(call: ModelCall) -> bool:
 
 
 def _check_positions(call: ModelCall, layout: Layout) -> None:
-    """Refuse rows whose positions a model that is not told them would count wrongly."""
+    """Refuse rows whose positions would be wrong in a model that takes no `position_ids`."""
     lengths = sorted({row.prefix for row in layout.rows})
     if call.takes_positions or (len(lengths) == 1 and not any(row.lo for row in layout.rows)):
         return
@@ -308,7 +312,7 @@ def _positions(layout: Layout, input_ids: Tensor) -> Tensor:
 
 
 def _next_labels(labels: Tensor, layout: Layout) -> Tensor:
-    """`[B, T]`: the label that each column predicts; the first real token is predicted by none."""
+    """`[B, T]`: the label that each column predicts. No column predicts the first real token."""
     after = torch.full_like(labels, IGNORE)
     after[:, :-1] = labels[:, 1:]
     for b, row in enumerate(layout.rows):

@@ -1,7 +1,7 @@
-"""When running the prefix without gradient would be wrong, and why.
+"""Checks whether the prefix of a model may run without gradient, and says why not.
 
-The shortcut is exact because nothing before the invocation depends on a trained parameter, on a
-random number, or on the tokens after it. Each check here names one way in which that can fail.
+That is exact only if nothing before the invocation depends on a trained parameter, on a random
+number, or on later tokens. Each check here names one way in which a model can violate this.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ _OWN_WAYS = {
     "prophetnet": "takes one token at a time with a cache",
     "git": "makes its masks for text behind an image, and differs over a lent prefix",
 }
-_NO_RESTART = ("dynamic", "longrope")  # RoPE whose angles depend on the total length
+_NO_RESTART = ("dynamic", "longrope")  # RoPE types whose angles depend on the total length
 
 
 class PrefixError(ValueError):
-    """The prefix cannot be left without gradient; the message lists every reason."""
+    """The prefix must not run without gradient; the message lists every reason."""
 
 
 def unwrap(model: nn.Module) -> Any:
-    """The PEFT model under DistributedDataParallel and torch.compile wrappers."""
+    """The PEFT model inside wrappers of DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -61,7 +61,7 @@ def unwrap(model: nn.Module) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter name is a LoRA matrix (not a copy of a whole module)."""
+    """Whether a parameter name is that of a LoRA matrix (not of a fully trained module)."""
     return any(part in name for part in (".lora_A.", ".lora_B."))
 
 
@@ -74,7 +74,7 @@ def attention_windows(model: nn.Module) -> list[int | None]:
     """For each layer its sliding window, or None for full attention.
 
     Raises:
-        PrefixError: for a layer whose state is neither (recurrent, chunked, compressed, shared).
+        PrefixError: a layer has another kind of state (recurrent, chunked, compressed, shared).
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -100,20 +100,20 @@ def attention_windows(model: nn.Module) -> list[int | None]:
 
 
 def prefix_problems(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> list[str]:
-    """Every reason why the prefix of `model` needs a gradient or cannot be computed apart.
+    """Every reason why the prefix of `model` needs a gradient, or cannot be computed on its own.
 
     Args:
         model: a PEFT model, also under DDP, FSDP2 or torch.compile.
-        inputs: what the batch holds beyond input_ids, attention_mask, labels and position_ids.
+        inputs: the inputs in the batch except input_ids, attention_mask, labels and position_ids.
 
     Returns:
-        Reasons in words, empty when the shortcut is exact.
+        The reasons as text. The list is empty if the prefix may run without gradient.
     """
     return list(_problems(model, inputs or {}))
 
 
 def check_prefix(model: nn.Module, inputs: Mapping[str, Any] | None = None) -> None:
-    """Raise `PrefixError` with every reason against the shortcut."""
+    """Raise `PrefixError` with every reason in `prefix_problems`, if there is one."""
     problems = prefix_problems(model, inputs)
     if problems:
         listed = "\n  - ".join(problems)
@@ -227,7 +227,7 @@ def _architecture(peft: Any) -> Iterator[str]:
 
 
 def _cache(peft: Any) -> Iterator[str]:
-    """What a lent cache needs: a forward that takes one, and layers that see its tokens alone."""
+    """Problems with the cache: the forward takes none, or an adapted layer reads all of it."""
     base = peft.get_base_model()
     name = type(base).__name__
     parameters = inspect.signature(type(base).forward).parameters
@@ -297,7 +297,7 @@ def _checkpointing(peft: Any) -> Iterator[str]:
     if not on:
         return
     accelerated = any(is_adopted(m) for m in peft.modules())
-    # Where enable_input_require_grads puts its hook.
+    # enable_input_require_grads sets a forward hook on the input embeddings.
     inputs_have_gradients = bool(peft.get_input_embeddings()._forward_hooks)
     if hooks_run_again() and not accelerated and not inputs_have_gradients:
         yield (

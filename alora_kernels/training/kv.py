@@ -1,8 +1,8 @@
-"""Two caches: one that collects the keys and values of prefixes, one that only lends them.
+"""Two KV caches: one collects keys and values of prefixes, the other lets suffixes read them.
 
 transformers drops an ordinary cache under gradient checkpointing, because a layer that runs twice
-would append twice. `ReadOnlyPrefix.update` concatenates and stores nothing, so a layer may run as
-often as it likes.
+would append twice. `ReadOnlyPrefix.update` concatenates and stores nothing, so a layer may run any
+number of times.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ KeyValue = tuple[Tensor, Tensor]
 
 
 class LastLayerDone(Exception):
-    """The last layer's keys and values are stored: nothing after them is needed."""
+    """Raised once the last layer has stored its keys and values; nothing later is needed."""
 
 
 class _Layer(CacheLayerMixin):
-    """What both kinds of layer share: a window, or None for full attention."""
+    """The part that both kinds of layer share: the sliding window, or None for full attention."""
 
     is_compileable = False
     is_sliding = False
@@ -38,7 +38,7 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to prepare."""
+        """Does nothing: there is no state to prepare."""
 
     def get_max_length(self) -> int:
         return -1 if self.window is None else self.window
@@ -50,23 +50,23 @@ class _Layer(CacheLayerMixin):
 
 
 def _count(query: int | Tensor) -> int:
-    """The number of queries; before version 5 transformers hands over their positions."""
+    """The number of queries. transformers before version 5 passes their positions instead."""
     return query if isinstance(query, int) else int(query.shape[0])
 
 
 class _CollectLayer(_Layer):
-    """Appends chunks of right-padded prefixes; keeps of a sliding layer what a row may still need.
+    """Appends chunks of right-padded prefixes. A sliding layer drops tokens that no row needs.
 
     Args:
         window: the sliding window, or None.
-        shortest: tokens of the shortest prefix of the batch. Its last window must survive.
+        shortest: the length of the shortest prefix in the batch. Its last window must be kept.
     """
 
     def __init__(self, window: int | None, shortest: int) -> None:
         super().__init__(window)
         self.shortest = shortest
-        self.seen = 0  # tokens passed so far
-        self.first = 0  # position of the first token still stored
+        self.seen = 0  # the number of tokens so far
+        self.first = 0  # position of the first token that is still stored
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -97,7 +97,7 @@ class _CollectLayer(_Layer):
         return self.seen - offset + _count(query_length), offset
 
     def row(self, b: int, length: int) -> KeyValue:
-        """Row `b`'s last `min(length, window − 1)` keys and values, `[H, n, D]`."""
+        """The last `min(length, window − 1)` keys and values of row `b`, `[H, n, D]`."""
         assert self.keys is not None and self.values is not None
         start = 0 if self.window is None else max(length - self.window + 1, 0)
         span = slice(start - self.first, length - self.first)
@@ -109,14 +109,14 @@ class PrefixCollector(Cache):
 
     Args:
         windows: for each layer its sliding window, or None for full attention.
-        lengths: tokens of each row's prefix.
+        lengths: the length of each row's prefix.
     """
 
     def __init__(self, windows: Sequence[int | None], lengths: Sequence[int]) -> None:
         self.lengths = list(lengths)
         self.collected = [_CollectLayer(w, min(self.lengths)) for w in windows]
         super().__init__(layers=list(self.collected))
-        self.stop_in: int | None = None  # set while the layer runs that may stop early
+        self.stop_in: int | None = None  # index of the running layer, if it may stop early
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -132,7 +132,7 @@ class PrefixCollector(Cache):
         return states
 
     def rows(self) -> list[list[KeyValue]]:
-        """For each row its layers' keys and values (views)."""
+        """For each row the keys and values of all layers, as views."""
         return [
             [layer.row(b, length) for layer in self.collected]
             for b, length in enumerate(self.lengths)
@@ -140,9 +140,9 @@ class PrefixCollector(Cache):
 
 
 class _Extend(torch.autograd.Function):
-    """A batch's right-aligned prefixes, then its suffixes, written once into one tensor.
+    """Concatenates right-aligned prefixes and the suffixes of a batch, with a single copy.
 
-    The prefixes are constants: the gradient is the suffixes' part.
+    The prefixes are constants. The gradient is that of the suffixes.
     """
 
     @staticmethod
@@ -163,7 +163,7 @@ class _Extend(torch.autograd.Function):
 
 
 class _ReadOnlyLayer(_Layer):
-    """Lends one layer's prefix: `update` is pure."""
+    """One layer of the read-only cache. Its `update` changes nothing."""
 
     def __init__(self, window: int | None, length: int, rows: Sequence[KeyValue]) -> None:
         super().__init__(window)
@@ -188,12 +188,12 @@ class _ReadOnlyLayer(_Layer):
 
 
 class ReadOnlyPrefix(Cache):
-    """The prefixes of a batch, right-aligned; layers read it and cannot change it.
+    """A cache with the right-aligned prefixes of a batch. Layers can read it but not change it.
 
     Args:
         windows: for each layer its sliding window, or None.
-        length: tokens of the longest prefix.
-        rows: for each row its layers' keys and values, `[H, n, D]`.
+        length: the length of the longest prefix.
+        rows: for each row the keys and values of all layers, `[H, n, D]`.
     """
 
     def __init__(

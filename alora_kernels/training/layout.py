@@ -1,12 +1,12 @@
-"""Where each row of a batch is cut: a frozen prefix, and the suffix that the adapter sees.
+"""Cuts each row of a batch into a frozen prefix and a suffix that the adapter sees.
 
     row      [pad | prefix ............ | suffix ....... | pad]
     slots     0    lo                    begin            hi      T
     loss                                 slots begin + 1 … hi − 1
 
-Prefixes are gathered right-padded (a causal model then needs no mask for them), and laid out
-right-aligned in the cache, so that the left-aligned suffixes follow them without a gap and the
-distance between two slots is the distance between two tokens: sliding windows stay right.
+Prefixes run with padding on the right, because a causal model then needs no mask. In the cache they
+are right-aligned, so that the left-aligned suffixes follow without a gap. The distance between two
+slots is then the distance between two tokens, and sliding windows stay right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Row:
-    """One row's cut, in slots (columns of `input_ids`). `active` is false without an invocation."""
+    """How one row is cut, in columns of `input_ids`; see the picture at the top of the file.
+
+    `active` is false if the row has no invocation.
+    """
 
     lo: int
     begin: int
@@ -47,10 +50,10 @@ class Layout:
     Attributes:
         rows: one cut for each row.
         seq_len: T.
-        num_labels: labels of the whole batch that a causal loss counts (the first real token of a
-            row has no prediction).
-        prefix_labels: those among them at or before the invocation's first token: their loss does
-            not depend on the adapter.
+        num_labels: the number of labels in the batch that a causal loss counts. (The label of a
+            row's first real token does not count: nothing predicts it.)
+        prefix_labels: how many of these labels are at or before the first token of the invocation.
+            Their loss does not depend on the adapter.
     """
 
     rows: tuple[Row, ...]
@@ -76,23 +79,23 @@ class Layout:
         return [self.seq_len - row.begin if row.active else None for row in self.rows]
 
     def suffix_offsets(self) -> list[int | None]:
-        """PEFT's `alora_offsets` for the batch of suffixes: every token of an active row."""
+        """PEFT's `alora_offsets` for the batch of suffixes: all tokens of active rows."""
         return [self.suffix_len if row.active else None for row in self.rows]
 
     def suffix_index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Slots of the left-aligned suffixes and which of them are real, both `[B, S]`."""
+        """Slots of the left-aligned suffixes, and which of them are real tokens, both `[B, S]`."""
         return _index([(row.begin, row.suffix) for row in self.rows], self.suffix_len, device)
 
     def prefix_index(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Slots of the right-padded prefixes of `rows` and which are real, `[len(rows), P]`."""
+        """Slots of the right-padded prefixes of `rows`, and which are real, `[len(rows), P]`."""
         spans = [(self.rows[b].lo, self.rows[b].prefix) for b in rows]
         return _index(spans, max(length for _, length in spans), device)
 
     def prefix_groups(self, rows: Sequence[int], tokens: int) -> list[list[int]]:
-        """Groups of `rows`, longest prefix first, that hold `tokens` tokens or a single row.
+        """Groups of `rows`, longest prefix first, of at most `tokens` tokens or of a single row.
 
-        A prefix in one piece attends to itself: causal attention then needs no mask and skips what
-        a mask would hide. So a group holds whole prefixes rather than a chunk of every row's.
+        A group contains whole prefixes, not a chunk of every prefix. A prefix in one piece attends
+        to itself alone, so causal attention needs no mask and skips the hidden half.
         """
         groups: list[list[int]] = []
         for b in sorted(rows, key=lambda row: self.rows[row].prefix, reverse=True):
@@ -103,9 +106,9 @@ class Layout:
         return groups
 
     def cache_mask(self, device: torch.device) -> Tensor | None:
-        """int64 `[B, P + S]`: real slots of right-aligned prefixes, then left-aligned suffixes.
+        """The attention mask for right-aligned prefixes, then left-aligned suffixes.
 
-        None when there is no padding at all.
+        int64 `[B, P + S]`, or None if there is no padding.
         """
         p, s = self.prefix_len, self.suffix_len
         if all(row.prefix == p and row.suffix == s for row in self.rows):
@@ -137,20 +140,20 @@ def plan_layout(
 ) -> Layout:
     """Cut every row at the first token of its invocation.
 
-    A row without an invocation is the base model's: it is cut before its first label, so that its
-    loss is the one that the whole row would give.
+    A row without an invocation runs the base model. It is cut before its first label, so that its
+    loss equals that of the whole row.
 
     Args:
         input_ids: integer `[B, T]`.
         attention_mask: `[B, T]`, nonzero on one unbroken run of each row, or None.
         labels: `[B, T]` or None.
-        starts: for each row the column of the first invocation token; None or −1 where the row
-            has none. Without it the last occurrence of `invocation_tokens` is searched.
+        starts: for each row the column of the first invocation token; None or −1 if the row has no
+            invocation. By default the last occurrence of `invocation_tokens` is searched.
         invocation_tokens: token ids of the invocation.
 
     Raises:
-        ValueError: for shapes that do not fit, a mask with holes, starts outside of the real
-            tokens, labels on padding.
+        ValueError: shapes do not fit, a mask has holes, a start is outside the real tokens, or a
+            label is on padding.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"prefix_forward: input_ids must be [B, T], got {tuple(input_ids.shape)}")
@@ -199,7 +202,7 @@ def plan_layout(
             raise ValueError(
                 f"prefix_forward: row {b} has {r_stray} labels on padding; set them to {IGNORE}"
             )
-        if count == 0:  # nothing but padding: one inactive token keeps the row's attention defined
+        if count == 0:  # only padding: keep one inactive token, so that attention is defined
             rows.append(Row(0, 0, 1, False))
             continue
         if r_hi - r_lo != count:

@@ -1,4 +1,4 @@
-"""The passes through a model: how it is called, and what is off while the prefix runs."""
+"""Calls a model for the prefix and the suffix, and switches off what the prefix must not run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .kv import LastLayerDone, PrefixCollector, ReadOnlyPrefix
 
 
 class ModelCall:
-    """How this model is called: names of arguments, layers, wrappers."""
+    """Calls one model; knows the names of its arguments and what wraps it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -48,7 +48,7 @@ class ModelCall:
     ) -> Tensor:
         """One pass with gradient through the outermost wrapper; returns the logits.
 
-        `everywhere`: the adapter is on at every token.
+        `everywhere` says that the adapter is on at every token.
         """
         inputs["use_cache"] = False
         if cache is not None:
@@ -68,7 +68,7 @@ class ModelCall:
         return output.logits if hasattr(output, "logits") else output[0]
 
     def collect(self, input_ids: Tensor, positions: Tensor, cache: Any) -> None:
-        """One pass of the base model without gradient; keys and values land in `cache`."""
+        """One pass of the base model without gradient. It writes keys and values into `cache`."""
         inputs: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             inputs[self.cache_name] = cache
@@ -76,8 +76,9 @@ class ModelCall:
             inputs["position_ids"] = positions
         if self.takes_logits_to_keep:
             inputs["logits_to_keep"] = 1
-        # DDP's own forward would broadcast buffers, and ranks need not run equally many passes;
-        # FSDP2 gathers its shards in the hooks of the wrapped module, so that one is entered.
+        # This calls the module inside DDP: DDP's own forward would broadcast buffers, and ranks may
+        # run different numbers of passes. FSDP2 gathers its shards in hooks of this module, so they
+        # run.
         self.peft(
             input_ids=input_ids,
             attention_mask=None,
@@ -88,25 +89,26 @@ class ModelCall:
 
 @contextmanager
 def prefix_pass(peft: Any, device: torch.device) -> Iterator[None]:
-    """The base model alone: no adapter, no checkpointing, no random number drawn."""
+    """In the block the base model runs alone: no adapter, no checkpointing. The state of the
+    random number generators is restored after it."""
     devices = [device] if device.type not in ("cpu", "meta", "mps") else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices, device_type=device.type))
         stack.enter_context(_attribute(peft, "_disable_adapters", False, True))
         stack.enter_context(_attribute(peft, "gradient_checkpointing", True, False))
         disabled = peft._adapters_disabled
-        peft._adapters_disabled = True  # PEFT then installs no hooks
+        peft._adapters_disabled = True  # so that PEFT installs no hooks
         stack.callback(setattr, peft, "_adapters_disabled", disabled)
         yield
 
 
 @contextmanager
 def unmasked_adapter(peft: Any) -> Iterator[None]:
-    """PEFT's layers without their search for active tokens, for a pass where every token is.
+    """Make PEFT's aLoRA layers run as plain LoRA in the block, in which every token is active.
 
-    PEFT's aLoRA gathers the active rows and scatters them back, serially and for each layer; with
-    every row active its plain LoRA computes the same. Layers that are checkpointed run again when
-    this is over, so a checkpointed model is left as it is; so are accelerated layers.
+    PEFT's aLoRA gathers the active rows and scatters them back, in every layer. If all rows are
+    active, plain LoRA computes the same result faster. Accelerated layers are not changed. Nor is a
+    model with gradient checkpointing, because its layers run again after the block.
     """
     modules = list(peft.modules())
     if any(getattr(m, "gradient_checkpointing", None) is True for m in modules):
@@ -129,7 +131,7 @@ def unmasked_adapter(peft: Any) -> Iterator[None]:
 
 @contextmanager
 def _attribute(model: nn.Module, name: str, old: bool, new: bool) -> Iterator[None]:
-    """Set `name` to `new` on every module where it is `old`; undo on leaving."""
+    """Set attribute `name` to `new` on every module where it is `old`; undo it after the block."""
     changed = [m for m in model.modules() if getattr(m, name, None) is old]
     inherited = [name not in m.__dict__ for m in changed]
     for module in changed:
@@ -146,11 +148,12 @@ def _attribute(model: nn.Module, name: str, old: bool, new: bool) -> Iterator[No
 
 @contextmanager
 def stop_in_last_layer(peft: Any, collector: PrefixCollector) -> Iterator[None]:
-    """End the last decoder layer once its keys and values are stored.
+    """Leave the last decoder layer as soon as its keys and values are stored.
 
-    Its attention, output projection and MLP feed only logits that nobody reads. The collector
-    raises from inside the layer and the layer's own `forward` catches it, so every hook around
-    the layer (FSDP2's, accelerate's) runs as usual.
+    The rest of that layer (attention, output projection, MLP) only leads to logits that nobody
+    reads. The collector raises an exception inside the layer, and a wrapper around the layer's
+    `forward` catches it. So all hooks around the layer (those of FSDP2, of accelerate) run as
+    usual.
     """
     layers = _decoder_layers(peft)
     if layers is None:
@@ -162,7 +165,7 @@ def stop_in_last_layer(peft: Any, collector: PrefixCollector) -> Iterator[None]:
 
     def see(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal plain
-        plain = isinstance(output, Tensor)  # the layer's contract: hidden states in, and out
+        plain = isinstance(output, Tensor)  # a layer returns hidden states alone, not a tuple
 
     forward = last.forward
 
@@ -192,7 +195,7 @@ def stop_in_last_layer(peft: Any, collector: PrefixCollector) -> Iterator[None]:
 
 
 def _decoder_layers(peft: Any) -> nn.ModuleList | None:
-    """The list of decoder layers, when it can be told; None with fewer than two."""
+    """The list of decoder layers; None if it is not clear which list it is, or has one layer."""
     count = int(text_config(peft).num_hidden_layers)
     lists = [
         m

@@ -1,4 +1,4 @@
-"""Prefixes kept across steps and epochs, under a byte budget, in memory or on disk."""
+"""PrefixStore: keeps prefixes across steps and epochs, in memory or on disk, with a byte budget."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ _SUFFIX = ".safetensors"
 
 
 class PrefixStore:
-    """Keys and values of prefixes, least recently used first out.
+    """Stores keys and values of prefixes; over the budget it drops the least recently used.
 
-    An entry's key covers the token ids, the position ids, every byte of the base weights, the
-    config, the dtypes, quantisation and attention implementation, so a stale entry is never found.
+    The key of an entry covers the token ids, the position ids, every byte of the base weights, the
+    config, dtypes, quantisation and attention implementation. So a stale entry is never found.
 
     Args:
-        max_bytes: the budget for keys and values. An entry above it is not kept.
-        directory: keep the entries there as safetensors files, shared by runs and processes;
-            otherwise in memory (pinned when the model is on a GPU).
-        check: "full", the only way left: every byte of the weights is looked at in every step.
-            "sample", which looked at some, is taken for the same.
+        max_bytes: the budget for keys and values. A larger entry is not kept.
+        directory: a folder for the entries, as safetensors files that runs and processes share. By
+            default entries are in memory (pinned if the model is on a GPU).
+        check: every step checks every byte of the weights, whichever value is given: "full", or
+            "sample", which is kept for older code.
 
     Attributes:
-        hits, misses, evictions: counters of rows.
-        bytes: what the entries take now.
+        hits, misses: how many prefixes were found, and how many were not.
+        evictions: how many entries were dropped for the budget.
+        bytes: the size of all entries now.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class PrefixStore:
         return len(self._sizes)
 
     def key(self, name: str, token_ids: Tensor, positions: Tensor) -> str:
-        """The name of one prefix: int64 `[P]` ids and positions under a model's name."""
+        """The key of one prefix, from the model's `name` and int64 `[P]` ids and positions."""
         digest = hashlib.blake2b(f"{_FORMAT}:{name}:".encode(), digest_size=20)
         digest.update(token_ids.to(torch.int64).cpu().contiguous().numpy().tobytes())
         digest.update(positions.to(torch.int64).cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def name(self, model: nn.Module, extra: str = "") -> str:
-        """The fingerprint of `model`, looked at anew."""
+        """The fingerprint of `model`, computed anew."""
         return fingerprint(model, extra)
 
     def get(self, key: str, device: torch.device) -> list[KeyValue] | None:
-        """The entry's layers, `[H, n, D]` keys and values, on `device`; None when absent."""
+        """Keys and values `[H, n, D]` of all layers, on `device`; None if there is no entry."""
         layers = self._memory.get(key) if self.directory is None else self._read(key)
         if layers is None:
             self.misses += 1
@@ -92,11 +93,11 @@ class PrefixStore:
         ]
 
     def put(self, key: str, layers: Sequence[KeyValue]) -> None:
-        """Keep a copy of an entry, making room for it."""
+        """Keep a copy of an entry; drops older entries if there is no room."""
         size = sum(t.numel() * t.element_size() for pair in layers for t in pair)
         if size > self.max_bytes:
             if not self._warned_too_big:
-                self._warned_too_big = True  # once for each store: another has another budget
+                self._warned_too_big = True  # once per store, because each has its own budget
                 warnings.warn(
                     f"PrefixStore: a prefix of {size:,} bytes is above the budget of "
                     f"{self.max_bytes:,} and is computed anew each time; raise max_bytes",
@@ -113,7 +114,7 @@ class PrefixStore:
         self._evict()
 
     def clear(self) -> None:
-        """Drop every entry, files too."""
+        """Drop all entries, and delete their files."""
         for key in list(self._sizes):
             self._drop(key)
 
@@ -178,7 +179,7 @@ class PrefixStore:
 
 
 def _keep(tensor: Tensor) -> Tensor:
-    """A compact copy on the CPU, pinned when it comes from a GPU."""
+    """A contiguous copy on the CPU, pinned if the tensor is on a GPU."""
     if tensor.device.type == "cpu":
         return tensor.detach().clone(memory_format=torch.contiguous_format)
     pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)

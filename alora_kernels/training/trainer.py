@@ -1,4 +1,4 @@
-"""AloraTrainer: transformers' Trainer with one argument more, `prefix=`."""
+"""AloraTrainer: transformers' Trainer that computes no gradients for the frozen prefix."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ STARTS = "invocation_starts"
 
 
 class AloraTrainerMixin:
-    """Put it before a Trainer class: `class MyTrainer(AloraTrainerMixin, SFTTrainer): ...`.
+    """Adds `prefix=` to a Trainer class: `class MyTrainer(AloraTrainerMixin, SFTTrainer): ...`.
 
     Args:
         prefix: "no_grad", "cached" or "full" (the Trainer's own step).
-        prefix_store: where `cached` keeps prefixes; by default 4 GiB in memory.
-        prefix_chunk_size: tokens of the prefix that run at once.
+        prefix_store: the store in which `cached` keeps prefixes; by default 4 GiB in memory.
+        prefix_chunk_size: `chunk_size` of `prefix_forward`.
 
-    A batch may hold `invocation_starts` `[B]` (see AloraDataCollator). Without it the last
-    invocation before the answer counts when the trainer knows where the answer begins
-    (`completion_only_loss`), else the last invocation of the row.
+    A batch may have `invocation_starts` `[B]` (see AloraDataCollator). Without it, and if the
+    trainer knows where the answer begins (`completion_only_loss`), the last invocation before the
+    answer counts. Otherwise the last invocation of the row counts.
+
+    Raises:
+        PrefixError: the trainer's arguments or its model do not work without the prefix's gradient.
+        ValueError: `prefix` is unknown, or a store is given without "cached".
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class AloraTrainerMixin:
         if prefix != "full":
             self._check_arguments()
             check_prefix(self.model)  # type: ignore[attr-defined]
-            # The loss here is divided by num_items_in_batch, whatever the model's own would do.
+            # compute_loss below divides by num_items_in_batch, whatever the model's loss does.
             self.model_accepts_loss_kwargs = True
 
     def _check_arguments(self) -> None:
@@ -98,7 +102,7 @@ class AloraTrainerMixin:
             )
 
     def _other_loss(self) -> type | None:
-        """The class behind this one whose `compute_loss` would be left out, if it is not known."""
+        """The next class whose `compute_loss` would be skipped, if it takes a loss of its own."""
         mro = type(self).__mro__
         behind = mro[mro.index(AloraTrainerMixin) + 1 :]
         kind = next(kind for kind in behind if "compute_loss" in vars(kind))
@@ -120,7 +124,7 @@ class AloraTrainerMixin:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        # Outputs are asked for to compare whole logits with whole labels: only `full` has them.
+        # A caller that wants outputs compares all logits with all labels; only `full` has them all.
         if self.prefix == "full" or return_outputs:
             return super().compute_loss(  # type: ignore[misc]
                 model,
@@ -138,7 +142,7 @@ class AloraTrainerMixin:
             )
         args: Any = self.args  # type: ignore[attr-defined]
         if args.average_tokens_across_devices and num_items_in_batch is not None:
-            # num_items_in_batch counts every process, and DDP takes the mean over them.
+            # num_items_in_batch counts all processes, but DDP averages their gradients.
             loss = loss * self.accelerator.num_processes  # type: ignore[attr-defined]
         self._record(output, inputs)
         return loss
@@ -159,21 +163,21 @@ class AloraTrainerMixin:
             num_items_in_batch=count,
             store=self.prefix_store,
             chunk_size=self.prefix_chunk_size,
-            # accelerate's autocast is applied inside of the model's forward
+            # Hugging Face's accelerate applies autocast inside the model's forward.
             store_extra=str(self.accelerator.mixed_precision),  # type: ignore[attr-defined]
             **rest,
         )
 
     def _take_starts(self, inputs: dict[str, Any]) -> Any:
-        """The starts of a batch, taken out of it or found before its answers; None: search."""
+        """The starts of a batch: removed from it, or found before its answers; None if neither."""
         starts = inputs.pop(STARTS, None)
         if starts is None and getattr(self, "completion_only_loss", False):
             starts = self._starts_before_answer(inputs)
         return starts
 
     def _for_the_model(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch as the model takes it, in forward and in generate: with PEFT's offsets, counted
-        from the end of the row, for starts."""
+        """The batch as the model's forward and generate take it: without starts, but with PEFT's
+        `alora_offsets`, which count from the end of the row."""
         inputs = dict(inputs)
         starts = self._take_starts(inputs)
         ids = inputs.get("input_ids")
@@ -188,15 +192,15 @@ class AloraTrainerMixin:
         return inputs
 
     def _invocation(self) -> list[int] | None:
-        """The invocation of the active adapter; None for a plain LoRA or no adapter at all."""
+        """The invocation of the active adapter; None for a plain LoRA, or without an adapter."""
         peft = self.accelerator.unwrap_model(self.model)  # type: ignore[attr-defined]
         config = getattr(unwrap(peft), "active_peft_config", None)
         return invocation_of(config)
 
     def _starts_before_answer(self, inputs: dict[str, Any]) -> Tensor | None:
-        """The last invocation that stands before the first label: an answer cannot move it.
+        """The start of the last invocation before the first label, so not one in an answer.
 
-        None without labels, or for an adapter that has no invocation.
+        None without labels, or if the adapter has no invocation.
         """
         from ..activation import find_invocation_starts
 
@@ -212,7 +216,7 @@ class AloraTrainerMixin:
         return find_invocation_starts(ids, tokens, prompt)
 
     def _record(self, output: PrefixOutput, inputs: dict[str, Any]) -> None:
-        """TRL's SFTTrainer logs the accuracy of tokens and counts them; so does this step."""
+        """Log the token accuracy and count the tokens, as TRL's SFTTrainer does in its own step."""
         metrics = getattr(self, "_metrics", None)
         if metrics is None or not hasattr(self, "_total_train_tokens"):
             return
@@ -242,8 +246,8 @@ class AloraTrainerMixin:
         names: list[str] = self.label_names  # type: ignore[attr-defined]
         labelled = bool(names) and all(inputs.get(name) is not None for name in names)
         if self.prefix == "full" or not prediction_loss_only or not labelled:
-            # With labels the Trainer comes by `compute_loss`; else, and to generate, it hands the
-            # batch to the model itself.
+            # With labels the Trainer calls `compute_loss`, which converts the batch. Without, or to
+            # generate, it passes the batch to the model directly.
             generates = getattr(self.args, "predict_with_generate", False)  # type: ignore[attr-defined]
             if generates or not labelled:
                 inputs = self._for_the_model(inputs)
@@ -264,6 +268,6 @@ class AloraTrainer(AloraTrainerMixin, Trainer):
                                data_collator=AloraDataCollator(tokens, pad_token_id=0))
         trainer.train()
 
-    Everything else is the Trainer's: evaluation, checkpoints and resuming, accumulation, mixed
+    Everything else is as in the Trainer: evaluation, checkpoints and resuming, accumulation, mixed
     precision, gradient checkpointing, DDP and FSDP2.
     """

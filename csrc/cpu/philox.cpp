@@ -1,5 +1,5 @@
-// Drop masks by Philox4x32-10 on the CPU (Salmon et al., "Parallel random numbers: as easy as 1, 2,
-// 3", 2011). What is computed is defined by keep_mask in alora_kernels/reference.py.
+// Draws dropout masks by Philox4x32-10 on the CPU (Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3", 2011). keep_mask in alora_kernels/reference.py defines the result.
 
 #include <pybind11/pybind11.h>
 
@@ -15,11 +15,11 @@
 namespace {
 
 constexpr int kRounds = 10;
-constexpr int kBlock = 256;  // counters at a time: four words of each stay in the L1 cache
+constexpr int kBlock = 256;  // counters at a time: their four words each stay in the L1 cache
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
 
-// Drops of the 4 * count columns from 4 * first_group on, of one row: 1 where word < threshold.
+// The mask of one row, for 4 * count columns from column 4 * first_group: 1 where word < threshold.
 FOR_EVERY_X86 void drop_block(uint64_t seed, uint32_t threshold, uint32_t row, uint32_t first_group,
                               int count, uint8_t* out) {
   uint32_t c0[kBlock], c1[kBlock], c2[kBlock], c3[kBlock];

@@ -1,8 +1,8 @@
-"""The CPU backend: `delta` in place on slices of active rows.
+"""The CPU backend: runs `delta` in place on slices of active rows.
 
-The vendor's GEMM computes the base for all rows. The adapter then reads its active rows where they
-lie (a slice for each contiguous segment, a gather only for scattered masks) and adds its part to y
-in the GEMM's own epilogue: no copy of y or dy, no cast of x, no search.
+The vendor's GEMM computes the base for all rows. The adapter's products then read the active rows
+in place: a slice for each contiguous segment, a gather only for scattered masks. They add the
+adapter's part to y in the epilogue of the GEMM. So y and dy are not copied, and x is not cast.
 
 Extra memory of a training step: `xa` and `dya`, 2·(f·M·R) elements, and the gradients.
 """

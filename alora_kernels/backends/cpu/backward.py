@@ -1,4 +1,4 @@
-"""Backward of `delta` on the CPU."""
+"""The backward pass of `delta` on the CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .rows import (
     take,
 )
 
-SLICE = 8  # rows of a gradient that are widened or transposed at once
+SLICE = 8  # rows of a gradient that are widened or transposed at a time
 
 
 def run_backward(
@@ -41,8 +41,8 @@ def run_backward(
             for i, dy in enumerate(dys)
         ]
 
-    # dB needs room for its transpose, and dropout for masked rows: each while the other
-    # gradient does not exist yet.
+    # dB needs scratch memory for its transpose, and dA with dropout needs it for the masked rows.
+    # The order below needs it before the other gradient is allocated, which lowers the peak.
     if call.options.dropout_p == 0.0:
         lora_b = grads_of_b()
         lora_a = _grad_a_and_dx(call, x, projections, parts, dya, dx, needs)
@@ -58,12 +58,12 @@ def run_backward(
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums of several parts are kept."""
+    """The dtype for sums of several parts: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _Sum:
-    """Adds partial gradients in the order they come; several of them in float32 or better."""
+    """Adds partial gradients in the order of the calls; two or more are added in `_wide`."""
 
     total: Tensor | None = None
 
@@ -72,19 +72,19 @@ class _Sum:
             self.total = part
         else:
             self.total = self.total.to(_wide(part.dtype))
-            # In slices, because torch widens a whole 16-bit operand before it adds it.
+            # In slices, because torch makes a wide copy of a whole 16-bit operand before it adds.
             for total, piece in zip(self.total.split(SLICE), part.split(SLICE)):
                 total.add_(piece)
 
     def add_product(self, left: Tensor, right: Tensor) -> None:
-        """total += left · right, without a temporary where the dtype needs none."""
+        """total += left · right. Without a temporary if the operands have the wide dtype."""
         if self.total is not None and left.dtype == _wide(left.dtype):
             self.total.addmm_(left, right)
         else:
             self.add(left @ right)
 
     def result(self, parameter: Tensor) -> Tensor:
-        """The sum in the parameter's dtype; zeros when nothing was added."""
+        """The sum in the parameter's dtype; zeros if nothing was added."""
         if self.total is None:
             return torch.zeros_like(parameter, requires_grad=False)
         return self.total.to(parameter.dtype)
@@ -98,7 +98,7 @@ def _dya(
     parts: Sequence[Part],
     needs: Needs,
 ) -> Tensor | None:
-    """scaling · dy · lora_b on active rows, `[n, R]`, where something is computed from it."""
+    """scaling · dy · lora_b on active rows, `[n, R]`; None if no gradient needs it."""
     if not parts or not (needs.x or needs.lora_a[i]):
         return None
     dtype = saved_dtype(dy.dtype, call.options.adapter_precision)
@@ -118,7 +118,7 @@ def _grad_b(
     parts: Sequence[Part],
     xa: Tensor | None,
 ) -> Tensor:
-    """dB = dyᵀ·xa, computed as xaᵀ·dy: the few rows first are faster and need less scratch."""
+    """dB = dyᵀ·xa. It is computed as xaᵀ·dy, which is faster and needs less scratch memory."""
     p, total = projections[i], _Sum()
     begin = saved_columns([_rank(q) for q in projections])[0][i]
     for part in parts:
@@ -128,7 +128,7 @@ def _grad_b(
     if total.total is None:
         return total.result(p.lora_b)
     grad = dy.new_empty(p.lora_b.shape, dtype=p.lora_b.dtype)
-    # In slices, because torch transposes a whole matrix through a buffer.
+    # In slices, because torch needs a buffer of the whole size to transpose a whole matrix.
     for columns, rows in zip(grad.split(SLICE, 1), total.total.split(SLICE)):
         columns.copy_(rows.t())
     return grad
@@ -156,7 +156,7 @@ def _grad_a_and_dx(
     dx: Tensor | None,
     needs: Needs,
 ) -> list[Tensor | None]:
-    """What pairs dya with the inputs: dA = dyaᵀ·x, and the adapter's part of dx, added to it."""
+    """dA = dyaᵀ·dropout(x). Also adds the adapter's part to `dx`, as both need the drop masks."""
     dtype = saved_dtype(x.dtype, call.options.adapter_precision)
     totals = [_Sum() for _ in projections]
     dropout = call.options.dropout_p > 0.0
@@ -175,7 +175,7 @@ def _grad_a_and_dx(
             for total, low, wanted in zip(totals, lows, needs.lora_a):
                 if wanted and low is not None:
                     total.add_product(low.t(), rows_x)  # [R, K]
-            del rows_x  # before the next chunk's product is made
+            del rows_x  # frees the memory before the next chunk needs it
     return [
         total.result(p.lora_a) if wanted else None
         for total, p, wanted in zip(totals, projections, needs.lora_a)
@@ -204,7 +204,7 @@ def _base_dx(
     dys: Sequence[Tensor],
     parts: Sequence[Part],
 ) -> Tensor:
-    """The base's part of dx, Σ dy·weight; on active rows alone without `prefix_grad`."""
+    """The base's part of dx, Σ dy·weight; without `prefix_grad` on active rows alone."""
     weights = [p.weight for p in projections if p.weight is not None]
     if not weights:
         return x.new_zeros(x.shape)

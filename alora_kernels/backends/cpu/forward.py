@@ -1,4 +1,4 @@
-"""Forward of `delta` on the CPU."""
+"""The forward pass of `delta` on the CPU."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def run_forward(
     begins, columns = saved_columns([p.lora_a.shape[0] for p in projections])
     dtype = saved_dtype(x.dtype, call.options.adapter_precision)
     known = call.activation.num_active
-    # Zeros, for the padding between projections: on a CPU with AMX, torch's 16-bit products read
-    # one element past a row of odd length, and 0 · NaN would spoil the row.
+    # The padding between projections must be zero. On a CPU with AMX, torch's 16-bit products read
+    # one element past a row of odd length and multiply it by zero, which gives NaN if it is NaN.
     xa = x.new_zeros(x.shape[0] if known is None else known, columns, dtype=dtype)
     if not parts:
         return ys, xa if save else None
@@ -56,7 +56,7 @@ def _base_outputs(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
 def _all_rows(
     call: Call, x: Tensor, projections: Sequence[Projection], base_outs: Sequence[Tensor] | None
 ) -> list[Tensor]:
-    """Decoding's short way: every row is active, nothing is saved, one dtype is computed in."""
+    """The fast path for decoding: all rows are active, nothing is saved, all is in x's dtype."""
     dtype = x.dtype
     if any(p.lora_a.dtype != dtype for p in projections):
         projections = [p._replace(lora_a=p.lora_a.to(dtype), lora_b=p.lora_b.to(dtype))

@@ -1,4 +1,4 @@
-"""The active rows of a batch: which are read and written together, and how."""
+"""Splits the active rows of a batch into parts, and reads and writes them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...activation import Activation, segments_of
 from ...contract import Call
 from ..philox import DropMask
 
-SHORT_SEGMENT = 32  # mean rows of a segment below which one gather beats a GEMM for each segment
-FEW_SEGMENTS = 16  # as long as there are no more than these, slices are always used
+SHORT_SEGMENT = 32  # below this mean length, one gather is faster than a GEMM for each segment
+FEW_SEGMENTS = 16  # up to this many segments, slices are always used
 
-ROUNDED_ROWS = 128  # rows of a product that is rounded apart: it stays in the cache
+ROUNDED_ROWS = 128  # rows per product that is rounded on its own, so that it stays in the cache
 
 WHOLE = slice(None)
 
@@ -25,16 +25,16 @@ class Part(NamedTuple):
     """Active rows that are read and written together."""
 
     rows: slice | Tensor  # which rows of x and y: WHOLE, a slice, or int64 row numbers
-    begin: int  # the same rows in `xa` and `dya`, which hold active rows alone
+    begin: int  # range of these rows in `xa` and `dya`, which contain active rows alone
     end: int
 
 
-# The parts of an activation, found by its first layer and read by all others.
+# The parts of each activation. The first layer that uses it finds them, all others read them.
 _known_parts: weakref.WeakKeyDictionary[Activation, list[Part]] = weakref.WeakKeyDictionary()
 
 
 def parts_of(activation: Activation) -> list[Part]:
-    """The active rows as slices, or as one gather when they lie scattered."""
+    """The active rows as slices, or as one gather if they are scattered."""
     parts = _known_parts.get(activation)
     if parts is None:
         parts = _known_parts[activation] = _find_parts(activation)
@@ -60,7 +60,7 @@ def take(matrix: Tensor, rows: slice | Tensor) -> Tensor:
 
 
 def block_of(low: Tensor, part: Part, column: int, rank: int) -> Tensor:
-    """A projection's columns of `xa` on the rows of a part."""
+    """The rows of `part` in `xa` or `dya`, and the columns of one projection."""
     if low.shape == (part.end - part.begin, rank):
         return low
     return low[part.begin : part.end, column : column + rank]
@@ -69,8 +69,8 @@ def block_of(low: Tensor, part: Part, column: int, rank: int) -> Tensor:
 def chunks(call: Call, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor | None]]:
     """The active rows and their drop masks.
 
-    Without dropout these are the parts. With dropout parts come in cache-sized chunks, and a mask
-    lives until the next one.
+    Without dropout, the parts themselves and no masks. With dropout, the parts in chunks that fit
+    the cache; a mask is valid until the next chunk.
     """
     if call.options.dropout_p == 0.0:
         for part in parts:
@@ -89,13 +89,13 @@ def chunks(call: Call, x: Tensor, parts: Sequence[Part]) -> Iterator[tuple[Part,
 
 
 def dropped(x: Tensor, rows: slice | Tensor, drop: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """dropout(x) on these rows, without its 1/(1−p); read where it lies when nothing is dropped."""
+    """dropout(x) on these rows, without the factor 1/(1−p); not copied if nothing is dropped."""
     taken = take(x, rows).to(dtype)
     return taken if drop is None else taken.masked_fill(drop, 0)
 
 
 def scaled_product(left: Tensor, right: Tensor, factor: float, out: Tensor) -> None:
-    """out = factor · left · right, the factor applied before the product is rounded."""
+    """out = factor · left · right. The factor is applied before the product is rounded."""
     torch.addmm(out, left, right, beta=0, alpha=factor, out=out)
 
 
@@ -110,7 +110,7 @@ def add_product(
 ) -> None:
     """out[rows] += left · right + offset, in place, added in the operands' dtype.
 
-    `rounded`: the product is rounded to the operands' dtype before it is added.
+    With `rounded`, the product is rounded to the operands' dtype before it is added.
     """
     if isinstance(rows, slice) and out.dtype == left.dtype and offset is None:
         here = take(out, rows)

@@ -1,4 +1,4 @@
-"""The CUDA C++ backend. Importing this module needs neither the extension nor a GPU."""
+"""The CUDA C++ backend. This module can be imported without the extension and without a GPU."""
 
 from .backend import CudaBackend
 

@@ -1,4 +1,4 @@
-"""`CudaBackend`: what it serves, and one program for each signature of a call."""
+"""`CudaBackend`: decides which problems it takes, and keeps a program for each call signature."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .program import Adapted, Layouts, program, schedules
 from .run import Run, Tensors, ready
 from .steps import Program, view_of
 
-KEPT = 2048  # entries, two for a program
+KEPT = 2048  # the most entries to keep; a program has two
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
 
 
 @functools.cache
 def build_report() -> dict[str, Any]:
-    """What the build wrote down: nvcc's version, the archs, and ptxas's figures of each kernel."""
+    """The build's report: nvcc's version, the archs, and ptxas's figures for each kernel."""
     return json.loads(BUILD_FILE.read_text()) if BUILD_FILE.exists() else {}
 
 
@@ -52,10 +52,10 @@ def _why_not_here() -> str | None:
 
 
 def why_no_kernel(major: int, minor: int, archs: Sequence[str]) -> str | None:
-    """Why none of the built `archs` (`"sm_80"`, `"sm_90a"`, `"compute_80"`) runs on a GPU.
+    """Why none of the built `archs` (`"sm_80"`, `"sm_90a"`, `"compute_80"`) runs on a GPU, or None.
 
-    Binaries run on the same major version from their minor version on, those with a suffix on
-    exactly theirs; PTX runs on everything not older.
+    A binary runs on GPUs of the same major version whose minor version is not lower. A binary whose
+    name has a suffix (`a`, `f`) runs on exactly its version. PTX runs on its version and all newer.
     """
     here = 10 * major + minor
     for arch in archs:
@@ -75,13 +75,13 @@ def _version(number: int) -> str:
 
 @functools.cache
 def _hopper() -> bool:
-    """Whether Hopper's own kernels were built."""
+    """Whether the kernels for Hopper (sm_90a) were built."""
     return "sm_90a" in build_report().get("archs", [])
 
 
 @functools.cache
 def _machine(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, arch)"""
+    """(multiprocessors, arch) of a GPU; arch 80 for a Hopper GPU without Hopper kernels."""
     properties = torch.cuda.get_device_properties(device)
     arch = 10 * properties.major + properties.minor
     if arch == 90 and not _hopper():
@@ -90,11 +90,14 @@ def _machine(device: torch.device) -> tuple[int, int]:
 
 
 class CudaBackend:
-    """`make_ready` and `machine` are for tests, which execute programs without a GPU.
+    """Plans programs, keeps them and runs them.
 
-    Programs are kept by all that they are a function of: the strategy, options and needs of the
-    call, the layouts of its tensors, the machine's device, and whether addresses are aligned. What
-    changes from call to call (addresses, streams, contents) is no part of a program.
+    The key of a kept program contains everything that the program depends on: the strategy, options
+    and needs of the call, the layouts and device of its tensors, and the alignment of their
+    addresses. Addresses, streams and contents change from call to call and are not part of a
+    program.
+
+    The arguments `make_ready` and `machine` are for tests, which execute programs without a GPU.
     """
 
     name = "cuda"
@@ -139,7 +142,7 @@ class CudaBackend:
         return None
 
     def schedules(self, problem: Problem, strategy: str) -> tuple[Schedule, ...]:
-        """What the cost model asks for: the GEMM of each projection."""
+        """The schedules that the cost model asks for: the GEMM of each projection."""
         arch = 80 if problem.arch == 90 and not _hopper() else problem.arch
         return schedules(problem, strategy, self._fixed_machine or (rates_of(arch).sms, arch))
 
@@ -176,7 +179,8 @@ class CudaBackend:
         for p in projections:
             inputs += p
         inputs += (xa, *dys)
-        # (Hooks of autograd may have laid out saved tensors anew: `known` is of forward's.)
+        # call.memory is not part of this key: it describes forward's tensors, and hooks of autograd
+        # may have changed the layout of the saved ones.
         key = (_options(call), strategy, needs, _layouts(inputs))
         found = self._again(key, inputs, call)
         if found is None:
@@ -193,7 +197,7 @@ class CudaBackend:
         return self._fixed_machine or _machine(x.device)
 
     def _again(self, key: Hashable, inputs: list[Tensor | None], call: Call) -> Tensors | None:
-        """The results of the program that ran last for `key`; None where it must be planned."""
+        """The results of the program that ran last for `key`; None if a program must be planned."""
         run = self._programs.get(key)
         if run is None:
             return None
@@ -206,10 +210,10 @@ class CudaBackend:
     def _anew(
         self, key: Hashable, inputs: list[Tensor | None], call: Call, asked: Pass, layouts: Layouts
     ) -> Tensors:  # fmt: skip
-        """Run the program of `asked` and `layouts`, and keep it for `key`.
+        """Run the program for `asked` and `layouts`, and keep it for `key`.
 
-        A program is planned for addresses that are aligned in one way, and refuses others: the
-        program for those then takes its place.
+        A program is planned for one alignment of the addresses and refuses all others. A program
+        for another alignment then takes its place under `key`.
         """
         aligned = key, tuple([0 if t is None else t.data_ptr() % 16 for t in inputs])
         run = self._programs.get(aligned)
@@ -227,7 +231,7 @@ class CudaBackend:
 
 
 def _plain(call: Call) -> tuple[Tensor | None, ...]:
-    """The tensors of a call that have one layout."""
+    """The tensors of a call that always have the same layout."""
     activation = call.activation
     return (
         activation.row_adapter, activation.active_rows, activation.active_count, call.seed
@@ -235,12 +239,12 @@ def _plain(call: Call) -> tuple[Tensor | None, ...]:
 
 
 def _options(call: Call) -> tuple[Any, ...]:
-    """All of a call and its activation that is no tensor and that programs depend on."""
+    """The parts of a call that a program depends on, except tensors."""
     return (call.scalings, call.options, call.activation.max_active)
 
 
 def _layouts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All that programs ask of tensors but the alignment of their addresses."""
+    """The facts about tensors that a program depends on, except the alignment of addresses."""
     return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
 
@@ -248,8 +252,8 @@ def _named(
     x: Tensor, projections: Sequence[Projection], *, base_outs: Sequence[Tensor] | None = None,
     xa: Tensor | None = None, dys: Sequence[Tensor] = (),
 ) -> Layouts:  # fmt: skip
-    """The layouts of a pass's tensors."""
-    named: Any = view_of  # whose views are None where a tensor is: the types say where that may be
+    """The layouts of the tensors of a pass."""
+    named: Any = view_of  # Any, because mypy cannot see which tensors are never None
 
     def each(name: str, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return tuple([named(f"{name}{i}", t) for i, t in enumerate(tensors)])

@@ -1,4 +1,4 @@
-"""The one door to the extension `alora_kernels._cuda`, which C++ defines in csrc/binding.cpp."""
+"""Loads the extension `alora_kernels._cuda` (csrc/binding.cpp) and checks that it fits."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 from .params import exported
 
-_agreed: Any = None  # the module that was compared last
+_agreed: Any = None  # the module that passed the check last
 
 
 def extension() -> Any:
     """The module `_cuda`.
 
     Raises:
-        ImportError: it was not built, does not load, or was built from other sources than these.
+        ImportError: it was not built, does not load, or was built from other sources.
     """
     global _agreed
     from ... import _cuda
@@ -27,7 +27,7 @@ def extension() -> Any:
 
 
 def disagreement(module: Any) -> str | None:
-    """What `module` says otherwise of the kernels' parameters than `params`; None if nothing."""
+    """The first difference between the kernel parameters in `module` and in `params`, or None."""
     for name, mine in exported().items():
         other = getattr(module, name, None)
         if mine != other:
@@ -36,7 +36,7 @@ def disagreement(module: Any) -> str | None:
 
 
 def _difference(name: str, mine: Any, other: Any) -> str:
-    """Where two values differ, as deep as dictionaries and tuples go."""
+    """Describe where two values differ, down to the innermost dictionary entry."""
     if isinstance(mine, dict) and isinstance(other, dict):
         for key in sorted(mine.keys() | other.keys()):
             if mine.get(key) != other.get(key):

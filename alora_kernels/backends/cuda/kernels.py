@@ -1,4 +1,4 @@
-"""From views to launches: each method states the shapes, plans, and adds one kernel's launches."""
+"""Turns views of tensors into kernel launches: one method of `Kernels` for each kernel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_COLUMN: dict[str, Any] = {"right": None, "valid": 0, "scale": 0.0}
 
 
 class Pass(NamedTuple):
-    """What a pass is asked for beside its tensors, and the machine that is planned for."""
+    """The parts of a pass that are not its tensors, and the GPU to plan for."""
 
     strategy: str
     scalings: tuple[float, ...]  # one for each projection
@@ -38,7 +38,7 @@ class Pass(NamedTuple):
 
 
 class Column(NamedTuple):
-    """Sixteen columns of shrink's output, or fewer: scale · left · right[row : row + 16]."""
+    """At most sixteen columns of shrink's output: scale · left · right[row : row + 16]ᵀ."""
 
     right: View  # [R, K]
     row: int
@@ -46,20 +46,20 @@ class Column(NamedTuple):
 
 
 def strides(name: str, view: View | None, *dimensions: str) -> dict[str, int]:
-    """The fields `name_dimension` of `view`'s strides; zeros where there is no view."""
+    """The fields `name_dimension` with the strides of `view`; zeros if there is no view."""
     values = (0,) * len(dimensions) if view is None else view.strides
     return {f"{name}_{d}": stride for d, stride in zip(dimensions, values)}
 
 
 class Kernels:
-    """The steps of one pass, as they are added."""
+    """Collects the steps of one pass. Each method plans a kernel and adds its launches."""
 
     def __init__(self, asked: Pass) -> None:
         self.asked = asked
         self.steps: list[Step] = []
 
     def make(self, name: str, shape: Sequence[int], dtype: torch.dtype, zero: bool = False) -> View:
-        """A new tensor."""
+        """Add a step that makes a new tensor."""
         view = fresh(name, shape, dtype)
         self.steps.append(Make(view, zero))
         return view
@@ -68,19 +68,19 @@ class Kernels:
         self, function: str, *operands: View | None, result: View | None,
         constants: tuple[Any, ...] = (),
     ) -> None:  # fmt: skip
-        """What PyTorch computes."""
+        """Add a step that PyTorch computes."""
         self.steps.append(Torch(function, operands, result, constants))
 
     def launch(self, plan: Plan, **fields: Any) -> None:
-        """A kernel. Every struct has the field `flags`, which the plan knows."""
+        """Add a kernel launch. The field `flags`, which every struct has, comes from the plan."""
         self.steps.append(Launch(plan, {**fields, "flags": plan.flags}))
 
     def _scratch(self, name: str, shape: Sequence[int]) -> View:
-        """A float32 tensor of the program's own."""
+        """Add a float32 tensor for intermediate results."""
         return self.make(f"{name} {len(self.steps)}", shape, torch.float32)
 
     def _dense(self, vector: View | None) -> View | None:
-        """`vector` as the kernels read it: elements side by side."""
+        """`vector` with stride 1, as kernels read it; copied if it has another stride."""
         if vector is None or vector.strides == (1,) or vector.shape[0] <= 1:
             return vector
         result = fresh(f"dense {vector.tensor}", vector.shape, vector.dtype)
@@ -88,7 +88,7 @@ class Kernels:
         return result
 
     def _drop(self, wanted: bool) -> tuple[bool, dict[str, Any]]:
-        """Whether to drop, and the fields that say so."""
+        """Whether the kernel applies dropout, and the fields for it."""
         p = self.asked.dropout_p
         on = wanted and p > 0.0
         return on, {"seed": SEED if on else None, "threshold": dropout_threshold(p)}
@@ -96,7 +96,8 @@ class Kernels:
     def shrink(self, left: View, columns: Sequence[Column], out: View, dropout: bool) -> None:
         """out[active, 16·b + j] = scale_b · left · right_b[row_b + j]; left `[M, K]`.
 
-        All rights have the same dtype and strides. Columns past a right's last row become zero.
+        b counts `columns`. All their `right` have the same dtype and strides. Columns of `out` past
+        the last row of a `right` become zero.
         """
         active, k = self.asked.max_active, left.shape[1]
         if active == 0:
@@ -132,8 +133,8 @@ class Kernels:
     ) -> None:  # fmt: skip
         """out = left · right + bias, and on active rows + low · up + lora_bias_scale · lora_bias.
 
-        left `[M, K]`, right `[K, N]`, low `[M, R]`, up `[R, N]`. With `down` `[R, K]` (onepass)
-        low = scale · left · downᵀ is computed here and also written to `low` unless that is None.
+        left `[M, K]`, right `[K, N]`, low `[M, R]`, up `[R, N]`. With `down` `[R, K]` (onepass) the
+        kernel computes low = scale · left · downᵀ itself, and also writes it to `low` if given.
         """
         (m, k), n = left.shape, right.shape[1]
         if m == 0 or n == 0:
@@ -187,7 +188,7 @@ class Kernels:
         out: View, common: dict[str, Any], down: View, low: View | None, down_scale: float,
         **more: Any,
     ) -> None:  # fmt: skip
-        """A kernel of Hopper that makes low inside: its struct holds gemm's."""
+        """Add a Hopper kernel that computes low itself. Its struct contains that of the GEMM."""
         gemm = {**_mapped(left, right, low_map, up, out), **common, "flags": plan.flags}
         fields = {f"gemm.{name}": value for name, value in gemm.items()}
         fields |= {"down": down, "down_values": down, "low_out": low, "scale": down_scale}
@@ -198,7 +199,7 @@ class Kernels:
         self, left: View, right: View | None, up: View, down: View, columns: int,
         add: bool = False, active_only: bool = False,
     ) -> Plan | None:  # fmt: skip
-        """The plan of `fused` with a fresh low `[M, columns]` and out, if it takes the problem."""
+        """The plan of `fused` with a fresh low `[M, columns]` and out; None if it does not fit."""
         m, k = left.shape
         if self.asked.arch != 90 or self.asked.dropout_p > 0.0 or right is None:
             return None
@@ -216,10 +217,10 @@ class Kernels:
         low: View, up: View, down: View, scale: float, lora_bias: View | None = None,
         lora_bias_scale: float = 1.0,
     ) -> None:  # fmt: skip
-        """low = scale · left · downᵀ on active rows, and gemm with it, by one launch.
+        """low = scale · left · downᵀ on active rows, then the GEMM with it, in one launch.
 
-        Operands as for `gemm`, down `[R, K]`; low may hold anything before, and is zero in the
-        inactive rows of row blocks that have an active one.
+        Operands as for `gemm`, down `[R, K]`. low needs no initial value. The kernel writes zeros
+        into inactive rows of row blocks that also have an active row.
         """
         (m, k), n = left.shape, right.shape[1]
         common = {
@@ -237,7 +238,7 @@ class Kernels:
         self, x: View, weight: View, out: View, bias: View | None, up: View, down: View,
         lora_bias: View | None, scaling: float,
     ) -> bool:  # fmt: skip
-        """`onepass` for at most sixteen rows x `[M, K]`, if decode takes the problem.
+        """Add `onepass` for at most sixteen rows x `[M, K]`; returns False if decode does not fit.
 
         weight `[N, K]`, out `[M, N]`, up `[R, N]`, down `[R, K]`.
         """
@@ -304,8 +305,9 @@ class Kernels:
     def grad_b(self, dy: View, xa: View, lora_b: View, dya: View, scale: float, db: str) -> bool:
         """`db` `[N, R]` = Σ_active dyᵀ · xa and dya[active] = scale · dy · lora_b, dy read once.
 
-        False, and nothing is added, where two passes move fewer bytes. dy `[M, N]`, lora_b
-        `[N, R]`, xa and dya `[M, ≥ R16]`: dya's padding columns become zero.
+        Returns False and adds nothing if two separate passes move fewer bytes. dy `[M, N]`, lora_b
+        `[N, R]`, xa and dya `[M, ≥ R16]`, where R16 is R rounded up to 16. dya's padding columns
+        become zero.
         """
         active, (n, rank) = self.asked.max_active, lora_b.shape
         plans = plan_grads.grad_b(
@@ -333,13 +335,13 @@ class Kernels:
         return True
 
     def bias_gradient(self, name: str, dy: View, scaling: float, lora_bias: View) -> None:
-        """scaling · Σ_active dy, as `lora_bias` is."""
+        """scaling · Σ_active dy, with the shape and dtype of `lora_bias`."""
         result = fresh(name, lora_bias.shape, lora_bias.dtype)
         constants = (scaling, lora_bias.dtype)
         self.torch("bias_gradient", ROW_ADAPTER, dy, result=result, constants=constants)
 
     def _reduce(self, plan: Plan, part: View, out: View, rank: int, r16: int, rows: int) -> None:
-        """out `[P, R]`: the parts added up, each of so many active rows."""
+        """out `[P, R]` = the sum of all parts, each of which covers `rows` active rows."""
         self.launch(
             plan, part=part, out=out, active_rows=None, active_count=ACTIVE_COUNT,
             **strides("out", out, "p", "r"), p=out.shape[0], r=rank, r16=r16, split_rows=rows,
@@ -350,7 +352,11 @@ class Kernels:
 def _mapped(
     left: View, right: View, low: View | None, up: View | None, out: View
 ) -> dict[str, View | None]:
-    """The fields of Hopper's gemm that map a matrix, and the addresses of those that may not."""
+    """The matrix fields of Hopper's GEMM.
+
+    Five are tensor maps. `up_values` and `out_values` are addresses, for accesses to `up` and `out`
+    that cannot go by tensor map.
+    """
     return {
         "left": left, "right": right, "low": low, "up": up, "out": out, "up_values": up,
         "out_values": out,

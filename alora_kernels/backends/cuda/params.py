@@ -1,8 +1,8 @@
-"""The kernels' parameter structs by the names of their fields, as `csrc/params.h` declares them.
+"""The parameter structs of the kernels, with the field names of `csrc/params.h`.
 
-`csrc/fields.h` states names, kinds and offsets a second time, by the compiler. `extension` compares
-the two whenever the extension is loaded, so a field that was moved or renamed on one side alone is
-an error that names it.
+`csrc/fields.h` exports names, kinds and offsets, as the compiler sees them. `extension` compares
+them with this file when it loads the extension. If a field was moved or renamed on one side only,
+the error names it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-MAX_COLUMN_BLOCKS = 16  # of sixteen columns each, in one launch of shrink
+MAX_COLUMN_BLOCKS = 16  # per launch of shrink; a block has sixteen columns
 
 ADAPTER_FLOAT = 1
 DROPOUT = 2
@@ -32,7 +32,7 @@ MAP_BYTES = 128
 
 
 class Kind(NamedTuple):
-    """A type of C++: its letter in `struct` and in `csrc/fields.h`, its size and its alignment."""
+    """A C++ type: its letter in `struct` and in `csrc/fields.h`, its size and its alignment."""
 
     letter: str
     size: int
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 POINTER, INT64 = Kind("P", 8, 8), Kind("q", 8, 8)
 INT32, UINT32, FLOAT = Kind("i", 4, 4), Kind("I", 4, 4), Kind("f", 4, 4)
-MAP = Kind("M", MAP_BYTES, 64)  # a tensor map as the driver encodes it
+MAP = Kind("M", MAP_BYTES, 64)  # a tensor map, encoded by the driver
 
 
 class Field(NamedTuple):
@@ -52,10 +52,11 @@ class Field(NamedTuple):
 
 
 class Struct:
-    """A struct of C++, laid out by the rules of its compilers.
+    """A C++ struct, laid out by the rules of C++ compilers.
 
-    `members` are a kind and the names, with spaces between them, of fields that have it; or a
-    struct and the name of the field that holds it, whose own fields are then called `name.field`.
+    Each of `members` is a kind and the names of the fields of this kind, separated by spaces. Or it
+    is a struct and the name of the field that contains it; the inner fields are then called
+    `name.field`.
     """
 
     def __init__(self, name: str, *members: tuple[Kind | Struct, str]) -> None:
@@ -77,7 +78,7 @@ class Struct:
         self.maps = tuple([n for n, f in self.fields.items() if f.kind is MAP])
 
     def pack(self, values: Mapping[str, float]) -> bytes:
-        """The struct's bytes; pointers and tensor maps are left zero.
+        """The struct's bytes, with zeros in place of pointers and tensor maps.
 
         Raises:
             TypeError: a field has no value, or a value has no field.
@@ -92,7 +93,7 @@ class Struct:
         return bytes(data)
 
     def exported(self) -> tuple[int, dict[str, tuple[str, int]]]:
-        """Size, and letter and offset of each field: what the extension says of the struct."""
+        """The size, and the letter and offset of each field, in the form that C++ exports."""
         return self.size, {n: (f.kind.letter, f.offset) for n, f in self.fields.items()}
 
 
@@ -203,7 +204,7 @@ FLAGS = {
 
 
 def exported() -> dict[str, Any]:
-    """What an extension that agrees with this file says of itself."""
+    """The values that the extension must export to agree with this file."""
     return {
         "structs": {name: struct.exported() for name, struct in STRUCTS.items()},
         "flags": FLAGS,

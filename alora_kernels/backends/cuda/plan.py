@@ -1,7 +1,7 @@
-"""Planning is data: which kernel, which grid, how much shared memory. Pure functions.
+"""Plans kernel launches by pure functions: which kernel, which grid, how much shared memory.
 
-A plan says all of a launch but its addresses. The same plan drives the launch on a GPU and the
-execution of the kernel's PTX in the tests.
+A plan describes a launch completely, except for addresses. The same plan drives the launch on a GPU
+and the execution of the kernel's PTX in the tests.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ MAX_ONEPASS_RANK = 64
 GEMM_COLUMNS, GEMM_STEP, GEMM_STAGES = 128, 32, 4
 GEMM_ROWS = (128, 32)  # row tiles, the larger first
 SM90_ROWS, SM90_STEP = 128, 64
-SM90_STAGES = {256: 4, 128: 6}  # columns of the tile: stages of the ring
-FUSED_ROW_BLOCKS = 4096  # of 128 rows: bits of the kernel's map of those with an active row
-FUSED_READERS = 0xFFFF  # column tiles: what half a word counts to
-DECODE_ROWS, DECODE_COLUMNS, DECODE_STEP = 16, 64, 512  # a step of all eight warps
+SM90_STAGES = {256: 4, 128: 6}  # columns of the tile: stages of the ring buffer
+FUSED_ROW_BLOCKS = 4096  # the most blocks of 128 rows: bits in the kernel's map of active blocks
+FUSED_READERS = 0xFFFF  # the most column tiles: the kernel counts them in half a word
+DECODE_ROWS, DECODE_COLUMNS, DECODE_STEP = 16, 64, 512  # DECODE_STEP: K per step of all eight warps
 EXPAND_ROWS, EXPAND_COLUMNS = 64, 128
-SHRINK_COLUMN_BLOCKS = 4  # of one block of threads
+SHRINK_COLUMN_BLOCKS = 4  # column blocks of one thread block
 THREADS = 256
 
 
 class TensorMap(NamedTuple):
-    """A matrix for bulk tensor copies: innermost dimension first, swizzled by 128 bytes."""
+    """A matrix for bulk tensor copies. The innermost dimension is first; 128-byte swizzle."""
 
     dims: tuple[int, int]
     stride: int  # bytes from row to row
@@ -55,7 +55,7 @@ class TensorMap(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One launch without its addresses."""
+    """One kernel launch, without addresses."""
 
     kernel: str
     params: str  # name of the parameter struct
@@ -63,17 +63,17 @@ class Plan:
     shared: int  # bytes of dynamic shared memory
     flags: int
     block: int = THREADS
-    dependent: bool = False  # may begin while the kernel before it ends
-    cooperative: bool = False  # blocks wait for each other: all must be on the device at once
-    split: int = 0  # grad and reduce: rows that one part adds up; decode: steps of K of a slice
+    dependent: bool = False  # may start before the previous kernel has ended
+    cooperative: bool = False  # blocks wait for each other, so all must run at the same time
+    split: int = 0  # grad and reduce: rows of one part; decode: the K of a slice
     workspace: tuple[int, ...] = ()  # shape of a float32 workspace
-    counters: int = 0  # words that are zero before and after
-    maps: tuple[TensorMap | None, ...] = ()  # the first fields of the parameter struct
-    tile: tuple[int, int] = (0, 0)  # rows and columns of the output, of one block at a time
+    counters: int = 0  # number of 32-bit counters, which are zero before and after the kernel
+    maps: tuple[TensorMap | None, ...] = ()  # for the struct's map fields, in order
+    tile: tuple[int, int] = (0, 0)  # rows and columns of the output that a block computes at a time
 
 
 class Operand(NamedTuple):
-    """Layout of a matrix: strides in elements, and whether its address is a multiple of 16."""
+    """The layout of a matrix: strides in elements, and whether its address is a multiple of 16."""
 
     stride0: int
     stride1: int
@@ -100,7 +100,10 @@ def gemm(
     up: Operand | None, down: Operand | None, rank: int, adapter_float: bool, dropout: bool,
     add: bool, active_only: bool, multiprocessors: int,
 ) -> Plan:  # fmt: skip
-    """left `[M, K]`, right `[K, N]`, out `[M, N]`, up `[R, N]`; `down` `[R, K]`: `onepass`."""
+    """The GEMM for all GPUs. left `[M, K]`, right `[K, N]`, out `[M, N]`, up `[R, N]`.
+
+    With `down` `[R, K]` it is `onepass`.
+    """
     vector = left.vector() and k % 8 == 0
     along_k = vector and right.turned.vector()
     along_n = vector and not along_k and right.vector() and n % 8 == 0
@@ -126,20 +129,26 @@ def gemm(
 
 
 def _vector_up(up: Operand | None, n: int, rank: int, along_n: bool, adapter_float: bool) -> bool:
-    """Whether up `[R, N]` can be read in whole 16-byte pieces along N, or else along R."""
+    """Whether up `[R, N]` can be read in 16-byte pieces: along N if `along_n`, else along R."""
     if up is None or (n if along_n else rank) % 8:
         return False
     return (up if along_n else up.turned).vector(4 if adapter_float else 2)
 
 
 def _converted(inner: Operand, adapter_float: bool) -> tuple[bool, bool]:
-    """Whether the producer of Hopper's kernels converts an adapter operand, which no tensor map
-    can then carry, and whether it may read it in 16-byte pieces along its dimension 1."""
+    """How Hopper's kernels load an adapter operand.
+
+    First: whether the producer warps load and convert it, because a tensor map cannot. Second:
+    whether they may read it in 16-byte pieces along its dimension 1.
+    """
     return adapter_float or not inner.vector(), inner.vector(4 if adapter_float else 2)
 
 
 def _right_map(depth: int, n: int, o: Operand, along_n: bool, columns: int) -> TensorMap:
-    """Of `[depth, N]`, in boxes of 64 steps and 64 columns, or of 64 steps and all `columns`."""
+    """The tensor map of a right operand `[depth, N]`.
+
+    Its boxes have 64 rows of depth, and 64 columns (if `along_n`) or all `columns` of a tile.
+    """
     if along_n:
         return TensorMap((n, depth), 2 * o.stride0, (64, SM90_STEP))
     return TensorMap((depth, n), 2 * o.stride1, (SM90_STEP, columns))
@@ -151,7 +160,7 @@ def onepass_sm90(
     up: Operand, down: Operand, out: Operand, adapter_float: bool, add: bool, active_only: bool,
     multiprocessors: int,
 ) -> Plan | None:  # fmt: skip
-    """`onepass` by Hopper's kernel; None where the sm_80 one is better or the only one."""
+    """`onepass` by Hopper's kernel; None if only the sm_80 kernel fits, or if it is better."""
     along_n = not right.turned.vector()
     if not (left.vector() and out.vector() and (right.vector() if along_n else True)) or k == 0:
         return None
@@ -159,10 +168,11 @@ def onepass_sm90(
     columns = 256 - r16
     tiles = -(-m // SM90_ROWS) * -(-n // columns)
     if m <= 64 or rank > MAX_ONEPASS_RANK or tiles < multiprocessors // 2:
-        return None  # idle rows, no room for down, or a machine filled better by smaller tiles
+        return None  # idle rows, no room for down, or too few of these large tiles to fill the GPU
     convert_up, vector_up = _converted(up if along_n else up.turned, adapter_float)
     convert_down, vector_down = _converted(down.turned if along_n else down, adapter_float)
-    # Blocks of 64 columns of right overlap columns of down, which therefore follow them.
+    # With `along_n`, right comes in boxes of 64 columns. They overwrite columns of down, so the
+    # producer must write down after them.
     convert_down = convert_down or along_n
     flags = ADAPTER_FLOAT * adapter_float | ADD * add | ACTIVE_ONLY * active_only
     flags |= CONVERT_UP * convert_up | VECTOR_UP * vector_up
@@ -193,12 +203,12 @@ def gemm_sm90(
     low: Operand | None, up: Operand | None, out: Operand, adapter_float: bool, dropout: bool,
     add: bool, active_only: bool, multiprocessors: int,
 ) -> Plan | None:  # fmt: skip
-    """`tail` by Hopper's kernel; None where its tensor maps or its tiles do not fit the problem."""
+    """`tail` by Hopper's kernel; None if its tensor maps or its tiles do not fit the problem."""
     along_n = not right.turned.vector()
     if not (left.vector() and out.vector() and (right.vector() if along_n else True)) or k == 0:
         return None
     if m <= 64:
-        return None  # half of a tile of 128 rows would be idle
+        return None  # at least half of a tile's 128 rows would be idle
     rows = -(-m // SM90_ROWS)
     columns = 256 if rows * -(-n // 256) >= multiprocessors else 128
     tiles = rows * -(-n // columns)
@@ -236,10 +246,10 @@ def fused_sm90(
     low: Operand, up: Operand, down: Operand, out: Operand, adapter_float: bool, add: bool,
     active_only: bool, multiprocessors: int,
 ) -> Plan | None:  # fmt: skip
-    """`tail` in one launch of Hopper's persistent kernel, which also makes `low`.
+    """`tail` in one launch of Hopper's persistent kernel, which also computes `low`.
 
-    `down` `[R, K]`. None where its large tiles do not fill the machine, so that a shrink beside
-    smaller ones ends sooner, or where its counters end.
+    `down` `[R, K]`. None if its large tiles do not fill the GPU (then a separate shrink and smaller
+    tiles are faster), or if the problem exceeds its counters.
     """
     gemm = gemm_sm90(
         dtype, m, n, k, rank, left, right, low, up, out, adapter_float, False, add, active_only,
@@ -276,7 +286,10 @@ def decode(
     dtype: torch.dtype, m: int, n: int, k: int, rank: int, left: Operand, weight: Operand,
     down: Operand, adapter_float: bool, multiprocessors: int,
 ) -> Plan | None:  # fmt: skip
-    """left `[M, K]`, weight `[N, K]`, down `[R, K]`; None where decode does not fit the problem."""
+    """`onepass` for few rows, split along K; None if it does not fit the problem.
+
+    left `[M, K]`, weight `[N, K]`, down `[R, K]`.
+    """
     if m > DECODE_ROWS or rank > MAX_ONEPASS_RANK or k % 8 or k == 0:
         return None
     if not (left.vector() and weight.vector()):
@@ -305,9 +318,10 @@ def shrink(
     dtype: torch.dtype, active: int, k: int, left: Operand, right: Operand, blocks: int,
     even: bool, adapter_float: bool, dropout: bool, multiprocessors: int,
 ) -> Plan:  # fmt: skip
-    """left `[M, K]`, right `[R, K]`, `blocks` blocks of sixteen columns, `active` rows at most.
+    """The narrow product of active rows. left `[M, K]`, right `[R, K]`.
 
-    `even`: every R is even, so that columns can be read in pairs.
+    It has `blocks` blocks of sixteen columns, and at most `active` rows. `even`: every R is even,
+    so columns can be read in pairs.
     """
     assert blocks <= MAX_COLUMN_BLOCKS
     path = "vector" if left.vector() and k % 8 == 0 else "strided"
@@ -331,7 +345,7 @@ def expand_add(
     dtype: torch.dtype, active: int, n: int, rank: int, up: Operand, out: Operand,
     adapter_float: bool, dropout: bool,
 ) -> Plan:  # fmt: skip
-    """up `[R, N]`, out `[M, N]`, `active` rows at most."""
+    """Adds the adapter's part to active rows. up `[R, N]`, out `[M, N]`, at most `active` rows."""
     pairs = out.stride1 == 1 and out.stride0 % 2 == 0 and out.aligned
     vector = _vector_up(up, n, rank, up.stride1 == 1, adapter_float)
     return Plan(

@@ -1,4 +1,4 @@
-"""Plans of the adapter's gradients: dA and dB, and dya where it shares dB's pass over dy."""
+"""Plans the kernels for dA and dB, and for dya if one pass over dy computes both dB and dya."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .params import ADAPTER_FLOAT, DROPOUT, FLOAT_OUT, STRIDED
 from .plan import NAMES, THREADS, Operand, Plan
 
 GRAD_P, GRAD_R, GRAD_SHARED = 128, 64, 4 * (32 * 128 + 32 * 64) * 2
-GRAD_ROWS = 128  # least rows of one split
+GRAD_ROWS = 128  # a split has at least so many rows
 BOTH_N, BOTH_R = 512, 32  # columns of dy and ranks that a block of grad_b keeps in registers
 BOTH_SHARED = 3 * (16 * 512 + 16 * 32) * 2 + 2 * 8 * 16 * 32 * 4
 
@@ -20,7 +20,7 @@ def _rank16(rank: int) -> int:
 
 
 def _grad_splits(active: int, p: int, rank: int, multiprocessors: int) -> tuple[int, int]:
-    """(splits, rows of one): the machine filled twice, each long enough to be worth its part."""
+    """(splits, rows of a split): enough blocks to fill the GPU twice, but no split too short."""
     tiles = -(-p // GRAD_P) * -(-rank // GRAD_R)
     splits = max(1, min(-(-active // GRAD_ROWS), -(-2 * multiprocessors // tiles)))
     rows = max(GRAD_ROWS, -(-active // splits))
@@ -28,9 +28,10 @@ def _grad_splits(active: int, p: int, rank: int, multiprocessors: int) -> tuple[
 
 
 def _both_splits(active: int, n: int, rank: int, multiprocessors: int) -> tuple[int, int]:
-    """(G, rows of one) of grad_b: one wave of blocks, a block a multiprocessor.
+    """(G, rows of a split) of grad_b: one wave, with one block on each multiprocessor.
 
-    A split of fewer than 4·R rows moves more for its part of dB than it reads of dy.
+    A split has at least 4·R rows. With fewer, it would move more bytes for its part of dB than it
+    reads from dy.
     """
     splits = max(1, multiprocessors // -(-n // BOTH_N))
     rows = max(4 * _rank16(rank), -(-active // splits))
@@ -38,16 +39,16 @@ def _both_splits(active: int, n: int, rank: int, multiprocessors: int) -> tuple[
 
 
 def two_pass_bytes(active: int, n: int, rank: int, multiprocessors: int) -> int:
-    """Bytes of dya by shrink and dB by grad: dy twice, the parts of dB written and read."""
+    """Bytes moved if shrink computes dya and grad dB: dy twice, dB's parts written and read."""
     splits, _ = _grad_splits(active, n, rank, multiprocessors)
     return 2 * 2 * active * n + 8 * _rank16(rank) * splits * n
 
 
 def one_pass_bytes(active: int, n: int, rank: int, multiprocessors: int) -> int:
-    """Bytes of both by grad_b: dy once, and 8·R·(G·N + H·active) for the parts of dB and dya.
+    """Bytes moved if grad_b computes both: dy once, and 8·R·(G·N + H·active) for their parts.
 
-    H = N/512 is the least that the registers allow, G the least that gives every multiprocessor a
-    block of a useful length.
+    H = N/512 is the smallest number of column parts that the registers allow. G is the smallest
+    number of splits that gives every multiprocessor a block (see `_both_splits`).
     """
     splits, _ = _both_splits(active, n, rank, multiprocessors)
     parts = splits * n + -(-n // BOTH_N) * active
@@ -55,7 +56,7 @@ def one_pass_bytes(active: int, n: int, rank: int, multiprocessors: int) -> int:
 
 
 def both_in_one_pass(active: int, n: int, rank: int, dy: Operand, multiprocessors: int) -> bool:
-    """Whether grad_b takes the problem and moves fewer bytes than shrink and grad."""
+    """Whether grad_b fits the problem and moves fewer bytes than shrink and grad."""
     fits = rank <= BOTH_R and dy.vector() and n % 8 == 0 and active > 0
     sizes = active, n, rank, multiprocessors
     return fits and one_pass_bytes(*sizes) < two_pass_bytes(*sizes)
@@ -64,7 +65,7 @@ def both_in_one_pass(active: int, n: int, rank: int, dy: Operand, multiprocessor
 def _reduce(
     dtype: torch.dtype, elements: int, float_out: bool, split_rows: int, multiprocessors: int
 ) -> Plan:
-    """The parts of `elements` sums added in order; `split_rows` active rows make a part."""
+    """Adds the parts of `elements` sums in order. A part covers `split_rows` active rows."""
     return Plan(
         f"masked_lora_reduce_{NAMES[dtype]}_kernel",
         "ReduceParams",
@@ -80,7 +81,7 @@ def grad(
     dtype: torch.dtype, active: int, p: int, rank: int, wide: Operand, dropout: bool,
     float_out: bool, multiprocessors: int,
 ) -> tuple[Plan, Plan]:  # fmt: skip
-    """The plans of grad and of reduce: wide `[M, P]`, low `[M, R]`, `active` rows at most."""
+    """The plans of grad and of reduce. wide `[M, P]`, low `[M, R]`, at most `active` rows."""
     splits, rows = _grad_splits(active, p, rank, multiprocessors)
     part = Plan(
         f"masked_lora_grad_{NAMES[dtype]}_kernel",
@@ -99,9 +100,9 @@ def grad_b(
     dtype: torch.dtype, active: int, n: int, rank: int, dy: Operand, adapter_float: bool,
     multiprocessors: int,
 ) -> tuple[Plan, Plan, Plan] | None:  # fmt: skip
-    """The plans of grad_b, of dB's reduce and of dya's; None where two passes move fewer bytes.
+    """The plans of grad_b, of dB's reduce and of dya's; None if two passes move fewer bytes.
 
-    dy `[M, N]`, `active` rows at most. The gradient has the adapter's dtype, dya that of dy.
+    dy `[M, N]`, at most `active` rows. dB has the adapter's dtype, dya has dy's.
     """
     if not both_in_one_pass(active, n, rank, dy, multiprocessors):
         return None

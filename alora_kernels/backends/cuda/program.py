@@ -1,7 +1,7 @@
-"""`program`: what one pass does, as data. A pure function of what is asked and of layouts.
+"""`program` lists the steps of one pass as data, from options and tensor layouts alone.
 
-The steps are executed by `run` on a GPU and by the PTX interpreter in the tests, and read by the
-cost model. Nothing here touches a tensor or synchronises with a device.
+`run` executes the steps on a GPU, the PTX interpreter executes them in tests, and the cost model
+reads them. Nothing here touches a tensor or waits for a device.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .kernels import Column, Kernels, Pass
 from .plan import Plan
 from .steps import Program, View, fresh
 
-PLAIN = ("row_adapter", "active_rows", "active_count", "seed")  # inputs that have one layout
+PLAIN = ("row_adapter", "active_rows", "active_count", "seed")  # these always have the same layout
 
 
 class Adapted(NamedTuple):
-    """A projection's layouts."""
+    """The layouts of one projection's tensors."""
 
     weight: View | None
     bias: View | None
@@ -30,17 +30,17 @@ class Adapted(NamedTuple):
 
 
 class Layouts(NamedTuple):
-    """How the tensors of a pass lie in memory."""
+    """The layouts of all tensors of a pass."""
 
     x: View
     projections: tuple[Adapted, ...]
-    base_outs: tuple[View, ...] | None = None  # forward: what the adapter's part is added to
+    base_outs: tuple[View, ...] | None = None  # forward: the adapter's part is added to these
     xa: View | None = None  # backward: what forward saved
     dys: tuple[View, ...] = ()  # backward
 
 
 def input_names(count: int, base_given: bool, backward: bool) -> tuple[str, ...]:
-    """The inputs of a pass with `count` projections, in order; some may be absent."""
+    """The names of the inputs of a pass with `count` projections, in order. Inputs may be None."""
     names = ["x"]
     for i in range(count):
         names += [f"{name}{i}" for name in Adapted._fields]
@@ -52,7 +52,7 @@ def input_names(count: int, base_given: bool, backward: bool) -> tuple[str, ...]
 
 
 def program(asked: Pass, layouts: Layouts) -> Program:
-    """The steps of a forward pass, or of a backward pass where `asked.needs` says what for."""
+    """The program of a forward pass, or of a backward pass if `asked.needs` is given."""
     backward = asked.needs is not None
     kernels = Kernels(asked)
     results = (_Backward if backward else _Forward)(kernels, layouts).results()
@@ -66,7 +66,7 @@ def program(asked: Pass, layouts: Layouts) -> Program:
 
 
 class _Pass:
-    """What forward and backward share: views, where each projection's low columns begin."""
+    """The part that forward and backward share: scales, and where each projection's low begins."""
 
     def __init__(self, kernels: Kernels, layouts: Layouts) -> None:
         self.kernels, self.asked, self.layouts = kernels, kernels.asked, layouts
@@ -78,7 +78,7 @@ class _Pass:
     def low(self, name: str, given: bool = True) -> View:
         """Memory for xa or dya. Tensor maps read whole tiles of it, so inactive rows must be zero.
 
-        Not `given`: the kernel that reads it also writes it, inactive rows included.
+        If not `given`, the kernel that reads it also writes it, inactive rows too.
         """
         zero = self.asked.arch == 90 and self.asked.strategy == "tail" and given
         return self.kernels.make(name, (self.x.shape[0], self.columns), self.x.dtype, zero)
@@ -86,7 +86,7 @@ class _Pass:
 
 class _Forward(_Pass):
     def results(self) -> list[str | None]:
-        """The outputs' names, then xa's."""
+        """Add the steps; returns the names of the outputs, then that of xa (None if not saved)."""
         asked, base_outs = self.asked, self.layouts.base_outs
         fused = self._fused()
         if fused is not None:
@@ -97,7 +97,7 @@ class _Forward(_Pass):
             ys = list(base_outs)
         else:
             ys = [self._output(i, made=not delta) for i in range(len(self.projections))]
-        if delta:  # before the kernels, which are then launched together
+        if delta:  # all of PyTorch's steps first, so that the kernels after them are one C++ call
             for p, y in zip(self.projections, ys):
                 self.kernels.torch("linear", self.x, p.weight, p.bias, result=y)
         xa = self.low("xa") if asked.save or not onepass else None
@@ -120,7 +120,7 @@ class _Forward(_Pass):
         return self.kernels.make(view.tensor, view.shape, view.dtype) if made else view
 
     def _base(self, p: Adapted, y: View, low: View | None, onepass: bool, scaling: float) -> None:
-        """The base and the adapter's part in one launch."""
+        """Add the base and the adapter's part in one launch."""
         assert p.weight is not None
         up, kernels = p.lora_b.turned, self.kernels
         if (
@@ -136,7 +136,7 @@ class _Forward(_Pass):
         )  # fmt: skip
 
     def _fused(self) -> list[str | None] | None:
-        """y and xa by one launch, where there is one."""
+        """Add y and xa in one launch (`fused`), and return their names; None if it does not fit."""
         asked, x = self.asked, self.x
         if asked.strategy != "tail" or self.layouts.base_outs or len(self.projections) > 1:
             return None
@@ -154,7 +154,7 @@ class _Forward(_Pass):
         return [y.tensor, xa.tensor if asked.save else None]
 
     def _shrink(self, xa: View) -> None:
-        """xa of all projections: one launch where their adapters are laid out alike."""
+        """Add xa of all projections, in one launch if their adapters have the same layout."""
         downs = [p.lora_a for p in self.projections]
         alike = all((a.strides, a.dtype) == (downs[0].strides, downs[0].dtype) for a in downs)
         shared: list[Column] = []
@@ -173,7 +173,7 @@ class _Backward(_Pass):
         super().__init__(kernels, layouts)
         assert self.asked.needs is not None
         self.needs: Needs = self.asked.needs
-        # onepass makes dya on the way to dx; a layer whose x needs no gradient has no such way.
+        # onepass computes dya together with dx, so it needs a dx.
         self.onepass = (
             self.asked.strategy == "onepass"
             and self.needs.x
@@ -190,11 +190,11 @@ class _Backward(_Pass):
             ]  # fmt: skip
 
     def results(self) -> list[str | None]:
-        """The names of dx, then of every lora_a's gradient, every lora_b's, every lora_bias's."""
+        """Add the steps; returns the names of dx, then of every dA, every dB, every dlora_bias."""
         dya = None
         if self.needs.x or any(self.needs.lora_a):
             dya = self.low("dya", None in self.fused)
-        done = [False] * len(self.projections)  # which dB came with dya
+        done = [False] * len(self.projections)  # whether dB was computed together with dya
         if dya is not None and not self.onepass:
             done = self._dya(dya)
         dx = None
@@ -208,7 +208,7 @@ class _Backward(_Pass):
         return [dx, *das, *dbs, *dbiases]
 
     def _dya(self, dya: View) -> list[bool]:
-        """dya where no later kernel makes it; whether dB was made beside it."""
+        """Add dya where no later kernel computes it. Returns which dB were computed with it."""
         done = [False] * len(self.projections)
         for i, (p, dy) in enumerate(zip(self.projections, self.layouts.dys)):
             if self.fused[i] is not None:
@@ -223,12 +223,12 @@ class _Backward(_Pass):
         return done
 
     def _xa(self, i: int) -> View:
-        """What forward saved for a projection."""
+        """The columns of the saved xa that belong to projection `i`."""
         assert self.layouts.xa is not None
         return self.layouts.xa.columns_from(self.begins[i])
 
     def _gradient(self, what: str, i: int, dya: View | None, done: bool) -> str | None:
-        """The name of dA, dB or the gradient of lora_bias; None where not wanted."""
+        """Add dA, dB or the gradient of lora_bias; returns its name, None if it is not wanted."""
         p, dy, name = self.projections[i], self.layouts.dys[i], f"d{what}{i}"
         if what == "a" and self.needs.lora_a[i]:
             assert dya is not None
@@ -246,7 +246,7 @@ class _Backward(_Pass):
 
     def _dx(self, dya: View) -> str:
         prefix, kernels, x = not self.asked.prefix_grad, self.kernels, self.x
-        given = self.projections[0].weight is None  # only the adapter's part of dx is asked for
+        given = self.projections[0].weight is None  # dx is the adapter's part alone
         by_vendor = self.asked.strategy == "delta" and not prefix and not given
         if by_vendor:
             dx = fresh("dx", x.shape, x.dtype)
@@ -279,9 +279,9 @@ class _Backward(_Pass):
 
 
 def program_of(problem: Problem, strategy: str, machine: tuple[int, int]) -> Program:
-    """The program of a problem whose tensors are contiguous and aligned.
+    """The program for a problem with contiguous, aligned tensors.
 
-    `machine`: multiprocessors and arch.
+    `machine` is the number of multiprocessors and the arch.
     """
     rows, dtype, adapter = problem.rows, problem.dtype, problem.adapter_dtype
     k, count = problem.in_features, len(problem.ranks)
@@ -315,9 +315,9 @@ def program_of(problem: Problem, strategy: str, machine: tuple[int, int]) -> Pro
 
 @functools.lru_cache(maxsize=1024)
 def schedules(problem: Problem, strategy: str, machine: tuple[int, int]) -> tuple[Schedule, ...]:
-    """What the cost model asks for: the GEMM of each projection.
+    """The schedules that the cost model asks for: the GEMM of each projection.
 
-    Empty where the vendor's library serves (`delta`, a given base).
+    Empty if the vendor's library computes the base, or the caller has computed it.
     """
     found = []
     for plan in [launch.plan for launch in program_of(problem, strategy, machine).launches]:

@@ -1,7 +1,8 @@
-"""Runs programs on a GPU: names become places once, then each call is tensors and one crossing.
+"""Runs programs on a GPU.
 
-A program that is ready to run holds no address, no stream, no device and no contents: it is the
-same for every call of its layouts.
+`ready` replaces the names of tensors by list positions once. A call then makes tensors and enters
+C++ once for each group of launches. The result of `ready` contains no address, stream, device or
+contents, so it serves every call with the same layouts.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 from .extension import extension
 from .steps import Launch, Make, Program, Torch, packed
 
-SCRATCH_ALIGNMENT = 256  # bytes, as PyTorch's own allocations
+SCRATCH_ALIGNMENT = 256  # bytes; PyTorch aligns its allocations at least as much
 
 Tensors = list[Tensor | None]  # the inputs, then what has been made so far
 Run = Callable[[Tensors], Tensors | None]
-# Does something with the tensors, whose addresses are known so far, on a device. False: it refuses.
+# Runs one step on (tensors, the addresses known so far, device). False: the step refuses.
 Action = Callable[[Tensors, list[int], int], bool]
 
 
@@ -44,17 +45,17 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def ready(program: Program) -> Run:
-    """`program` as a function of its inputs, by C++ on the GPU where they lie.
+    """A function that runs `program` on its inputs, on the GPU that they are on.
 
-    The function gives None, and has changed nothing, where an input's address is not what
-    `program.residues` says.
+    If an input's address is not aligned as `program.residues` says, the function returns None and
+    has not changed anything.
     """
     places: dict[str, tuple[int, int]] = {name: (i, 0) for i, name in enumerate(program.inputs)}
     residues = [-1 if r is None else r for r in program.residues]
     makes: list[tuple[Callable[..., Tensor], tuple[int, ...]]] = []
 
     def place(name: str) -> None:
-        """The next tensor that is made is called `name`; PyTorch aligns its address."""
+        """Give the next tensor in the list the name `name`. PyTorch aligns its address."""
         places[name] = len(residues), 0
         residues.append(0)
 
@@ -102,7 +103,7 @@ def ready(program: Program) -> Run:
 
 
 def _launching(program: Any) -> Action:
-    """`program` of C++, on the current stream."""
+    """The action that runs a C++ program on the current stream."""
 
     def launch(tensors: Tensors, addresses: list[int], device: int) -> bool:
         late = tensors[len(addresses) :] if addresses else tensors
@@ -113,7 +114,7 @@ def _launching(program: Any) -> Action:
 
 
 def _computing(step: Torch, places: Mapping[str, tuple[int, int]]) -> Action:
-    """What PyTorch computes."""
+    """The action that runs a step of PyTorch."""
     function, constants, fresh = FUNCTIONS[step.function], step.constants, step.result is not None
     operands = [None if v is None else places[v.tensor][0] for v in step.operands]
 
@@ -127,8 +128,10 @@ def _computing(step: Torch, places: Mapping[str, tuple[int, int]]) -> Action:
 
 
 def _scratch(program: Program) -> tuple[dict[str, int], int]:
-    """Tensors that only kernels see, as parts of one: where each begins, in bytes, and how many
-    elements of `program.dtype` there are."""
+    """Place the tensors that only kernels use into one scratch tensor.
+
+    Returns the first byte of each, and the scratch tensor's length in elements of `program.dtype`.
+    """
     seen = set(program.results)
     for step in program.steps:
         if isinstance(step, Torch):

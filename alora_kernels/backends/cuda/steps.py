@@ -1,7 +1,7 @@
-"""What a program is made of: views of tensors that have names but no addresses, and steps.
+"""The data types of a program: its steps, and views of tensors by name, without addresses.
 
-A step makes a tensor, launches a kernel, or lets PyTorch compute something (mostly a product by the
-vendor's library). Names stand for tensors throughout. All of this is plain data.
+A step makes a tensor, launches a kernel, or has PyTorch compute something (mostly a product by the
+vendor's library). All of this is plain data.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from .plan import Operand, Plan
 
 
 class View(NamedTuple):
-    """A tensor, or a part of one that begins `offset` bytes behind its first element."""
+    """A tensor, or the part of it that begins `offset` bytes after its first element."""
 
     tensor: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    residue: int = 0  # of the tensor's address, divided by 16
+    residue: int = 0  # the tensor's address modulo 16
     offset: int = 0
 
     @property
@@ -32,12 +32,12 @@ class View(NamedTuple):
         return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
 
     def rows_from(self, row: int) -> View:
-        """The matrix without its first rows."""
+        """The matrix from row `row` on."""
         shape = (self.shape[0] - row, *self.shape[1:])
         return self._replace(shape=shape, offset=self._behind(row, 0))
 
     def columns_from(self, column: int) -> View:
-        """The matrix without its first columns."""
+        """The matrix from column `column` on."""
         shape = (self.shape[0], self.shape[1] - column)
         return self._replace(shape=shape, offset=self._behind(column, 1))
 
@@ -51,13 +51,13 @@ class View(NamedTuple):
 
     @property
     def operand(self) -> Operand:
-        """What plans ask of a matrix."""
+        """The layout of a matrix, in the form that plans take."""
         stride0, stride1 = self.strides
         return Operand(stride0, stride1, self.aligned)
 
 
 def view_of(name: str, tensor: Tensor | None) -> View | None:
-    """`tensor` by a name, without its contents and without its address."""
+    """A view with this name and the layout of `tensor`, without its contents and address."""
     if tensor is None:
         return None
     shape, strides = tuple(tensor.shape), tensor.stride()
@@ -65,7 +65,7 @@ def view_of(name: str, tensor: Tensor | None) -> View | None:
 
 
 def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> View:
-    """A contiguous tensor that the program makes: PyTorch aligns its address."""
+    """A view of a contiguous tensor that the program makes. PyTorch aligns its address."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -74,33 +74,35 @@ def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> View:
 
 
 class Counters(NamedTuple):
-    """The address of so many 32-bit zeros, which the kernel sets back to zero."""
+    """The address of `words` 32-bit counters. They are zero; the kernel sets them back to zero."""
 
     words: int
 
 
 class Make(NamedTuple):
-    """A new contiguous tensor of the device."""
+    """Make a new contiguous tensor on the device; filled with zeros if `zero`."""
 
     view: View
     zero: bool = False
 
 
 class Launch(NamedTuple):
-    """A kernel. `fields` has a value for each field of its parameter struct."""
+    """Launch a kernel. `fields` has a value for each field of its parameter struct."""
 
     plan: Plan
     fields: Mapping[str, View | Counters | float | None]
 
     @property
     def views(self) -> dict[str, View]:
-        """The fields that stand for an address or a mapped matrix, and of what."""
+        """The fields that are an address or a tensor map, each with its view."""
         return {n: v for n, v in self.fields.items() if isinstance(v, View)}
 
 
 class Torch(NamedTuple):
-    """`run.FUNCTIONS[function](*operands, *constants)`; without a `result` the first operand is
-    changed in place, else the result is a new contiguous tensor."""
+    """Call `run.FUNCTIONS[function](*operands, *constants)`.
+
+    The result is a new contiguous tensor. If `result` is None, the first operand changes in place.
+    """
 
     function: str
     operands: tuple[View | None, ...]  # whole tensors
@@ -112,22 +114,22 @@ Step = Make | Launch | Torch
 
 
 class Program(NamedTuple):
-    """One pass: what is done, in order, with tensors that are called `inputs`."""
+    """One pass: steps, in order, on tensors with the names `inputs`."""
 
     inputs: tuple[str, ...]
     dtype: torch.dtype  # of the first input
-    residues: tuple[int | None, ...]  # of the inputs' addresses, divided by 16; None: any
+    residues: tuple[int | None, ...]  # the inputs' addresses modulo 16; None: any
     steps: tuple[Step, ...]
     results: tuple[str | None, ...]
 
     @property
     def launches(self) -> list[Launch]:
-        """The kernels in order."""
+        """The kernel launches, in order."""
         return [step for step in self.steps if isinstance(step, Launch)]
 
 
 class Address(NamedTuple):
-    """Where an address goes, and of what."""
+    """An address to write into the parameter bytes at `offset`."""
 
     offset: int
     tensor: int
@@ -135,14 +137,14 @@ class Address(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """Where the address of counters goes, and how many there must be."""
+    """The address of `words` counters, to write into the parameter bytes at `offset`."""
 
     offset: int
     words: int
 
 
 class Mapped(NamedTuple):
-    """Where a tensor map goes, and of what."""
+    """A tensor map to write into the parameter bytes at `offset`."""
 
     offset: int
     tensor: int
@@ -156,7 +158,7 @@ class Mapped(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """A launch as C++ takes it: parameter bytes, and what is put into them in each call."""
+    """A launch in the form that C++ takes: parameter bytes, and the values each call fills in."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -172,9 +174,13 @@ class Packed(NamedTuple):
 
 
 def packed(launch: Launch, places: Mapping[str, tuple[int, int]]) -> Packed:
-    """`launch` with numbers for the names of tensors.
+    """`launch` with list positions in place of tensor names.
 
-    `places` has for each name the number of the tensor that holds it, and how many bytes into it.
+    `places` has, for each name, the position of the tensor that contains it, and its first byte in
+    that tensor.
+
+    Raises:
+        TypeError: a field has no value, or a value has no field.
     """
     plan, fields = launch
     struct = STRUCTS[plan.params]
