@@ -177,8 +177,9 @@ def _planned(asked: Pass, layouts: Layouts) -> Run:
 
 def _pass(call: Call, strategy: str, x: Tensor, precision: str, **rest: Any) -> Pass:
     """What a call asks for, on the machine where x is."""
+    arch = target.arch()
     machine = Machine(
-        target.processors(x.device), target.arch(), precision, target.has_descriptors(),
+        target.processors(x.device), arch, precision, target.uses_descriptors(arch),
         tune.enabled() and not target.interpreting(),
     )  # fmt: skip
     activation, options = call.activation, call.options
