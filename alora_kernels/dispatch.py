@@ -67,6 +67,11 @@ def problem_of(
 
 @functools.cache
 def _arch(device: torch.device) -> int:
+    """80, 90, ... for sm_80, sm_90, ...; 942, ... for gfx942, ...; 0 where that has no number."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # gfx942:sramecc+:xnack-
+        digits = name.split(":")[0].removeprefix("gfx")
+        return int(digits) if digits.isdigit() else 0
     if torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)

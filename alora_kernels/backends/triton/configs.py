@@ -13,7 +13,16 @@ import torch
 
 # Shared memory that one block may ask for, in bytes; GENERIC_LIMIT where the GPU is unknown.
 # An arch is 80, 90, ... for sm_80, sm_90, ..., and 942, ... for gfx942, ...
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+SHARED_LIMIT = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+    942: 65536,
+    950: 163840,
+}
 GENERIC_LIMIT = 101376
 AMD = 900  # archs from here on are of AMD
 MAX_RANK = 256
@@ -52,6 +61,8 @@ _SMALL = (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 4, 4), Config(128, 128, 
 _ADA = (*_SMALL[:2], Config(128, 128, 32, 8, 5))
 _LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 4))
 _HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 4))
+# AMD's pipeline holds the tiles of the next step in registers: two stages, one in shared memory.
+_CDNA = (Config(16, 64, 128, 4, 2), Config(64, 128, 64, 4, 2), Config(128, 128, 64, 8, 2))
 _BLACKWELL = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
 
 
@@ -67,6 +78,8 @@ GEMM: dict[int, tuple[Row, ...]] = {
     90: _rows(_HOPPER),
     100: _rows(_BLACKWELL),
     120: _rows(_SMALL),
+    942: _rows(_CDNA),
+    950: _rows(_CDNA),
 }
 # FMA holds a whole K step of both operands in registers; tf32 fragments are twice as large.
 GEMM_IEEE = ((16, Config(16, 64, 16, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
@@ -79,7 +92,6 @@ SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
 EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
 GRAD = Config(32, 64, 64, 4, 3)
-GRAD_120 = Config(64, 64, 64, 4, 2)  # ptxas spills a register of the other on sm_120
 GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
 REDUCE = Config(16, 16, 16, 4, 1)  # four warps; its tile is of REDUCE_ELEMENTS
@@ -134,8 +146,8 @@ def gemm_config(
     of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
     Four warps hold low of at most 32 columns beside 128 of the output. For wider ranks `onepass`
     leaves one of more than three stages' shared memory to lora_a, and its steps of K are 64 deep at
-    most; those of sm_80's widest tile 32. So are they 64 deep for few rows on a Hopper without
-    `descriptors` (Triton 3.2 and 3.3), whose pointers take the registers.
+    most; those of the widest tile of sm_80 and AMD 32. Steps are 64 deep as well for few rows on a
+    Hopper without `descriptors` (Triton 3.2 and 3.3), where pointers take the registers.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
@@ -152,9 +164,9 @@ def gemm_config(
     if wide_low:
         deepest = 64
         stages = min(stages, max(3, stages - 1))
-        if config.warps == 8 and arch // 10 == 8:
+        if config.warps == 8 and arch // 10 in (8, 94, 95):
             deepest = 32
-    if lora == "onepass" and config.block_m == 16 and arch >= 90 and not descriptors:
+    if lora == "onepass" and config.block_m == 16 and 90 <= arch < AMD and not descriptors:
         deepest = 64
     if (widest, deepest, stages) == (config.block_n, config.block_k, config.stages):
         return config
@@ -193,11 +205,11 @@ def gemm_rank_block(rank: int, config: Config, lora: str) -> int:
     return rank_block(max(rank, 1), limit)
 
 
-def grad_config(arch: int, dtype: torch.dtype, rank: int) -> tuple[Config, int]:
+def grad_config(dtype: torch.dtype, rank: int) -> tuple[Config, int]:
     """Config of `grad` and its columns of the rank; `dtype` of its products."""
     if dtype == torch.float32:
         return GRAD_FLOAT32, rank_block(rank, 32)
-    return GRAD_120 if arch // 10 == 12 else GRAD, rank_block(rank)
+    return GRAD, rank_block(rank)
 
 
 def shrink_config(dtype: torch.dtype) -> Config:

@@ -349,7 +349,7 @@ class Kernels:
         scaling · Σ_active wide. low `[M, R16]`.
         """
         width = wide.shape[1]
-        cfg, block_r = configs.grad_config(self.machine.arch, low.dtype, rank)
+        cfg, block_r = configs.grad_config(low.dtype, rank)
         tiles = (cdiv(width, cfg.block_n), cdiv(rank, block_r))
         splits = self._grad_splits(tiles[0] * tiles[1], cfg)
         part, part_sums = self._grad_parts(splits, out, sums)

@@ -112,7 +112,12 @@ def processors(device: torch.device) -> int:
 
 
 def float32_precision() -> str:
-    """How float32 products are formed, "ieee" or "tf32": torch's own setting for CUDA."""
+    """How float32 products are formed, "ieee" or "tf32": torch's own setting for CUDA.
+
+    AMD's matrix cores have float32 itself.
+    """
+    if torch.version.hip is not None:
+        return "ieee"
     matmul = torch.backends.cuda.matmul
     # torch 2.9 named the setting anew, and refuses to read the old name once the new one was set.
     tf32 = matmul.fp32_precision == "tf32" if _HAS_FP32_PRECISION else matmul.allow_tf32
