@@ -89,7 +89,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     device: str  # "cpu", "cuda", ...
-    arch: int = 0  # compute capability as 80, 90, ...; 0 if the device is not an NVIDIA GPU
+    arch: int = 0  # 80, 90, ... for sm_80, sm_90, ...; 942, ... for gfx942, ...; 0 off such GPUs
     backward: bool = False
     base_given: bool = False  # the caller has computed the base output (alora_add)
     dropout: bool = False

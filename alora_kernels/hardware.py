@@ -28,9 +28,20 @@ GPUS: dict[str, Rates] = {
         Rates("H200", 989e12, 67e12, 4.8e12, 132),  # SXM
         Rates("B200", 2250e12, 75e12, 8.0e12, 148),
         Rates("RTX 5090", 210e12, 105e12, 1.79e12, 170),
+        Rates("MI300X", 1307e12, 163e12, 5.3e12, 304),  # AMD's data sheets
+        Rates("MI355X", 2517e12, 157e12, 8.0e12, 256),
     )
 }
-ARCHS = {80: "A100", 86: "A10", 89: "L40S", 90: "H100", 100: "B200", 120: "RTX 5090"}
+ARCHS = {
+    80: "A100",
+    86: "A10",
+    89: "L40S",
+    90: "H100",
+    100: "B200",
+    120: "RTX 5090",
+    942: "MI300X",
+    950: "MI355X",
+}
 # The fraction of the peak rate that mma.sync reaches on architectures whose full rate needs newer
 # instructions.
 OLD_INSTRUCTIONS = {90: 0.62, 100: 0.30}

@@ -68,6 +68,11 @@ def problem_of(
 
 @functools.cache
 def _arch(device: torch.device) -> int:
+    """80, 90, ... for sm_80, sm_90, ...; 942, ... for gfx942, ...; 0 where that has no number."""
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName  # gfx942:sramecc+:xnack-
+        digits = name.split(":")[0].removeprefix("gfx")
+        return int(digits) if digits.isdigit() else 0
     if torch.version.cuda is None:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -121,7 +126,8 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     reasons: list[str] = []
     for name in names:
         for wanted in strategies:
-            reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
+            # The problem first: a CPU tensor need not wake a GPU's driver.
+            reason = BACKENDS[name].why_not(problem, wanted) or BACKENDS[name].why_not_here()
             if reason is None:
                 able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:

@@ -1,10 +1,10 @@
 """A Triton driver that compiles for any GPU and launches nothing.
 
     with compile_only("sm_90") as compiled:
-        launch.gemm(call, x, weight.t(), y)   # tensors of real sizes on the CPU, never touched
+        run.compiled(launch)[launch.grid]   # a step of a program
     compiled[0].ptx, .registers, .spills, .shared
 
-The launcher's own code chooses config, switches and specialisation, so what is compiled is what a
+The package's own plan chooses config, switches and specialisation, so what is compiled is what a
 GPU of that kind would run.
 """
 
@@ -70,12 +70,12 @@ class _Utils:
 
     @staticmethod
     def load_binary(*args: Any) -> tuple[Any, ...]:
-        return None, None, 0, 0, 1024
+        return object(), None, 0, 0, 1024  # a module, so that it is loaded once
 
 
 class _CompileOnlyDriver(DriverBase):
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
         self.utils = _Utils()
         self.device = next(_devices)
 
@@ -87,7 +87,7 @@ class _CompileOnlyDriver(DriverBase):
         return True
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -113,8 +113,13 @@ class _CompileOnlyDriver(DriverBase):
 
 @contextlib.contextmanager
 def compile_only(arch: int | str) -> Iterator[list[Compiled]]:
-    """Compile Triton launches in this context for `arch`; yields what was compiled."""
-    number = int(str(arch).removeprefix("sm_"))
+    """Compile Triton launches in this context for `arch`; yields what was loaded.
+
+    Kernels for AMD ("gfx942") are compiled but not loaded: read them from `run.compiled`.
+    """
+    amd = str(arch).startswith("gfx")
+    number = 0 if amd else int(str(arch).removeprefix("sm_"))
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", number, 32)
     compiled: list[Compiled] = []
 
     def remember(module: Any, function: Any, name: str, files: Any, digest: str) -> None:
@@ -124,7 +129,7 @@ def compile_only(arch: int | str) -> Iterator[list[Compiled]]:
         compiled.append(Compiled(name, number, ptx, paths[".cubin"], shared))
 
     active, hook = driver._active, knobs.runtime.kernel_load_start_hook
-    driver.set_active(_CompileOnlyDriver(number))
+    driver.set_active(_CompileOnlyDriver(target))
     knobs.runtime.kernel_load_start_hook = remember
     try:
         yield compiled

@@ -6,14 +6,25 @@ The figures are planned from tile sizes, registers and shared memory, not tuned 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Shared memory that one block may ask for, in bytes; GENERIC_LIMIT where the GPU is unknown.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+# An arch is 80, 90, ... for sm_80, sm_90, ..., and 942, ... for gfx942, ...
+SHARED_LIMIT = {
+    80: 166912,
+    86: 101376,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    120: 101376,
+    942: 65536,
+    950: 163840,
+}
 GENERIC_LIMIT = 101376
+AMD = 900  # archs from here on are of AMD
 MAX_RANK = 256
 MAX_ONEPASS_RANK = 64  # padded: a second accumulator of this many columns still fits registers
 
@@ -47,8 +58,12 @@ class Config:
 # For each arch the configs by rows: the first whose bound is at least M serves.
 Row = tuple[int | None, Config]
 _SMALL = (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 4, 4), Config(128, 128, 32, 8, 3))
-_LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3))
-_HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
+_ADA = (*_SMALL[:2], Config(128, 128, 32, 8, 5))
+_LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 4))
+_HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 4))
+# AMD's pipeline holds the tiles of the next step in registers: two stages, one in shared memory.
+_CDNA = (Config(16, 64, 128, 4, 2), Config(64, 128, 64, 4, 2), Config(128, 128, 64, 8, 2))
+_BLACKWELL = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
 
 
 def _rows(configs: Sequence[Config]) -> tuple[Row, ...]:
@@ -59,10 +74,12 @@ GENERIC = _rows(_SMALL)
 GEMM: dict[int, tuple[Row, ...]] = {
     80: _rows(_LARGE),
     86: _rows(_SMALL),
-    89: _rows(_SMALL),
+    89: _rows(_ADA),
     90: _rows(_HOPPER),
-    100: _rows(_HOPPER),
+    100: _rows(_BLACKWELL),
     120: _rows(_SMALL),
+    942: _rows(_CDNA),
+    950: _rows(_CDNA),
 }
 # FMA holds a whole K step of both operands in registers; tf32 fragments are twice as large.
 GEMM_IEEE = ((16, Config(16, 64, 16, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
@@ -70,17 +87,28 @@ GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 # Rows that are no multiple of 16 bytes: every element has its own pointer, so tiles are small.
 GEMM_UNALIGNED = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 
-FEW_ACTIVE = 16
 SHRINK = Config(32, 64, 64, 4, 4)
-SHRINK_FEW = Config(16, 64, 64, 4, 5)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
 EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
 GRAD = Config(32, 64, 64, 4, 3)
-GRAD_120 = Config(64, 64, 64, 4, 2)  # ptxas spills a register of the other on sm_120
 GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
+REDUCE = Config(16, 16, 16, 4, 1)  # four warps; its tile is of REDUCE_ELEMENTS
 REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
+REDUCE_UNROLL = 8  # parts whose loads are in flight together
+
+
+def nearest(arch: int, known: Iterable[int]) -> int | None:
+    """`arch`, or the nearest older one of its family (sm_103: sm_100; sm_121: sm_120), if known."""
+    family = [k for k in known if k <= arch and k // 10 == arch // 10]
+    return max(family, default=None)
+
+
+def shared_limit(arch: int) -> int:
+    """Shared memory that one block may ask for, in bytes."""
+    found = nearest(arch, SHARED_LIMIT)
+    return GENERIC_LIMIT if found is None else SHARED_LIMIT[found]
 
 
 def rank_block(rank: int, limit: int = 64) -> int:
@@ -94,7 +122,10 @@ def gemm_table(
     """The configs of `gemm` for one arch, by rows."""
     if dtype == torch.float32:
         return GEMM_IEEE if precision == "ieee" else GEMM_TF32
-    return GEMM.get(arch, GENERIC) if aligned else GEMM_UNALIGNED
+    if not aligned:
+        return GEMM_UNALIGNED
+    found = nearest(arch, GEMM)
+    return GENERIC if found is None else GEMM[found]
 
 
 def gemm_config(
@@ -107,31 +138,42 @@ def gemm_config(
     lora: str = "none",
     rank: int = 0,
     dropout: bool = False,
+    descriptors: bool = True,
 ) -> Config:
     """Config of `gemm` with M = `rows`, narrowed where registers would spill.
 
     Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
     of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
-    Four warps hold low of at most 32 columns beside 128 of the output; a K step of lora_a in
-    float32 is 64 deep at most.
+    Four warps hold low of at most 32 columns beside 128 of the output. For wider ranks `onepass`
+    leaves one of more than three stages' shared memory to lora_a, and its steps of K are 64 deep at
+    most; those of the widest tile of sm_80 and AMD 32. Steps are 64 deep as well for few rows on a
+    Hopper without `descriptors` (Triton 3.2 and 3.3), where pointers take the registers.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
-    widest = config.block_n
+    widest, deepest, stages = config.block_n, config.block_k, config.stages
+    wide_low = lora == "onepass" and rank > 32
     if dtype == torch.float32 and precision == "ieee" and (dropout or lora == "onepass"):
         widest = 32
     elif dropout:
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
-    elif lora == "onepass" and config.warps == 4 and rank > 32:
+    elif wide_low and config.warps == 4:
         widest = 64
-    elif lora != "none" and (arch == 100 or rank % 16):  # a ragged rank is loaded piece by piece
+    elif lora != "none" and arch // 10 == 10:
         widest = 128
-    deepest = 64 if lora == "onepass" and rank > 32 else config.block_k
-    if config.block_n > widest or config.block_k > deepest:
-        return dataclasses.replace(
-            config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest)
-        )
-    return config
+    if wide_low:
+        deepest = 64
+        stages = min(stages, max(3, stages - 1))
+        if config.warps == 8 and arch // 10 in (8, 94, 95):
+            deepest = 32
+    if lora == "onepass" and config.block_m == 16 and 90 <= arch < AMD and not descriptors:
+        deepest = 64
+    if (widest, deepest, stages) == (config.block_n, config.block_k, config.stages):
+        return config
+    return dataclasses.replace(
+        config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest),
+        stages=stages,
+    )  # fmt: skip
 
 
 def is_aligned(strides: Sequence[int], address: int, itemsize: int) -> bool:
@@ -145,7 +187,7 @@ def is_aligned(strides: Sequence[int], address: int, itemsize: int) -> bool:
 
 def gemm_candidates(default: Config, arch: int, dtype: torch.dtype) -> list[Config]:
     """What opt-in tuning tries beside `default`: neighbours that fit the shared memory."""
-    limit = SHARED_LIMIT.get(arch, GENERIC_LIMIT)
+    limit = shared_limit(arch)
     found = [default]
     for m, n in ((16, 64), (16, 128), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256)):
         for k, stages in ((32, 4), (64, 3), (64, 4), (128, 3)):
@@ -163,18 +205,17 @@ def gemm_rank_block(rank: int, config: Config, lora: str) -> int:
     return rank_block(max(rank, 1), limit)
 
 
-def grad_config(arch: int, dtype: torch.dtype, rank: int) -> tuple[Config, int]:
+def grad_config(dtype: torch.dtype, rank: int) -> tuple[Config, int]:
     """Config of `grad` and its columns of the rank; `dtype` of its products."""
     if dtype == torch.float32:
         return GRAD_FLOAT32, rank_block(rank, 32)
-    return GRAD_120 if arch == 120 else GRAD, rank_block(rank)
+    return GRAD, rank_block(rank)
 
 
-def shrink_config(active: int, dtype: torch.dtype) -> Config:
-    """Config of `shrink` for a planned number of active rows; `dtype` of its products."""
-    if dtype == torch.float32:
-        return SHRINK_FLOAT32
-    return SHRINK_FEW if active <= FEW_ACTIVE else SHRINK
+def shrink_config(dtype: torch.dtype) -> Config:
+    """Config of `shrink`; `dtype` of its products. One for all lengths: few rows wait for memory,
+    whatever the tile."""
+    return SHRINK_FLOAT32 if dtype == torch.float32 else SHRINK
 
 
 def split_count(tiles: int, steps: int, processors: int, least_steps: int) -> int:
@@ -215,7 +256,7 @@ def can_describe(
 ) -> bool:
     """Whether a tensor descriptor (TMA) can stand for a matrix: sm_90+, 16-byte base and rows."""
     return (
-        arch >= 90
+        90 <= arch < AMD
         and strides[1] == 1
         and strides[0] >= shape[1]
         and strides[0] * itemsize % 16 == 0
