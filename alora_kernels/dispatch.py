@@ -22,6 +22,7 @@ from .backends.triton import TritonBackend
 from .contract import STRATEGIES, Backend, Call, Problem, Projection
 from .cost import seconds
 from .once import warn_once
+from .selftest import verdict
 
 logger = logging.getLogger("alora_kernels")
 
@@ -120,7 +121,11 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     reasons: list[str] = []
     for name in names:
         for wanted in strategies:
-            reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
+            reason = (
+                BACKENDS[name].why_not_here()
+                or BACKENDS[name].why_not(problem, wanted)
+                or verdict.why_not(name, problem, wanted, automatic=backend == "auto")
+            )
             if reason is None:
                 able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:
@@ -180,3 +185,4 @@ def forget_choices() -> None:
     _expected_seconds.cache_clear()
     tuning.read.cache_clear()
     tuning.key_here.cache_clear()
+    verdict.forget()

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from alora_kernels import alora_linear_reference
+from alora_kernels.selftest.accuracy import excess
 from bench.layer.cases import Case, Tensors
 from bench.layer.variants import BaseLinear, Outputs, Step, Variant
-
-# The error may be at most so many times PyTorch's own in the same dtype. The worst element of a
-# small tensor scatters by a factor of four between two right orders of summation (seen in 1 of 500
-# tries), so it only has to catch what the root mean square hides: one wrong row or column.
-FACTORS = {"rms": 2.0, "largest": 8.0}
 
 
 class WrongResult(Exception):
@@ -119,31 +114,9 @@ def reference(case: Case, tensors: Tensors, adapted: bool, precision: str) -> Ou
 def compare(where: str, name: str, got: Tensor, truth: Tensor, own: Tensor) -> None:
     """Raise WrongResult where `got` is too far from `truth`; `own` is PyTorch's own result."""
     what = "y" if name == "y" else f"the gradient of {name}"
-    if got.shape != truth.shape:
-        raise WrongResult(
-            f"{where}: {what} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-        )
-    for measure, norm in (("rms", _rms), ("largest", _largest)):
-        error, own_error = norm(got, truth), norm(own, truth)
-        # One rounding to the result's dtype is granted to all: where PyTorch happens to be exact
-        # (a single active row, a zero), a multiple of nothing would ask for the impossible.
-        rounding = torch.finfo(got.dtype).eps * norm(truth, None) / 2
-        allowed = FACTORS[measure] * max(own_error, rounding)
-        if not error <= allowed:  # NaN is wrong, too
-            raise WrongResult(
-                f"{where}: {what} is wrong: {measure} error {error:.3g}, allowed {allowed:.3g} "
-                f"({FACTORS[measure]:g} times PyTorch's own). It was not timed"
-            )
-
-
-def _rms(value: Tensor, truth: Tensor | None) -> float:
-    difference = value.double() if truth is None else value.double() - truth
-    return math.sqrt(float(difference.square().mean())) if difference.numel() else 0.0
-
-
-def _largest(value: Tensor, truth: Tensor | None) -> float:
-    difference = value.double() if truth is None else value.double() - truth
-    return float(difference.abs().amax()) if difference.numel() else 0.0
+    wrong = excess(got, truth, own)
+    if wrong is not None:
+        raise WrongResult(f"{where}: {what} is wrong: {wrong}. It was not timed")
 
 
 def check_all(

@@ -16,7 +16,7 @@ LAYERS = (
     ("contract",),
     ("cost",),
     ("backends",),
-    ("tuning",),
+    ("tuning", "selftest"),
     ("dispatch",),
     ("run",),
     ("autograd", "checks"),
