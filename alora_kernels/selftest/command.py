@@ -29,7 +29,8 @@ def add_flags(p: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run in this process, without a verdict: for compute-sanitizer and debuggers",
     )
-    add("--only", default="", metavar="TEXT", help="the cases whose description has this text")
+    about = "the cases whose description has this text; may be given several times"
+    add("--only", action="append", default=[], metavar="TEXT", help=about)
 
 
 def main(o: argparse.Namespace, backends: dict[str, Backend]) -> int:
@@ -49,7 +50,7 @@ def main(o: argparse.Namespace, backends: dict[str, Backend]) -> int:
 
 
 def _test(name: str, gpu: Gpu, o: argparse.Namespace) -> int:
-    cases = [case for case in cases_of(name, gpu.multiprocessors) if o.only in str(case)]
+    cases = _wanted(name, gpu.multiprocessors, o.only)
     if not cases:
         print(f"{name}: no case has {o.only!r} in its description")
         return 2
@@ -118,12 +119,12 @@ def _inside(implementation: str, device: str, cases: Sequence[Case]) -> int:
     return 1 if wrong else 0
 
 
-def would_run(names: Sequence[str], only: str = "") -> list[str]:
+def would_run(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
     """What the command would do on a GPU."""
     lines = [f"On a machine with a GPU, `{COMMAND}` would run these cases, each forward and"]
     lines += ["backward, twice, in a process of its own (sizes are those for an H100):"]
     for name in names:
-        cases = [c for c in cases_of(name, H100.multiprocessors) if only in str(c)]
+        cases = _wanted(name, H100.multiprocessors, only)
         lines.append(f"\n{name}: {len(cases)} cases")
         alike: dict[tuple[object, ...], list[Case]] = {}
         for c in cases:
@@ -139,6 +140,12 @@ def would_run(names: Sequence[str], only: str = "") -> list[str]:
     file = Path(verdict.path())
     lines.append(f"\nThe verdict would be kept in {file}.")
     return lines
+
+
+def _wanted(name: str, multiprocessors: int, only: Sequence[str]) -> list[Case]:
+    """The cases of a backend whose description has one of the texts, or all."""
+    cases = cases_of(name, multiprocessors)
+    return [c for c in cases if not only or any(text in str(c) for text in only)]
 
 
 def _short(kernel: str) -> str:

@@ -51,9 +51,14 @@ class View(NamedTuple):
 
     @property
     def operand(self) -> Operand:
-        """What plans ask of a matrix."""
-        stride0, stride1 = self.strides
-        return Operand(stride0, stride1, self.aligned)
+        """What plans ask of a matrix.
+
+        Rows that overlap, as those of a broadcast one do (the gradient of a sum), have no tensor
+        map: such a matrix counts as one that is not aligned.
+        """
+        (rows, columns), (stride0, stride1) = self.shape, self.strides
+        overlap = (stride1 == 1 and stride0 < columns) or (stride0 == 1 and stride1 < rows)
+        return Operand(stride0, stride1, self.aligned and not overlap)
 
 
 def view_of(name: str, tensor: Tensor | None) -> View | None:
