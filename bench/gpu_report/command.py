@@ -162,7 +162,7 @@ class Report:
             report.print_lines(console, f"{part.name}: up to {budget:.0f} s")
             self._take(part, budget)
             self.content["seconds"] = time.monotonic() - began
-            self._write()
+            self._write(part)
             done = self.content["parts"][part.name]
             report.print_lines(console, f"  {done['status']} {done['detail']}".rstrip())
         for verdict in page.verdicts(self.content):
@@ -188,7 +188,7 @@ class Report:
         }  # fmt: skip
         self._log.append(f"=== {part.name}: {kind}\n{text[-LOG:]}\n")
 
-    def _write(self) -> None:
+    def _write(self, part: Part) -> None:
         """The whole report so far; a file is the old one or the new one, never half."""
         files = {
             "report.json": json.dumps(self.content, indent=1),
@@ -200,6 +200,6 @@ class Report:
         try:
             from bench.gpu_report.plots import draw
 
-            draw(self.content, self._folder)
+            draw(self.content, self._folder, part.name)
         except Exception:  # no matplotlib, or data that nobody foresaw: the figures are kept
             self._log.append(f"=== plots\n{traceback.format_exc()}\n")

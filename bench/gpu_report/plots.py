@@ -11,15 +11,18 @@ from bench.gpu_report.page import Report, data_of
 from bench.layer.results import BASE, NAMES
 
 
-def draw(report: Report, folder: Path) -> None:
-    """Draw what there is."""
+def draw(report: Report, folder: Path, part: str) -> None:
+    """Draw the plot that shows what `part` has measured, if there is one."""
     about = data_of(report, "environment")
     where = f"{about.get('gpu', 'unknown GPU')} | commit {about.get('commit')}"
     if report["rehearsal"]:
         where = f"REHEARSAL: sizes and times mean nothing | {where}"
-    _layers(report, folder / "layers.png", where)
-    _model(report, folder / "model.png", where)
-    _whole(report, folder / "whole.png", where)
+    if part.startswith("layers"):
+        _layers(report, folder / "layers.png", where)
+    elif part == "tuning":
+        _model(report, folder / "model.png", where)
+    elif part in ("training", "session"):
+        _whole(report, folder / "whole.png", where)
 
 
 def _layers(report: Report, path: Path, where: str) -> None:
