@@ -48,7 +48,7 @@ PARTS = (
     Part("environment", 10, environment.environment),
     Part("build", 90, environment.build),
     Part("ceilings", 15, environment.ceilings),
-    Part("self-test", 60, commands.selftest),
+    Part("self-test", 90, commands.selftest),
     Part("gpu-tests", 120, commands.gpu_tests),
     Part("sanitizers", 75, commands.sanitizers),
     Part("layers Mistral-7B", 95, layers.layers_of("Mistral-7B")),

@@ -166,7 +166,7 @@ def test_the_page_is_one_page_with_verdicts_first(content, whole) -> None:
     assert lines[0].startswith("# GPU report:") and len(lines) < 130
     assert "A rehearsal: sizes and times mean nothing." in text
     first = lines.index("| " + " | ".join(("", "verdict", "")) + " |")
-    assert first < 8 < [i for i, line in enumerate(lines) if line.startswith("## ")][0]
+    assert first < 8 < next(i for i, line in enumerate(lines) if line.startswith("## "))
     assert "| self-test cuda | **BAD** | 107 of 108 cases passed, 40 kernels |" in text
     assert "| racecheck | **BAD** | 5 of 5 sets of cases ended in time; bfloat16, two tiles" in text
     assert "| memcheck | ok |" in text
@@ -253,9 +253,8 @@ def test_a_program_that_hangs_is_ended_with_its_children(tmp_path) -> None:
 def test_counters_that_may_not_be_read_are_left_out(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(commands.shutil, "which", lambda name: name)
     monkeypatch.setattr(commands.BACKENDS["cuda"], "why_not_here", lambda: None)
-    monkeypatch.setattr(
-        commands, "run", lambda *a, **k: Said(1, "==ERROR== ERR_NVGPUCTRPERM - ...")
-    )
+    refused = Said(1, "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+    monkeypatch.setattr(commands, "run", lambda *given, **environment: refused)
     with pytest.raises(LeftOut, match="ERR_NVGPUCTRPERM"):
         commands.counters(Context(CPU, 9.0, tmp_path / "x.json", rehearsal=True))
 
