@@ -13,6 +13,7 @@ log.txt.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import sys
 import tempfile
@@ -103,6 +104,8 @@ def _run(o: argparse.Namespace) -> int:
 def run_part(o: argparse.Namespace) -> int:
     """The child: one part, whose results go to the file `--out` as they come."""
     context = Context(o.device, o.seconds, o.out, o.rehearsal)
+    # Where it is when its time is over, for the log: it is ended soon after.
+    faulthandler.dump_traceback_later(o.seconds + GRACE - 10.0, exit=False)
     try:
         BY_NAME[o.part].run(context)
     except LeftOut as reason:
@@ -111,6 +114,8 @@ def run_part(o: argparse.Namespace) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return 0
 
 
@@ -178,6 +183,8 @@ class Report:
         kind = kinds.get(status, "failed")
         last = text.strip().splitlines()[-1:]
         detail = {"done": "", "left out": data.get("left_out", "")}.get(kind, " ".join(last))
+        if kind == "timed out":
+            detail = f"it was ended {GRACE:.0f} s after its budget; log.txt says where it was"
         if kind == "failed":
             detail = f"exit status {status}: {detail}"
         if kind == "done" and data.get("left"):

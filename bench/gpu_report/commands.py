@@ -85,7 +85,7 @@ def selftest(context: Context) -> None:
             "passed": int(counts[1]) if counts else 0,
             "cases": int(counts[2]) if counts else 0,
             "kernels": int(counts[3] or 0) if counts else 0,
-            "tested": "not tested here" not in said.text,
+            "not_tested": "".join(re.findall(rf"^{name}: not tested here: (.*)", said.text, re.M)),
             "said": said.tail,
         }
         context.save(backends={**context.data["backends"], name: found})

@@ -43,7 +43,7 @@ def environment(context: Context) -> None:
             versions[name] = "not installed"
     gpu = context.device.type == "cuda"
     context.save(
-        gpu=torch.cuda.get_device_name(context.device) if gpu else "none: a rehearsal on the CPU",
+        gpu=torch.cuda.get_device_name(context.device) if gpu else "no GPU",
         arch=arch_of(context.device),
         cpu=f"{cpu_name()}, {os.cpu_count()} cores",
         python=platform.python_version(),

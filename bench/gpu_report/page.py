@@ -63,8 +63,8 @@ def verdicts(report: Report) -> list[Verdict]:
 
 def _selftest_verdicts(report: Report) -> Iterable[Verdict]:
     for name, found in data_of(report, "self-test").get("backends", {}).items():
-        if not found["tested"]:
-            yield Verdict(f"self-test {name}", NOTE, _short(found["said"][0]))
+        if found["not_tested"]:
+            yield Verdict(f"self-test {name}", NOTE, _short(found["not_tested"]))
             continue
         # (2: what was not tested could not be, or the time was over.)
         passed = found["status"] == 0 and found["passed"] == found["cases"] > 0
@@ -206,7 +206,7 @@ def _layers(report: Report) -> list[str]:
         others = [
             _median(r["over_base"] for r in mine if r["variant"] == v) for v in (PEFT, "by hand")
         ]
-        base = _median(r["median_us"] for r in cell if r["variant"] == BASE)
+        base = _median((r["median_us"] for r in cell if r["variant"] == BASE), 1)
         rows.append((direction, f"{length:,}", active, base, f"{ours[name]:.2f}",
                      name.removeprefix("alora "), *others))  # fmt: skip
     if not rows:
@@ -220,9 +220,9 @@ def _layers(report: Report) -> list[str]:
     ]
 
 
-def _median(values: Iterable[float | None]) -> str:
+def _median(values: Iterable[float | None], digits: int = 2) -> str:
     found = [v for v in values if v is not None]
-    return f"{statistics.median(found):.2f}" if found else NOTE
+    return f"{statistics.median(found):.{digits}f}" if found else NOTE
 
 
 def _ceilings(report: Report) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def _model(report: Report, path: Path, where: str) -> None:
     with look.plot(
         path, "Measured time over what the cost model expects (1 is the model)",
         notes=[f"{len(lines)} cases of tuning's grid, by measured time", where], height=4.2,
+        shared_legend=True,
     ) as (axis,):  # fmt: skip
         for i, pair in enumerate(pairs):
             points: list[dict[str, Any]] = [x["pairs"][pair] for x in lines if pair in x["pairs"]]
@@ -85,11 +87,16 @@ def _model(report: Report, path: Path, where: str) -> None:
                 label=pair, color=look.COLOURS[i % len(look.COLOURS)],
             )  # fmt: skip
         axis.axhline(1.0, color="black", linewidth=0.8)
+        times = [p["us"] for line in lines for p in line["pairs"].values()]
+        decades = range(math.floor(math.log10(min(times))), math.ceil(math.log10(max(times))) + 1)
+        ticks = [step * 10.0**decade for decade in decades for step in (1, 2, 5)]
         axis.set_xscale("log")
+        axis.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axis.set_xlim(min(times) / 1.2, max(times) * 1.2)
+        axis.minorticks_off()
         axis.set_xlabel("measured µs")
         axis.set_ylabel("measured ÷ expected")
         axis.set_ylim(bottom=0)
-        axis.legend()
 
 
 def _whole(report: Report, path: Path, where: str) -> None:
