@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -121,8 +120,8 @@ def _inside(implementation: str, device: str, cases: Sequence[Case]) -> int:
 
 def would_run(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
     """What the command would do on a GPU."""
-    lines = [f"On a machine with a GPU, `{COMMAND}` would run these cases, each forward and"]
-    lines += ["backward, twice, in a process of its own (sizes are those for an H100):"]
+    lines = [f"On a machine with a GPU, `{COMMAND}` would run these cases, twice each,"]
+    lines += ["in a process of its own (sizes are those for an H100):"]
     for name in names:
         cases = _wanted(name, H100.multiprocessors, only)
         lines.append(f"\n{name}: {len(cases)} cases")
@@ -137,8 +136,8 @@ def would_run(names: Sequence[str], only: Sequence[str] = ()) -> list[str]:
             kernels = sorted(set().union(*kernels_of(cases)))
             lines.append(f"\n{len(kernels)} kernels:")
             lines += [f"  {_short(kernel)}" for kernel in kernels]
-    file = Path(verdict.path())
-    lines.append(f"\nThe verdict would be kept in {file}.")
+    if not only:
+        lines.append(f"\nThe verdict would be kept in {verdict.path()}.")
     return lines
 
 

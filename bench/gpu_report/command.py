@@ -13,8 +13,8 @@ log.txt.
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -92,6 +92,7 @@ def _run(o: argparse.Namespace) -> int:
             "gpu-report needs a GPU, and torch sees none here; --rehearsal shows the whole path on "
             "the CPU, with figures that mean nothing"
         )
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # of a process with a GPU: many gigabytes
     o.out.mkdir(parents=True, exist_ok=True)
     wanted = [part for part in PARTS if not o.only or part.name in o.only]
     Report(o.out, wanted, o.minutes * 60, in_process(o), o.rehearsal).run()
@@ -104,8 +105,6 @@ def _run(o: argparse.Namespace) -> int:
 def run_part(o: argparse.Namespace) -> int:
     """The child: one part, whose results go to the file `--out` as they come."""
     context = Context(o.device, o.seconds, o.out, o.rehearsal)
-    # Where it is when its time is over, for the log: it is ended soon after.
-    faulthandler.dump_traceback_later(o.seconds + GRACE - 10.0, exit=False)
     try:
         BY_NAME[o.part].run(context)
     except LeftOut as reason:
@@ -114,8 +113,6 @@ def run_part(o: argparse.Namespace) -> int:
     except Exception:
         traceback.print_exc()
         return 1
-    finally:
-        faulthandler.cancel_dump_traceback_later()
     return 0
 
 

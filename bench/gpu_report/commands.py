@@ -49,16 +49,26 @@ def run(command: Sequence[str], seconds: float, **environment: str) -> Said:
     with tempfile.TemporaryFile() as file:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True, env={**os.environ, "PYTHONPATH": path, **environment},
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **environment},
         )  # fmt: skip
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = TIMED_OUT
+            tell_where(process)
         finally:
             end(process)
         file.seek(0)
         return Said(status, file.read().decode(errors="replace"))
+
+
+def tell_where(process: subprocess.Popen[Any]) -> None:
+    """Let a Python process that hangs write where it is: its fault handler hears an abort."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGABRT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

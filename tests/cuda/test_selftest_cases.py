@@ -7,6 +7,7 @@ their check accepts the kernels as they are.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -67,7 +68,11 @@ def test_a_kernel_that_no_case_reaches_is_noticed() -> None:
     assert "masked_lora_onepass_bf16_sm90_224_kernel" in reached
 
 
-RISKY = [c for c in cases_of("cuda", 1) if c.what.startswith("right with N inside")]
+RISKY = [
+    dataclasses.replace(c, depth=264, width=264)
+    for c in cases_of("cuda", 1)
+    if c.what.startswith("right with N inside")
+]
 
 
 @pytest.mark.ptx
