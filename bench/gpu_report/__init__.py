@@ -6,5 +6,6 @@ environment   machine, build, ceilings
 commands      what other programs tell: self-test, tests, compute-sanitizer, ncu
 layers        layers of real models, and tuning's grid
 models        a training step and a session
-page          one page: verdicts first; the plots
+page          one page, verdicts first
+plots         the three plots
 """
