@@ -140,14 +140,15 @@ def gpu_of(number: int) -> Gpu:
 
 
 def _verdict(backend: str, gpu: Gpu, may_test: bool) -> Verdict | None:
-    known = _known.get((backend, gpu.name))
-    if known is None:
-        known = recorded(key_of(backend, gpu))
-        if known is None and may_test:
-            known = _test_once(backend, gpu)
-        _known[backend, gpu.name] = known
-        if known is not None and (known.failed or known.unknown):
-            _warn(backend, gpu, known)
+    """What is known; the file is read once, and heard of with a warning."""
+    which = backend, gpu.name
+    if which not in _known:
+        _known[which] = recorded(key_of(backend, gpu))
+    if _known[which] is None and may_test:
+        _known[which] = _test_once(backend, gpu)
+    known = _known[which]
+    if known is not None and (known.failed or known.unknown):
+        _warn(backend, gpu, known)
     return known
 
 

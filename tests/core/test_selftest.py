@@ -311,6 +311,16 @@ def test_a_verdict_holds_for_one_gpu_driver_and_build(tested, monkeypatch) -> No
     assert "cuda build-of-cuda | Imaginary H100 | driver 580.65.06" in content["verdicts"]
 
 
+def test_the_file_is_read_once_for_a_backend(tested, monkeypatch) -> None:
+    reads, real = [], verdict.recorded
+    monkeypatch.setattr(verdict, "recorded", lambda key: reads.append(key) or real(key))
+    dispatch.choose(problem(), "triton", "auto")
+    for rows in range(1025, 1075):
+        picked(rows=rows)
+    # (cuda: before the test, and again when the lock is held)
+    assert sorted(key.split()[0] for key in reads) == ["cuda", "cuda", "triton"]
+
+
 def test_two_processes_test_once(tested, caplog) -> None:
     slow = tested.__call__
 
