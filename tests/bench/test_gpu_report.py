@@ -237,7 +237,10 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path) -> None:
 
 
 def test_a_program_that_hangs_is_ended_with_its_children(tmp_path) -> None:
-    child = f"import time; time.sleep(4); open({str(tmp_path / 'alive')!r}, 'w')"
+    child = (  # that hears no abort
+        "import signal, time; signal.signal(signal.SIGABRT, signal.SIG_IGN); time.sleep(4)\n"
+        f"open({str(tmp_path / 'alive')!r}, 'w')"
+    )
     code = (
         "import subprocess, sys, time; print('begun', flush=True)\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
