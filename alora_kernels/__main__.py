@@ -1,8 +1,14 @@
-"""`python -m alora_kernels` prints what is installed, and for each backend whether it runs here."""
+"""`python -m alora_kernels` prints what is installed, and for each backend whether it runs here.
+
+python -m alora_kernels selftest [--backend cuda|triton]    every kernel once, on this GPU
+"""
 
 from __future__ import annotations
 
+import argparse
 import platform
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -10,6 +16,7 @@ import torch
 from . import __version__
 from .backends import philox
 from .dispatch import BACKENDS
+from .selftest import command
 
 PACKAGES = ("torch", "triton", "numpy", "peft", "transformers", "accelerate", "vllm")
 
@@ -43,5 +50,27 @@ def report() -> str:
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report, or run the self-test; returns the exit status."""
+    p = argparse.ArgumentParser(
+        "python -m alora_kernels",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = p.add_subparsers(dest="command")
+    command.add_flags(
+        commands.add_parser(
+            "selftest",
+            help="every kernel once against the reference, in a process of its own",
+            description=command.__doc__,
+        )
+    )
+    chosen = p.parse_args(arguments)
+    if chosen.command == "selftest":
+        return command.main(chosen, BACKENDS)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""Writes files and folders completely or not at all, so a reader never sees half of one."""
+"""Writes files and folders completely or not at all, so a reader never sees half of one.
+
+Also says where this package keeps what it has found out about a machine.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,12 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
+
+
+def cache_folder() -> Path:
+    """This package's folder in the user's cache; it may not exist yet."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "alora_kernels"
 
 
 @contextmanager

@@ -23,6 +23,7 @@ MODES = {
     "host": "bench.layer.host",
     "predict": "bench.layer.predict",
     "tune": "bench.layer.tune",
+    "gpu-report": "bench.gpu_report.command",
     "decode": "bench.models.decode",
     "train": "bench.models.train",
     "serve": "bench.models.serve",

@@ -20,6 +20,7 @@ from ..backends.reference import ReferenceBackend
 from ..backends.triton import TritonBackend
 from ..contract import STRATEGIES, Backend, Call, Problem, Projection
 from ..once import warn_once
+from ..selftest import verdict
 from . import measured
 from .cost import seconds
 
@@ -127,7 +128,11 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     for name in names:
         for wanted in strategies:
             # The problem first: a CPU tensor need not wake a GPU's driver.
-            reason = BACKENDS[name].why_not(problem, wanted) or BACKENDS[name].why_not_here()
+            reason = (
+                BACKENDS[name].why_not(problem, wanted)
+                or BACKENDS[name].why_not_here()
+                or verdict.why_not(name, problem, wanted, automatic=backend == "auto")
+            )
             if reason is None:
                 able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:
@@ -188,3 +193,4 @@ def forget_choices() -> None:
     _expected_seconds.cache_clear()
     measured.read.cache_clear()
     measured.key_here.cache_clear()
+    verdict.forget()

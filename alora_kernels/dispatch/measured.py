@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from ..contract import STRATEGIES, Problem
-from ..files import write_whole
+from ..files import cache_folder, write_whole
 
 FORMAT = 1
 VARIABLE = "ALORA_TUNING_FILE"
@@ -78,10 +78,7 @@ class Measurement:
 def path() -> Path:
     """The tuning file: `ALORA_TUNING_FILE`, or alora_kernels/tuning.json in the user's cache."""
     given = os.environ.get(VARIABLE)
-    if given:
-        return Path(given)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "alora_kernels" / "tuning.json"
+    return Path(given) if given else cache_folder() / "tuning.json"
 
 
 def key_of(device_name: str) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from alora_kernels import alora_linear_reference
+from alora_kernels.selftest.accuracy import excess
 from bench.layer.cases import Case, Tensors
 from bench.layer.variants import BaseLinear, Outputs, Step, Variant
-
-# How many times PyTorch's own error in the same dtype is allowed. In a small tensor the error of
-# the worst element may differ by a factor of four between two correct orders of summation (in 1 of
-# 500 tries). So its bound is wide: it is there for one wrong row or column, which the rms hides.
-FACTORS = {"rms": 2.0, "largest": 8.0}
 
 
 class WrongResult(Exception):
@@ -119,31 +114,9 @@ def reference(case: Case, tensors: Tensors, adapted: bool, precision: str) -> Ou
 def compare(where: str, name: str, got: Tensor, truth: Tensor, own: Tensor) -> None:
     """Raise WrongResult if `got` is too far from `truth`. `own` is PyTorch's own result."""
     what = "y" if name == "y" else f"the gradient of {name}"
-    if got.shape != truth.shape:
-        raise WrongResult(
-            f"{where}: {what} has shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
-        )
-    for measure, norm in (("rms", _rms), ("largest", _largest)):
-        error, own_error = norm(got, truth), norm(own, truth)
-        # One rounding to the result's dtype is always allowed. PyTorch may be exact (a single
-        # active row, a zero), and a multiple of its error would then be zero.
-        rounding = torch.finfo(got.dtype).eps * norm(truth, None) / 2
-        allowed = FACTORS[measure] * max(own_error, rounding)
-        if not error <= allowed:  # NaN is wrong, too
-            raise WrongResult(
-                f"{where}: {what} is wrong: {measure} error {error:.3g}, allowed {allowed:.3g} "
-                f"({FACTORS[measure]:g} times PyTorch's own). It was not timed"
-            )
-
-
-def _rms(value: Tensor, truth: Tensor | None) -> float:
-    difference = value.double() if truth is None else value.double() - truth
-    return math.sqrt(float(difference.square().mean())) if difference.numel() else 0.0
-
-
-def _largest(value: Tensor, truth: Tensor | None) -> float:
-    difference = value.double() if truth is None else value.double() - truth
-    return float(difference.abs().amax()) if difference.numel() else 0.0
+    wrong = excess(got, truth, own)
+    if wrong is not None:
+        raise WrongResult(f"{where}: {what} is wrong: {wrong}. It was not timed")
 
 
 def check_all(

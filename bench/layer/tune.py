@@ -117,9 +117,9 @@ def measurer(clocks: Sequence[Clock], seconds: float, seed: int) -> Measure:
     return measure
 
 
-def able(case: Case, arch: int) -> list[Pair]:
+def able(case: Case, arch: int, device: str = "cuda") -> list[Pair]:
     """The pairs of backend and strategy that can run a case."""
-    problems = [case.problem("cuda", arch, backward) for backward in case.passes]
+    problems = [case.problem(device, arch, backward) for backward in case.passes]
     return [
         (name, strategy)
         for name, backend in dispatch.BACKENDS.items()
@@ -129,18 +129,20 @@ def able(case: Case, arch: int) -> list[Pair]:
     ]
 
 
-def expected(case: Case, pair: Pair, arch: int) -> float:
+def expected(case: Case, pair: Pair, arch: int, device: str = "cuda") -> float:
     """The cost model's time of a case, over all of its passes."""
     name, strategy = pair
     return sum(
         dispatch.model_seconds(
-            dispatch.BACKENDS[name], case.problem("cuda", arch, backward), strategy
+            dispatch.BACKENDS[name], case.problem(device, arch, backward), strategy
         )
         for backward in case.passes
     )
 
 
-def tune(cases: Sequence[Case], measure: Measure, arch: int, progress: Progress) -> list[Line]:
+def tune(
+    cases: Sequence[Case], measure: Measure, arch: int, progress: Progress, device: str = "cuda"
+) -> list[Line]:
     """Measure all pairs in all cases."""
     lines = []
     task = progress.add_task("tuning", total=len(cases))
@@ -148,11 +150,11 @@ def tune(cases: Sequence[Case], measure: Measure, arch: int, progress: Progress)
         for case in cases:
             rows = case.rows.num_rows
             progress.update(task, description=f"{case.layer} M={rows} {case.pass_name}")
-            pairs = {Package(*pair).name: pair for pair in able(case, arch)}
+            pairs = {Package(*pair).name: pair for pair in able(case, arch, device)}
             times = measure(case, [Package(*pair) for pair in pairs.values()]) if pairs else {}
             measured = {pairs[name]: timing for name, timing in times.items()}
             if measured:
-                model = {pair: expected(case, pair, arch) for pair in measured}
+                model = {pair: expected(case, pair, arch, device) for pair in measured}
                 lines.append(Line(case, measured, model))
             progress.advance(task)
     return lines

@@ -25,6 +25,11 @@ def load_models(o: argparse.Namespace) -> tuple[Any, Any, Any]:
         folder = o.model or gemma_folder()
         bases = [AutoModelForCausalLM.from_pretrained(folder) for _ in range(2)]
         tokenizer = AutoTokenizer.from_pretrained(folder)
+    return (*models_of(bases, o), tokenizer)
+
+
+def models_of(bases: Sequence[Any], o: argparse.Namespace) -> tuple[Any, Any]:
+    """The first base with activated adapters (accelerated), the second with plain ones (PEFT)."""
     models = []
     for base, activated in zip(bases, (True, False)):
         model: Any = None
@@ -46,7 +51,7 @@ def load_models(o: argparse.Namespace) -> tuple[Any, Any, Any]:
                 if "lora_" in name:
                     parameter.normal_(std=0.02)
         models.append(model.to(o.device).eval())
-    return alora_kernels.accelerate(models[0]), models[1], tokenizer
+    return alora_kernels.accelerate(models[0]), models[1]
 
 
 def _tiny(seed: int) -> tuple[list[Any], Any]:
@@ -66,10 +71,10 @@ def _tiny(seed: int) -> tuple[list[Any], Any]:
     )
     bases = [Gemma3ForCausalLM(config) for _ in range(2)]
     bases[1].load_state_dict(bases[0].state_dict())
-    return bases, _NoText(config.vocab_size)
+    return bases, NoText(config.vocab_size)
 
 
-class _NoText:
+class NoText:
     """Stands for a tokenizer: the tiny model works on token ids only."""
 
     eos_token_id, pad_token_id, chat_template = 1, 0, None

@@ -14,7 +14,6 @@ INVOCATION = [7, 8]
 
 def make_model(options: argparse.Namespace) -> Any:
     """A Llama of 50 million parameters with an aLoRA on all seven projections, float32."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -29,10 +28,17 @@ def make_model(options: argparse.Namespace) -> Any:
         tie_word_embeddings=True,
     )
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return adapted(base, options.rank)
+
+
+def adapted(base: Any, rank: int) -> Any:
+    """`base` with an aLoRA on all its projections, in training mode."""
+    from peft import LoraConfig, get_peft_model
+
     adapter = LoraConfig(
         task_type="CAUSAL_LM",
-        r=options.rank,
-        lora_alpha=2 * options.rank,
+        r=rank,
+        lora_alpha=2 * rank,
         target_modules="all-linear",
         alora_invocation_tokens=INVOCATION,
     )
@@ -43,11 +49,13 @@ def make_model(options: argparse.Namespace) -> Any:
     return model
 
 
-def make_batch(options: argparse.Namespace, prompt: int) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(
+    options: argparse.Namespace, prompt: int, vocabulary: int = 32000
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of `prompt` random tokens, then the invocation, then an answer with labels."""
     generator = torch.Generator().manual_seed(prompt)
     shape = (options.batch, prompt + options.suffix)
-    ids = torch.randint(10, 32000, shape, generator=generator)
+    ids = torch.randint(10, vocabulary, shape, generator=generator)
     ids[:, prompt : prompt + len(INVOCATION)] = torch.tensor(INVOCATION)
     labels = ids.clone()
     labels[:, : prompt + len(INVOCATION)] = -100

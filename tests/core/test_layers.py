@@ -15,6 +15,7 @@ LAYERS = (
     ("activation",),
     ("contract", "hardware"),
     ("backends",),
+    ("selftest",),
     ("dispatch",),
     ("run",),
     ("autograd", "checks"),

@@ -286,3 +286,51 @@ def test_threads_launch_with_their_own_tensors(twin: Twin) -> None:
         sys.setswitchinterval(interval)
     assert not failures, failures[0]
     assert mine
+
+
+def with_gradients(extension: Extension) -> tuple[dict[str, Any], Tensor]:
+    """A layer of Hopper's kernels that trains, and its output; only backward is yet to launch."""
+    given = layer()
+    for name in ("x", "lora_a", "lora_b"):
+        given[name].requires_grad_()
+    y = alora_linear(**given)
+    extension.launches = []
+    return given, y
+
+
+def maps_of(launches: list[Launched]) -> list[tuple[int, ...]]:
+    """(address, is bfloat16, columns, rows, stride, box columns, box rows) of every tensor map."""
+    fields = [value for done in launches for value in done.fields.values()]
+    return [value for value in fields if isinstance(value, tuple) and value]
+
+
+def test_backward_can_be_the_first_that_a_thread_launches(twin: Twin) -> None:
+    """autograd's own threads have launched nothing before."""
+    twin.backend._fixed_machine = (132, 90)
+    (given, y), dy = with_gradients(twin.extension), torch.randn(M, N).bfloat16()
+    thread = threading.Thread(target=lambda: y.backward(dy))
+    thread.start()
+    thread.join()
+    launches = twin.extension.launches
+    assert launches and all(given[n].grad is not None for n in ("x", "lora_a", "lora_b"))
+    assert dy.data_ptr() in {m[0] for m in maps_of(launches)}
+
+
+@pytest.mark.parametrize("strategy", ["delta", "tail", "onepass"])
+def test_a_gradient_that_is_one_row_for_all_has_no_tensor_map(strategy: str, twin: Twin) -> None:
+    """`y.sum(0).backward(g)` hands over strides (0, 1), which no tensor map can have."""
+    twin.backend._fixed_machine = (2, 90)
+    given = layer() | {"strategy": strategy, "prefix_grad": False}
+    for name in ("x", "lora_a", "lora_b"):
+        given[name].requires_grad_()
+    y = alora_linear(**given)
+    g = torch.randn(N).bfloat16()
+    twin.extension.launches = []
+    torch.autograd.grad(y, [given["x"]], torch.randn(M, N).bfloat16(), retain_graph=True)
+    assert maps_of(twin.extension.launches), "with a gradient of its own there are maps"
+    twin.extension.launches = []
+    y.sum(0).backward(g)
+    launches = twin.extension.launches
+    assert launches
+    for _, _, columns, _, stride, *_ in maps_of(launches):
+        assert stride >= 2 * columns

@@ -75,12 +75,32 @@ def test_streams_do_not_share_counters(strategy: str, rows: int) -> None:
     call, wanted = call_and_result(strategy, rows)
     streams = [torch.cuda.Stream() for _ in range(3)]
     found = []
-    for _ in range(100):
+    for _ in range(334):  # a thousand calls
         for stream in streams:
             with torch.cuda.stream(stream):
                 found.append(call())
+            if len(found) >= 100:
+                torch.cuda.synchronize()
+                assert all(torch.equal(y, wanted) for y in found)
+                found.clear()
     torch.cuda.synchronize()
     assert all(torch.equal(y, wanted) for y in found)
+
+
+@pytest.mark.parametrize(("strategy", "rows"), SHAPES)
+def test_beside_kernels_that_hold_multiprocessors(strategy: str, rows: int) -> None:
+    """Blocks that wait for each other must not need the whole GPU."""
+    call, wanted = call_and_result(strategy, rows)
+    busy = torch.randn(8192, 8192, device="cuda").bfloat16()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    for _ in range(20):
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                torch.mm(busy, busy)
+        found = [call() for _ in range(5)]
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, wanted) for y in found)
 
 
 @pytest.mark.parametrize(("strategy", "rows"), SHAPES)
@@ -95,15 +115,48 @@ def test_a_thread_without_a_context_launches(strategy: str, rows: int) -> None:
     assert len(found) == 1 and torch.equal(found[0], wanted)
 
 
-def test_memory_of_a_graph_holds_no_counters() -> None:
+def gradients(given: dict[str, object], strategy: str, dy: Tensor) -> list[Tensor]:
+    """Of x, lora_a and lora_b."""
+    names = ("x", "lora_a", "lora_b")
+    leaves = {n: given[n].detach().requires_grad_() for n in names}  # type: ignore[attr-defined]
+    y = alora_linear(**{**given, **leaves}, strategy=strategy)  # type: ignore[arg-type]
+    return list(torch.autograd.grad(y, list(leaves.values()), dy))
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [("delta", 4096), ("onepass", 4096), *SHAPES])
+def test_backward_is_the_first_call_of_a_thread(strategy: str, rows: int) -> None:
+    """autograd runs it in a thread of its own, which may have no context yet."""
+    given, dy = layer(rows), torch.randn(rows, N, device="cuda").bfloat16()
+    wanted = gradients(given, strategy, dy)
+    found: list[list[Tensor]] = []
+    thread = threading.Thread(target=lambda: found.append(gradients(given, strategy, dy)))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert len(found) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found[0], wanted, strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["delta", "tail", "onepass"])
+def test_a_gradient_that_is_one_row_for_all(strategy: str) -> None:
+    """`y.sum(0).backward()` hands over strides (0, 1): no tensor map, and the same numbers."""
+    given, row = layer(4096), torch.randn(1, N, device="cuda").bfloat16()
+    got = gradients(given, strategy, row.expand(4096, N))
+    wanted = gradients(given, strategy, row.repeat(4096, 1))
+    for a, b in zip(got, wanted, strict=True):  # other kernels, which round elsewhere
+        assert (a.double() - b.double()).norm() <= 0.02 * b.double().norm()
+
+
+@pytest.mark.parametrize(("strategy", "rows"), SHAPES)
+def test_memory_of_a_graph_holds_no_counters(strategy: str, rows: int) -> None:
     """`torch.compile(mode="reduce-overhead")` refuses tensors in a graph's pool that outlive it."""
-    given = layer(1)
+    given = layer(rows)
     compiled = torch.compile(
-        lambda x: alora_linear(**{**given, "x": x}, strategy="onepass"),  # type: ignore[arg-type]
+        lambda x: alora_linear(**{**given, "x": x}, strategy=strategy),  # type: ignore[arg-type]
         mode="reduce-overhead",
     )
     with torch.no_grad():
-        wanted = alora_linear(**given, strategy="onepass")  # type: ignore[arg-type]
+        wanted = alora_linear(**given, strategy=strategy)  # type: ignore[arg-type]
         for _ in range(4):
             torch.compiler.cudagraph_mark_step_begin()
             assert torch.equal(compiled(given["x"]), wanted)

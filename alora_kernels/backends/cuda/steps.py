@@ -13,9 +13,14 @@ from .plan import Operand, Plan
 
 
 def operand_of(view: View) -> Operand:
-    """What plans ask of a matrix."""
-    stride0, stride1 = view.strides
-    return Operand(stride0, stride1, view.aligned)
+    """The layout of a matrix as plans see it.
+
+    The rows of a broadcast matrix (the gradient of a sum) overlap. No tensor map can describe them,
+    so such a matrix counts as not aligned.
+    """
+    (rows, columns), (stride0, stride1) = view.shape, view.strides
+    overlap = (stride1 == 1 and stride0 < columns) or (stride0 == 1 and stride1 < rows)
+    return Operand(stride0, stride1, view.aligned and not overlap)
 
 
 class Counters(NamedTuple):
