@@ -113,17 +113,16 @@ def _all_parts(model: nn.Module) -> Iterator[Part]:
                 module.weight, module.bias, module.lora_A, module.lora_B, module.lora_bias
             )  # fmt: skip
             yield Part([Projection(*tensors)], [module.scaling], options, module.training)
-        elif hasattr(module, "alora_owner"):
+        elif "alora_index" in module.__dict__:  # an accelerated PEFT layer that is served
             yield from _peft_parts(module)
 
 
 def _peft_parts(layer: Any) -> Iterator[Part]:
     """The calls of an accelerated PEFT layer: alone, and with those that share its x."""
-    from .peft.parts import steps_of
+    from .peft.adapters import active_in
+    from .peft.tensors import steps_of
 
-    active = layer._active_adapter
-    asked = (active,) if isinstance(active, str) else tuple(active)
-    names = [name for name in asked if name in layer.lora_A]
+    names = [name for name in active_in(layer) if name in layer.lora_A]
     if not names:
         return
     x = layer.lora_A[names[0]].weight.new_empty(0, layer.in_features)
@@ -141,7 +140,7 @@ def _peft_parts(layer: Any) -> Iterator[Part]:
             if steps is not None:
                 break
         for step in steps or []:
-            options = layer.alora_owner.options._replace(dropout_p=step.dropout_p)
+            options = layer.alora_adapters.options._replace(dropout_p=step.dropout_p)
             scalings = [float(s) for s in step.scalings]
             yield Part(step.projections, scalings, options, layer.training)
 

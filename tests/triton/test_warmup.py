@@ -64,6 +64,7 @@ def test_a_peft_model_s_first_forward_compiles_nothing_more(triton_alone: None) 
     config = peft.LoraConfig(
         r=8, alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM", init_lora_weights=False,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
+        modules_to_save=["lm_head"],  # adapted, but no layer of ours
     )  # fmt: skip
     model = peft.get_peft_model(LlamaForCausalLM(llama).to(torch.bfloat16), config).eval()
     alora_kernels.accelerate(model)
