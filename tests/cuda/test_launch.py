@@ -15,7 +15,7 @@ from alora_kernels.activation import Activation
 from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.backends.cuda.params import MAP, STRUCTS, exported
 from alora_kernels.backends.cuda.steps import Address, Packed
-from alora_kernels.contract import DEFAULTS, Call, Needs, Projection
+from alora_kernels.contract import DEFAULTS, Call, Needs, Problem, Projection
 
 from .stub import COUNTERS, STREAM, Extension, filled
 
@@ -386,3 +386,25 @@ def test_why_not_here(
     from alora_kernels.backends.cuda.backend import _why_not_here
 
     assert reason in str(_why_not_here.__wrapped__())
+
+
+def test_the_gpu_of_the_tensors_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an old GPU, the current device, and a new one."""
+    fake = SimpleNamespace(versions=lambda: (13000, 13000), **exported())
+    monkeypatch.setitem(sys.modules, "alora_kernels._cuda", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(alora_kernels, "_cuda", fake, raising=False)
+    from alora_kernels.backends.cuda import backend
+
+    gpus = [(7, 0), (9, 0)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: gpus[i])
+    monkeypatch.setattr(backend, "build_report", lambda: {"archs": ["sm_80", "sm_90a"]})
+    monkeypatch.setattr(backend, "_why_not_here", backend._why_not_here.__wrapped__)
+    found = backend.CudaBackend()
+    assert found.why_not_here() is None
+    problem = Problem(8, 64, (64,), (16,), 8, torch.bfloat16, torch.bfloat16, "cuda")
+    assert found.why_not(problem._replace(arch=90), "tail") is None
+    assert "no kernel was built for sm_70" in str(found.why_not(problem._replace(arch=70), "tail"))
+    gpus.pop()
+    assert "no kernel was built for sm_70" in str(found.why_not_here())

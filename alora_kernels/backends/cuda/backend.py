@@ -47,7 +47,10 @@ def _why_not_here() -> str | None:
         )
     if not torch.cuda.is_available():
         return "no NVIDIA GPU is visible to torch"
-    return why_no_kernel(*torch.cuda.get_device_capability(), build_report().get("archs", []))
+    built = build_report().get("archs", [])
+    gpus = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    reasons = [why_no_kernel(major, minor, built) for major, minor in gpus]
+    return None if None in reasons else reasons[0]
 
 
 def why_no_kernel(major: int, minor: int, archs: Sequence[str]) -> str | None:
@@ -89,7 +92,7 @@ def _machine(device: torch.device) -> tuple[int, int]:
 
 
 class CudaBackend(KeptPrograms):
-    """`make_ready` and `machine` are for tests, which execute programs without a GPU.
+    """Plans programs, keeps them and runs them.
 
     The key of a kept program contains everything that the program depends on: the strategy, options
     and needs of the call, the layouts and device of its tensors, and the alignment of their
@@ -119,6 +122,10 @@ class CudaBackend(KeptPrograms):
             return here
         if problem.device != "cuda" and self._make_ready is ready:
             return f"the tensors are on {problem.device}"
+        if problem.arch and self._make_ready is ready:  # of the tensors' own GPU
+            reason = why_no_kernel(*divmod(problem.arch, 10), build_report().get("archs", []))
+            if reason is not None:
+                return reason
         if problem.dtype not in NAMES:
             return f"{problem.dtype} has no CUDA kernel: bfloat16 and float16 have"
         if problem.adapter_dtype not in (problem.dtype, torch.float32):
