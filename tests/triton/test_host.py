@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alora_kernels.backends.triton import TritonBackend, configs, target, tune
+from alora_kernels.backends.triton import TritonBackend, autotune, configs, target
 from alora_kernels.backends.triton.configs import Config
 from alora_kernels.contract import Problem
 
@@ -131,7 +131,7 @@ def tuned(ran: list[Config]) -> Config:
         timed()
         return 1.0 if ran[-1] == FAST else 2.0
 
-    return tune.best(("gemm", 90, "x"), [DEFAULT, FAST, BROKEN], DEFAULT, run, measure)
+    return autotune.best(("gemm", 90, "x"), [DEFAULT, FAST, BROKEN], DEFAULT, run, measure)
 
 
 def test_tuning_measures_once_and_remembers_on_disk(
@@ -142,7 +142,7 @@ def test_tuning_measures_once_and_remembers_on_disk(
     ran: list[Config] = []
     assert tuned(ran) == FAST
     assert ran == [DEFAULT, FAST, BROKEN]
-    tune._remembered.cache_clear()  # as another process would read it
+    autotune._remembered.cache_clear()  # as another process would read it
     assert tuned(ran) == FAST
     assert len(ran) == 3
     assert [p.name for p in path.parent.iterdir()] == ["cache.json"]  # no temporary file is left
@@ -158,7 +158,7 @@ def test_a_damaged_cache_is_replaced(
     path = tmp_path / "cache.json"
     path.write_text(text)
     monkeypatch.setenv("ALORA_TRITON_CACHE", str(path))
-    tune._remembered.cache_clear()
+    autotune._remembered.cache_clear()
     assert tuned([]) == FAST
     assert len(json.loads(path.read_text())) == 1
 
@@ -168,10 +168,12 @@ def test_a_failed_write_leaves_the_old_cache(
 ) -> None:
     path = tmp_path / "cache.json"
     monkeypatch.setenv("ALORA_TRITON_CACHE", str(path))
-    tune._remembered.cache_clear()
-    tune._write(path, {"old": DEFAULT})
-    monkeypatch.setattr(tune.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    autotune._remembered.cache_clear()
+    autotune._write(path, {"old": DEFAULT})
+    monkeypatch.setattr(
+        autotune.os, "replace", lambda *a: (_ for _ in ()).throw(OSError("disk full"))
+    )
     with pytest.raises(OSError, match="disk full"):
-        tune._write(path, {"new": FAST})
+        autotune._write(path, {"new": FAST})
     assert list(json.loads(path.read_text())) == ["old"]
     assert len(list(tmp_path.iterdir())) == 1

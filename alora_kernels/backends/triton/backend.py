@@ -30,7 +30,7 @@ from ..programs import (
     layouts_of,
     signature_of,
 )
-from . import target, tune
+from . import autotune, target
 from .configs import MAX_ONEPASS_RANK, MAX_RANK
 from .kernels import Machine, Pass
 from .program import program
@@ -188,7 +188,7 @@ def _pass(call: Call, strategy: str, x: Tensor, precision: str, **rest: Any) -> 
     arch = target.arch()
     machine = Machine(
         target.processors(x.device), arch, precision, target.uses_descriptors(arch),
-        tune.enabled() and not target.interpreting(),
+        autotune.enabled() and not target.interpreting(),
     )  # fmt: skip
     activation, options = call.activation, call.options
     return Pass(

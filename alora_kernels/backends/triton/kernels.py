@@ -10,7 +10,7 @@ import torch
 from ...contract import Needs
 from ...reference import dropout_threshold
 from ..programs import Make, Torch, View, fresh
-from . import configs, tune
+from . import autotune, configs
 from .configs import Config, rank_block
 from .steps import ACTIVE, ROW_ADAPTER, SEED, Choice, Described, Launch, Step
 
@@ -271,7 +271,7 @@ class Kernels:
             own = Kernels(self.asked)
             own._tiled(product, config)
             ways[config] = tuple(own.steps)
-        chosen["rows"] = tune.bucket(left.shape[0])
+        chosen["rows"] = autotune.bucket(left.shape[0])
         key = ("gemm", *chosen.values(), aligned, machine.processors, *product.layout)
         self.steps.append(Choice(key if measure else (), ways))
 

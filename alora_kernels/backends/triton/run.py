@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 from ...once import log_once
 from ..programs import FUNCTIONS, Make, Program, Run, Tensors, Torch, View
-from . import target, tune
+from . import autotune, target
 from .configs import Config
 from .expand_add import masked_lora_expand_add_kernel
 from .gemm import masked_lora_gemm_kernel
@@ -287,7 +287,7 @@ def _choosing(choice: Choice, places: Places) -> Action:
             config = _measured(choice, places, tensors, stream)
             ways = {config: choice.ways[config], **choice.ways}
             found = _in_turn(_fitting(ways, places))
-            if tune.capturing():  # nothing was measured
+            if autotune.capturing():  # nothing was measured
                 return found(tensors, stream, observed)
             chosen.append(found)
         chosen[0](tensors, stream, observed)
@@ -298,7 +298,7 @@ def _choosing(choice: Choice, places: Places) -> Action:
 def _measured(choice: Choice, places: Places, tensors: Tensors, stream: Any) -> Config:
     default = next(iter(choice.ways))
     actions = functools.cache(lambda config: _in_turn(_actions(choice.ways[config], dict(places))))
-    return tune.best(
+    return autotune.best(
         choice.key,
         list(choice.ways),
         default,
