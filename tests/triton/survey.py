@@ -211,8 +211,8 @@ def compile_cases(wanted: Iterable[Case]) -> Iterator[tuple[Case, Compiled]]:
             yield case, kernel
 
 
-def survey_part(part: list[Case]) -> list[Row]:
-    """The rows of one process's cases, which share an arch and a dtype."""
+def survey_part(part: list[Case]) -> list[dict[str, Any]]:
+    """The rows of some cases of one arch, each with the gates that it fails."""
     rows: dict[str, Row] = {}
     for case, kernel in compile_cases(part):
         digest = hashlib.sha256(kernel.cubin).hexdigest()
@@ -220,7 +220,7 @@ def survey_part(part: list[Case]) -> list[Row]:
             rows[digest] = row_of(kernel)
         if str(case) not in rows[digest].cases:
             rows[digest].cases.append(str(case))
-    return list(rows.values())
+    return [dataclasses.asdict(row) | {"faults": row.faults()} for row in rows.values()]
 
 
 def count_part(arch: int) -> dict[str, int]:
@@ -254,40 +254,33 @@ def cached(folder: Path, name: str, make: Callable[[], Any]) -> Any:
     return json.loads(file.read_text())
 
 
-def work(job: tuple[str, int, list[Case], Path]) -> tuple[str, int, Any]:
-    """One process's share: the rows of some cases, or the number of binaries of an arch."""
-    kind, arch, part, folder = job
+def work(job: tuple[int, list[Case], Path]) -> tuple[int, dict[str, int], list[dict[str, Any]]]:
+    """One arch, in a process of its own: a Triton may keep what it learned of another."""
+    arch, wanted, folder = job
     target.processors = lambda device: 132  # an H100's
-    if kind == "count":
-        return kind, arch, cached(folder, f"count {arch}", lambda: count_part(arch))
-
-    def made() -> list[dict[str, Any]]:
-        return [dataclasses.asdict(row) | {"faults": row.faults()} for row in survey_part(part)]
-
-    return kind, arch, cached(folder, "\n".join(map(repr, part)), made)
+    rows = []
+    for dtype in DTYPES:
+        part = [c for c in wanted if c.dtype == dtype]
+        rows += cached(folder, "\n".join(map(repr, part)), lambda part=part: survey_part(part))
+    return arch, cached(folder, f"count {arch}", lambda: count_part(arch)), rows
 
 
 def survey(archs: Iterable[int], uses: Iterable[str], whole: bool, folder: Path) -> dict[str, Any]:
     """Every row, and the number of binaries, by two processes."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
     folder.mkdir(parents=True, exist_ok=True)
-    jobs: list[tuple[str, int, list[Case], Path]] = []
-    for arch in filter(knows, archs):
-        wanted = [c for c in cases(arch, whole) if c.use in uses]
-        for dtype in DTYPES:
-            jobs.append(("rows", arch, [c for c in wanted if c.dtype == dtype], folder))
-        jobs.append(("count", arch, [], folder))
-    rows: list[Any] = []
+    jobs = [
+        (arch, [c for c in cases(arch, whole) if c.use in uses], folder)
+        for arch in filter(knows, archs)
+    ]
+    rows: list[dict[str, Any]] = []
     counts: dict[str, Any] = {}
-    # A process an arch: a Triton may keep what it learned of the first.
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        for kind, arch, result in pool.imap_unordered(work, jobs):
-            if kind == "count":
-                counts[str(arch)] = result
-            else:
-                rows += result
-    order = lambda row: (row["arch"], row["kernel"], row["cases"])  # noqa: E731
-    return {"triton": triton.__version__, "rows": sorted(rows, key=order), "binaries": counts}
+        for arch, counted, found in pool.imap_unordered(work, jobs):
+            counts[str(arch)] = counted
+            rows += found
+    rows.sort(key=lambda row: (row["arch"], row["kernel"], row["cases"]))
+    return {"triton": triton.__version__, "rows": rows, "binaries": counts}
 
 
 def main() -> None:
