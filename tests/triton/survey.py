@@ -150,7 +150,25 @@ BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$\w+)")
 
 
 def main_loops(ptx: str) -> list[dict[str, int]]:
-    """The innermost loops that multiply matrices: what each loads and copies in one step."""
+    """The innermost loops that multiply matrices: what each loads and copies in one step.
+
+    Where warps have roles of their own, one loop multiplies what another copied.
+    """
+    bodies = innermost(ptx, MULTIPLY)
+    feeding = sum(len(COPY.findall(b)) for b in innermost(ptx, COPY) if not MULTIPLY.search(b))
+    found = []
+    for body in bodies:
+        loads = list(LOAD.finditer(body))
+        copies = len(COPY.findall(body))
+        narrow = [m for m in loads if int(m[1]) <= 16 and ".v" not in m[0]]
+        if not loads and not copies:
+            copies = feeding
+        found.append({"narrow": len(narrow), "loads": len(loads), "copies": copies})
+    return found
+
+
+def innermost(ptx: str, what: re.Pattern[str]) -> list[str]:
+    """The loops that contain `what`, without those around them."""
     lines = ptx.splitlines()
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
@@ -158,21 +176,14 @@ def main_loops(ptx: str) -> list[dict[str, int]]:
         if label := LABEL.match(line):
             labels[label[1]] = number
         elif (branch := BRANCH.search(line)) and branch[1] in labels:
-            loops.append((labels[branch[1]], number))
-    found = []
-    multiplying = [
-        (a, b) for a, b in loops if any(MULTIPLY.search(line) for line in lines[a : b + 1])
+            begin = labels[branch[1]]
+            if any(what.search(line) for line in lines[begin : number + 1]):
+                loops.append((begin, number))
+    return [
+        "\n".join(lines[begin : end + 1])
+        for begin, end in loops
+        if not any((a, b) != (begin, end) and begin <= a and b <= end for a, b in loops)
     ]
-    for begin, end in multiplying:
-        if any((a, b) != (begin, end) and begin <= a and b <= end for a, b in multiplying):
-            continue
-        body = "\n".join(lines[begin : end + 1])
-        loads = [(m[0], int(m[1])) for m in LOAD.finditer(body)]
-        narrow = [text for text, bits in loads if bits <= 16 and ".v" not in text]
-        found.append(
-            {"narrow": len(narrow), "loads": len(loads), "copies": len(COPY.findall(body))}
-        )
-    return found
 
 
 def short(kernel: Compiled) -> str:

@@ -43,6 +43,14 @@ def test_a_main_loop_is_read(load: str, copy: str, expected: tuple[int, int, int
     assert (loop["narrow"], loop["loads"], loop["copies"]) == expected
 
 
+def test_a_loop_that_multiplies_may_be_fed_by_another() -> None:
+    copying = f"$L__BB0_1:\n {TMA}\n @%p1 bra $L__BB0_1;\n"
+    multiplying = "$L__BB0_2:\n {} tcgen05.mma.cta_group::1 [%r1];\n @%p1 bra $L__BB0_2;\n"
+    for load, copies in (("", 1), ("ld.global.b32 %r1, [%rd1];", 0)):
+        (loop,) = survey.main_loops(copying + multiplying.format(load))
+        assert loop["copies"] == copies
+
+
 @pytest.mark.parametrize(
     ("change", "fault"),
     [
