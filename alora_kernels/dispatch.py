@@ -120,7 +120,8 @@ def _choose(problem: Problem, backend: str, strategy: str) -> tuple[Backend, str
     reasons: list[str] = []
     for name in names:
         for wanted in strategies:
-            reason = BACKENDS[name].why_not_here() or BACKENDS[name].why_not(problem, wanted)
+            # The problem first: a CPU tensor need not wake a GPU's driver.
+            reason = BACKENDS[name].why_not(problem, wanted) or BACKENDS[name].why_not_here()
             if reason is None:
                 able.append((expected_seconds(name, problem, wanted), name, wanted))
             else:

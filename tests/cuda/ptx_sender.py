@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from alora_kernels.backends.cuda.params import MAP_BYTES
-from alora_kernels.backends.cuda.run import FUNCTIONS, Run, Tensors
-from alora_kernels.backends.cuda.steps import Launch, Make, Packed, Program, packed
+from alora_kernels.backends.cuda.steps import Launch, Packed, packed
+from alora_kernels.backends.programs import FUNCTIONS, Make, Program, Run, Tensors
 
 from ..ptx import Machine, Module
 

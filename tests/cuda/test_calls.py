@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alora_kernels import Activation, alora_add, alora_linear, dispatch
 from alora_kernels.backends.cuda import CudaBackend
-from alora_kernels.backends.cuda.backend import _layouts
+from alora_kernels.backends.programs import signature_of
 from alora_kernels.contract import Problem
 from alora_kernels.run import forget
 
@@ -240,8 +240,8 @@ def test_the_environment_is_asked_in_every_call(
 
 def test_other_devices_are_other_problems() -> None:
     x = torch.randn(4, 8)
-    assert _layouts([x]) == _layouts([x.clone()])
-    assert _layouts([x]) != _layouts([x.to("meta")])
+    assert signature_of([x]) == signature_of([x.clone()])
+    assert signature_of([x]) != signature_of([x.to("meta")])
 
 
 def test_threads_launch_with_their_own_tensors(twin: Twin) -> None:

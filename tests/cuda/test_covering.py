@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from alora_kernels.backends.cuda import CudaBackend
-from alora_kernels.backends.cuda.run import Run
-from alora_kernels.backends.cuda.steps import Program
+from alora_kernels.backends.programs import Program, Run
 
 from . import test_kernels, test_persistent
 from .cases import Case, inputs

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from alora_kernels.activation import Activation
-from alora_kernels.backends.cuda import CudaBackend, backend
+from alora_kernels.backends import programs
+from alora_kernels.backends.cuda import CudaBackend
 from alora_kernels.backends.cuda.program import program_of
-from alora_kernels.backends.cuda.run import Run, _scratch, ready
-from alora_kernels.backends.cuda.steps import Make, Program, Torch, View, fresh, packed
+from alora_kernels.backends.cuda.run import _scratch, ready
+from alora_kernels.backends.cuda.steps import packed
+from alora_kernels.backends.programs import Make, Program, Run, Torch, View, fresh
 from alora_kernels.contract import DEFAULTS, Call, Needs, Problem, Projection
 
 from .ptx_sender import step_by_step
@@ -271,7 +273,7 @@ def test_nothing_is_kept_without_bound(
     extension: Extension,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backend, "KEPT", 3)
+    monkeypatch.setattr(programs, "KEPT", 3)
     served = CudaBackend(machine=(132, 90))
     for rows in range(100, 110):
         for _ in range(2):

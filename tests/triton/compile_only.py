@@ -1,10 +1,10 @@
 """A Triton driver that compiles for any GPU and launches nothing.
 
     with compile_only("sm_90") as compiled:
-        launch.gemm(call, x, weight.t(), y)   # tensors of real sizes on the CPU, never touched
+        run.compiled(launch)[launch.grid]   # a step of a program
     compiled[0].ptx, .registers, .spills, .shared
 
-The launcher's own code chooses config, switches and specialisation, so what is compiled is what a
+The package's own plan chooses config, switches and specialisation, so what is compiled is what a
 GPU of that kind would run.
 """
 
@@ -69,7 +69,7 @@ class _Utils:
 
     @staticmethod
     def load_binary(*args: Any) -> tuple[Any, ...]:
-        return loaded(object(), None)
+        return loaded(object(), None)  # a module, so that it is loaded once
 
 
 class _CompileOnlyDriver(TargetDriver):

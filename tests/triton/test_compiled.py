@@ -7,14 +7,16 @@ and the tensor-core instruction that was meant. float32 under IEEE multiplies wi
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 
-from alora_kernels.activation import Activation
-from alora_kernels.backends.triton import configs, launch, target
-from alora_kernels.contract import DEFAULTS, Call
+from alora_kernels.backends.programs import Program, fresh
+from alora_kernels.backends.triton import configs, run
+from alora_kernels.backends.triton.kernels import Kernels, Machine, Pass, Product, padded
+from alora_kernels.backends.triton.steps import Launch, launches
 
 from .compile_only import Compiled, compile_only
 from .conftest import CHOSEN
@@ -26,107 +28,134 @@ K = N = 4096
 TENSOR_CORES = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 
 
-@pytest.fixture(autouse=True)
-def as_many_processors_as_an_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "processors", lambda device: 132)
-
-
-class Tensors:
-    """Operands of one layer at a real size: allocated, never touched."""
+class Layer:
+    """Operands of one layer at a real size, as views: nothing is allocated."""
 
     def __init__(
-        self, rows: int, rank: int, dtype: torch.dtype, adapter: torch.dtype, odd: int = 0
-    ):
-        self.rows, self.rank, self.dtype = rows, rank, dtype
-        self.x = torch.empty(rows, K + odd, dtype=dtype)[:, :K]
-        self.weight = torch.empty(N, K + odd, dtype=dtype)[:, :K]
-        self.bias = torch.empty(N, dtype=dtype)
-        self.y = torch.empty(rows, N, dtype=dtype)
-        self.a = torch.empty(rank, K, dtype=adapter)
-        self.b = torch.empty(N, rank, dtype=adapter)
-        self.lora_bias = torch.empty(N, dtype=adapter)
-        self.low = torch.empty(rows, rank, dtype=dtype)
-        activation = Activation.all(rows)
-        self.call = Call(activation, (1.0,))
-        self.dropped = Call(
-            activation, (1.0,), DEFAULTS._replace(dropout_p=0.1), torch.zeros(1, dtype=torch.int64)
+        self, arch: int, rows: int, rank: int, dtype: torch.dtype, adapter: torch.dtype,
+        odd: int = 0, precision: str = "ieee",
+    ) -> None:  # fmt: skip
+        self.arch, self.rows, self.rank, self.dtype = arch, rows, rank, dtype
+        self.machine = Machine(132, arch, precision)  # as many processors as an H100
+        self.x = fresh("x", (rows, K), dtype)._replace(strides=(K + odd, 1))
+        self.weight = fresh("weight", (N, K), dtype)._replace(strides=(K + odd, 1))
+        self.bias = fresh("bias", (N,), dtype)
+        self.y = fresh("y", (rows, N), dtype)
+        self.a = fresh("a", (rank, K), adapter)
+        self.b = fresh("b", (N, rank), adapter)
+        self.lora_bias = fresh("lora_bias", (N,), adapter)
+        self.low = fresh("low", (rows, padded(rank)), dtype)
+
+    def kernels(self, dropout: bool = False) -> Kernels:
+        p = 0.1 if dropout else 0.0
+        return Kernels(
+            Pass("tail", (1.0,), self.rows, self.rows, self.machine, p, low_dtype=self.dtype)
         )
 
-    def gemms(self) -> dict[str, Callable[[], None]]:
+    def gemms(self) -> dict[str, list[Launch]]:
         """The uses of `gemm` that reach every compile-time switch of it."""
-        t, gemm = self, launch.gemm
-        uses: dict[str, Callable[[], None]] = {
-            "tail forward": lambda: gemm(
-                t.call, t.x, t.weight.t(), t.y, bias=t.bias, low=t.low, up=t.b.t(),
-                lora_bias=t.lora_bias,
-            ),
-            "tail dx, dropout": lambda: gemm(
-                t.dropped, t.y, t.weight, t.x, low=t.low, up=t.a, dropout=True, active_only=True
-            ),
-            "tail dx, added": lambda: gemm(t.call, t.y, t.weight, t.x, low=t.low, up=t.a, add=True),
-        }  # fmt: skip
-        if t.rank <= configs.MAX_ONEPASS_RANK:
-            uses |= {
-                "onepass forward": lambda: gemm(
-                    t.call, t.x, t.weight.t(), t.y, bias=t.bias, down=t.a.t(), low=t.low,
-                    up=t.b.t(), lora_bias=t.lora_bias,
+        x, w, y, low, a, b = self.x, self.weight, self.y, self.low, self.a, self.b
+        biases = {"bias": self.bias, "lora_bias": self.lora_bias}
+        found = {
+            "tail forward": Product(x, w.turned, y, low=low, up=b.turned, **biases),
+            "tail dx, dropout": Product(y, w, x, low=low, up=a, dropout=True, active_only=True),
+            "tail dx, added": Product(y, w, x, low=low, up=a, add=True),
+        }
+        if self.rank <= configs.MAX_ONEPASS_RANK:
+            found |= {
+                "onepass forward": Product(
+                    x, w.turned, y, down=a.turned, low=low, up=b.turned, **biases
                 ),
-                "onepass dx": lambda: gemm(
-                    t.call, t.y, t.weight, t.x, down=t.b, low=t.low, up=t.a, active_only=True
+                "onepass dx": Product(y, w, x, down=b, low=low, up=a, active_only=True),
+                "onepass dx, dropout": Product(
+                    y, w, x, down=b, low=low, up=a, dropout=True, add=True
                 ),
-                "onepass dx, dropout": lambda: gemm(
-                    t.dropped, t.y, t.weight, t.x, down=t.b, low=t.low, up=t.a, dropout=True,
-                    add=True,
-                ),
-            }  # fmt: skip
-        return uses
-
-    def others(self) -> dict[str, Callable[[], None]]:
-        t, r = self, self.rank
-        wide = torch.empty(t.rows, 3 * r, dtype=t.dtype)
+            }
         return {
-            "shrink, group, dropout": lambda: launch.shrink(
-                t.dropped, t.x, [t.a] * 3, [1.0, 2.0, 3.0], [0, r, 2 * r], wide, dropout=True
+            name: self._launches(lambda k, p=p: k.gemm(p), p.dropout) for name, p in found.items()
+        }
+
+    def others(self) -> dict[str, list[Launch]]:
+        """The uses of the other kernels."""
+        x, y, low, a, b, r = self.x, self.y, self.low, self.a, self.b, self.rank
+        wide = fresh("wide", (self.rows, 3 * padded(r)), self.dtype)
+        starts = [0, padded(r), 2 * padded(r)]
+        uses: dict[str, tuple[Callable[[Kernels], None], bool]] = {
+            "shrink, group, dropout": (
+                lambda k: k.shrink(x, [a] * 3, [1.0, 2.0, 3.0], starts, wide, dropout=True), True
             ),
-            "shrink of dy": lambda: launch.shrink(
-                t.call, t.y, [t.b.t()], [1.0], [0], t.low, dropout=False
+            "shrink of dy": (
+                lambda k: k.shrink(y, [b.turned], [1.0], [0], low, dropout=False), False
             ),
-            "expand_add": lambda: launch.expand_add(
-                t.call, t.low, t.b.t(), t.y, t.lora_bias, 2.0, compact=True
+            "expand_add": (
+                lambda k: k.expand_add(low, b.turned, y, self.lora_bias, 2.0, compact=True), False
             ),
-            "expand_add, dropout": lambda: launch.expand_add(
-                t.dropped, t.low, t.a, t.x, None, 1.0, dropout=True
+            "expand_add, dropout": (
+                lambda k: k.expand_add(low, a, x, None, 1.0, dropout=True), True
             ),
-            "grad of b": lambda: launch.grad(t.call, t.y, t.low, t.b, sums=t.lora_bias),
-            "grad of a": lambda: launch.grad(
-                t.dropped, t.x, t.low, t.a, transposed=True, dropout=True
-            ),
-            "grad_b": lambda: launch.grad_b(
-                t.call, t.y, t.low, t.b, t.low, t.b, scale=1.0, sums=t.lora_bias
-            ),
+            "grad of b": (lambda k: k.grad(y, low, r, b, sums=self.lora_bias), False),
+            "grad of a": (lambda k: k.grad(x, low, r, a, transposed=True, dropout=True), True),
         }  # fmt: skip
+        if configs.both_in_one_pass(N, r, self.dtype):
+            uses["grad_b"] = (
+                lambda k: k.grad_b(y, low, b, low, b, scale=1.0, sums=self.lora_bias), False
+            )  # fmt: skip
+        return {name: self._launches(use, dropout) for name, (use, dropout) in uses.items()}
+
+    def _launches(self, use: Callable[[Kernels], None], dropout: bool) -> list[Launch]:
+        kernels = self.kernels(dropout)
+        use(kernels)
+        return launches(Program((), self.dtype, (), tuple(kernels.steps), ()))
 
 
-def compiled(arch: int, what: str, use: Callable[[], None]) -> list[Compiled]:
-    """Compiles `use` and checks what every kernel must keep."""
+def compiled(arch: int, what: str, uses: list[Launch]) -> list[Compiled]:
+    """Compiles and checks what every kernel must keep."""
     with compile_only(arch) as kernels:
-        use()
+        for launch in uses:
+            run.compiled(launch)[launch.grid]
     assert kernels, f"{what}: nothing was compiled"
     for kernel in kernels:
         usage = kernel.usage()
         assert usage["STACK"] == usage["LOCAL"] == 0, f"{what}: {kernel.name} spills: {usage}"
-        limit = configs.SHARED_LIMIT[arch]
+        limit = configs.shared_limit(arch)
         assert kernel.shared <= limit, f"{what}: {kernel.name} asks for {kernel.shared} bytes"
     return kernels
+
+
+NARROW = re.compile(r"ld\.global[.\w:]*\.[bu](8|16)\b")
+COPIES = ("cp.async.c", "cp.async.bulk.tensor")
+
+
+def loops(ptx: str) -> list[str]:
+    """The text between a label and a branch back to it."""
+    found, labels, begin = [], {}, 0
+    for line in ptx.splitlines(keepends=True):
+        words = line.split("//")[0].replace(";", "").split()
+        if len(words) == 1 and words[0].endswith(":"):
+            labels[words[0][:-1]] = begin
+        elif words and ("bra" in words or "bra.uni" in words) and words[-1] in labels:
+            found.append(ptx[labels[words[-1]] : begin])
+        begin += len(line)
+    return found
+
+
+def check_loops(what: str, kernel: Compiled) -> None:
+    """Main loops copy 16 bytes at a time and ahead of their use."""
+    inside = loops(kernel.ptx)
+    assert inside, f"{what}: {kernel.name} has no loop"
+    for text in inside:
+        narrow = NARROW.findall(text)
+        assert not narrow, f"{what}: {len(narrow)} narrow loads in a loop of {kernel.name}"
+    assert any(copy in text for text in inside for copy in COPIES), f"{what}: no copies ahead"
 
 
 def instruction(arch: int, block_m: int) -> str:
     return TENSOR_CORES[arch] if block_m >= 64 else "mma.sync"
 
 
-def check_gemms(arch: int, tensors: Tensors, block_m: int) -> None:
-    for name, use in tensors.gemms().items():
-        what = f"sm_{arch} M={tensors.rows} R={tensors.rank} {name}"
+def check_gemms(arch: int, layer: Layer, block_m: int) -> None:
+    for name, use in layer.gemms().items():
+        what = f"sm_{arch} M={layer.rows} R={layer.rank} {name}"
         (kernel, *_) = compiled(arch, what, use)
         assert "gemm" in kernel.name
         meant = instruction(arch, block_m)
@@ -140,7 +169,7 @@ def check_gemms(arch: int, tensors: Tensors, block_m: int) -> None:
 def test_gemm_configs(arch: int, rows: int) -> None:
     config = configs.gemm_config(arch, rows, torch.bfloat16, "ieee")
     # float32 adapters and the widest rank of onepass: the most registers.
-    check_gemms(arch, Tensors(rows, 64, torch.bfloat16, torch.float32), config.block_m)
+    check_gemms(arch, Layer(arch, rows, 64, torch.bfloat16, torch.float32), config.block_m)
 
 
 @pytest.mark.slow
@@ -151,19 +180,19 @@ def test_gemm_configs_of_small_shared_memory(arch: int, rows: int) -> None:
         for (_, a), (_, b) in zip(configs.GEMM[86], configs.GEMM[89]):
             assert a == b  # the same table: compiled once, as sm_86
         return
-    tensors = Tensors(rows, 64, torch.bfloat16, torch.float32)
+    layer = Layer(arch, rows, 64, torch.bfloat16, torch.float32)
     for name in ("tail forward", "onepass forward", "onepass dx, dropout"):
-        compiled(arch, f"sm_{arch} M={rows} {name}", tensors.gemms()[name])
+        compiled(arch, f"sm_{arch} M={rows} {name}", layer.gemms()[name])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_gemm_with_odd_strides_takes_pointers(arch: int) -> None:
-    tensors = Tensors(4096, 24, torch.float16, torch.float16, odd=1)
+    layer = Layer(arch, 4096, 24, torch.float16, torch.float16, odd=1)
     for name in ("tail forward", "onepass dx"):
-        (kernel, *_) = compiled(arch, f"sm_{arch} odd {name}", tensors.gemms()[name])
+        (kernel, *_) = compiled(arch, f"sm_{arch} odd {name}", layer.gemms()[name])
         assert TENSOR_CORES[arch] in kernel.ptx, f"sm_{arch} odd {name}"
-    aligned = Tensors(4096, 24, torch.float16, torch.float16)
+    aligned = Layer(arch, 4096, 24, torch.float16, torch.float16)
     (kernel, *_) = compiled(arch, f"sm_{arch}", aligned.gemms()["tail forward"])
     loads = kernel.ptx.count("cp.async.bulk.tensor")
     assert (loads > 0) == (arch >= 90), f"{loads} TMA copies"
@@ -175,10 +204,8 @@ def test_gemm_with_odd_strides_takes_pointers(arch: int) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_narrow_kernels(arch: int, dtype: torch.dtype) -> None:
     for rows, rank in ((4096, 32), (16, 256)):
-        tensors = Tensors(rows, rank, dtype, torch.float32)
-        for name, use in tensors.others().items():
-            if name == "grad_b" and not configs.both_in_one_pass(N, rank, dtype):
-                continue
+        layer = Layer(arch, rows, rank, dtype, torch.float32)
+        for name, use in layer.others().items():
             what = f"sm_{arch} {dtype} M={rows} R={rank} {name}"
             (kernel, *_) = compiled(arch, what, use)
             if dtype == torch.float32:
@@ -191,42 +218,41 @@ def test_narrow_kernels(arch: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rows", [16, 256])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_ieee_float32(arch: int, rows: int) -> None:
-    tensors = Tensors(rows, 64, torch.float32, torch.float32)
+    layer = Layer(arch, rows, 64, torch.float32, torch.float32)
     for name in ("tail forward", "tail dx, dropout", "onepass forward", "onepass dx"):
-        (kernel, *_) = compiled(arch, f"sm_{arch} M={rows} {name}", tensors.gemms()[name])
+        (kernel, *_) = compiled(arch, f"sm_{arch} M={rows} {name}", layer.gemms()[name])
         assert "fma.rn.f32" in kernel.ptx and "mma." not in kernel.ptx
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [16, 256])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_tf32_when_torch_allows_it(arch: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target, "float32_precision", lambda: "tf32")
-    tensors = Tensors(rows, 64, torch.float32, torch.float32)
+def test_tf32_when_torch_allows_it(arch: int, rows: int) -> None:
+    layer = Layer(arch, rows, 64, torch.float32, torch.float32, precision="tf32")
     for name in ("tail forward", "tail dx, dropout", "onepass forward"):
-        (kernel, *_) = compiled(arch, f"sm_{arch} tf32 M={rows} {name}", tensors.gemms()[name])
+        (kernel, *_) = compiled(arch, f"sm_{arch} tf32 M={rows} {name}", layer.gemms()[name])
         assert "tf32" in kernel.ptx
 
 
 def test_a_forward_kernel_compiles_for_sm_80() -> None:
     """The fast tier's share: the rest of this file is slow."""
-    tensors = Tensors(16, 16, torch.bfloat16, torch.bfloat16)
-    (kernel, reduce) = compiled(80, "sm_80", tensors.gemms()["tail forward"])
+    layer = Layer(80, 16, 16, torch.bfloat16, torch.bfloat16)
+    (kernel, reduce) = compiled(80, "sm_80", layer.gemms()["tail forward"])
     assert "mma.sync" in kernel.ptx and "reduce" in reduce.name
 
 
 def test_spills_are_found() -> None:
     """A tile too large for the registers must fail the check that the configs pass."""
-    tensors = Tensors(4096, 64, torch.bfloat16, torch.float32)
+    layer = Layer(80, 4096, 64, torch.bfloat16, torch.float32)
     too_wide = configs.Config(128, 256, 32, 4, 2)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="spills"):
         patch.setattr(configs, "gemm_config", lambda *a, **k: too_wide)
-        compiled(80, "too wide", tensors.gemms()["tail forward"])
+        compiled(80, "too wide", layer.gemms()["tail forward"])
 
 
 @pytest.mark.parametrize("arch", [0, *configs.SHARED_LIMIT])
 def test_pipelined_tiles_fit_shared_memory(arch: int) -> None:
-    limit = configs.SHARED_LIMIT.get(arch, configs.GENERIC_LIMIT)
+    limit = configs.shared_limit(arch)
     for dtype, precision in (
         (torch.bfloat16, ""),
         (torch.float32, "ieee"),
@@ -238,9 +264,71 @@ def test_pipelined_tiles_fit_shared_memory(arch: int) -> None:
                 assert found.shared_bytes(dtype.itemsize, configs.MAX_ONEPASS_RANK) <= limit
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [8, 16, 24])
+@pytest.mark.parametrize("rows", [16, 4096])
+@pytest.mark.parametrize("arch", [80, 86, 90, 100, 120])
+def test_loops_copy_16_bytes_at_a_time(arch: int, rows: int, rank: int) -> None:
+    """At few rows, where K is split, as at many; for ranks that 16 does not divide."""
+    layer = Layer(arch, rows, rank, torch.bfloat16, torch.bfloat16)
+    uses = layer.gemms() | layer.others()
+    for name, use in uses.items():
+        what = f"sm_{arch} M={rows} R={rank} {name}"
+        kernel = compiled(arch, what, use[:1])[0]
+        if "expand_add" in name:  # one step, no loop: all of it is checked
+            assert not NARROW.search(kernel.ptx), f"{what}: narrow loads"
+        elif name == "shrink of dy" and rank % 8:
+            assert not loops(kernel.ptx) or "cp.async" in kernel.ptx, what
+        else:
+            check_loops(what, kernel)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_decode_on_sm_80_copies_16_bytes_at_a_time(rank: int) -> None:
+    """The fast tier's share of the test above."""
+    layer = Layer(80, 16, rank, torch.bfloat16, torch.bfloat16)
+    for name in ("tail forward", "onepass forward"):
+        check_loops(name, compiled(80, name, layer.gemms()[name][:1])[0])
+    name = "shrink, group, dropout"
+    check_loops(name, compiled(80, name, layer.others()[name][:1])[0])
+
+
+def test_narrow_loads_are_found() -> None:
+    """Rows of 4100 elements begin at no multiple of 16 bytes: the checks must see it."""
+    layer = Layer(80, 16, 16, torch.bfloat16, torch.bfloat16, odd=4)
+    (kernel, *_) = compiled(80, "odd", layer.gemms()["tail forward"][:1])
+    with pytest.raises(AssertionError, match="narrow loads in a loop"):
+        check_loops("odd", kernel)
+
+
+def test_lengths_share_their_kernels() -> None:
+    """From 1 to 9000 rows: two of shrink (whole, in splits), one of gemm for each of its tiles."""
+    found: dict[str, int] = {}
+    with compile_only(80) as kernels:
+        for rows in (1, 2, 7, 16, 17, 33, 100, 256, 257, 1000, 4096, 8191, 9000):
+            layer = Layer(80, rows, 16, torch.bfloat16, torch.bfloat16)
+            for launch in layer.gemms()["tail forward"] + layer.others()["shrink of dy"]:
+                run.compiled(launch)[launch.grid]
+    for kernel in kernels:
+        found[kernel.name] = found.get(kernel.name, 0) + 1
+    assert found["masked_lora_shrink_kernel"] <= 2
+    assert found["masked_lora_gemm_kernel"] <= len(configs.GEMM[80])
+
+
 def test_an_unknown_gpu_takes_the_generic_row() -> None:
     known = configs.gemm_table(75, torch.bfloat16, "ieee")
     assert known == configs.GENERIC == configs.gemm_table(130, torch.bfloat16, "ieee")
+
+
+@pytest.mark.parametrize(("arch", "like"), [(103, 100), (121, 120), (87, 86), (90, 90)])
+def test_a_newer_gpu_of_a_family_takes_the_older_one_s_rows(arch: int, like: int) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = configs.gemm_table(arch, dtype, "ieee")
+        assert rows == configs.gemm_table(like, dtype, "ieee")
+    assert configs.shared_limit(arch) == configs.shared_limit(like)
+    assert configs.grad_config(arch, torch.bfloat16, 16) == configs.grad_config(
+        like, torch.bfloat16, 16
+    )
 
 
 @pytest.mark.parametrize("change", [{"block_m": 24}, {"block_n": 8}, {"warps": 3}, {"stages": 0}])

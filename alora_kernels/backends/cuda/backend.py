@@ -13,14 +13,13 @@ from torch import Tensor
 
 from ...contract import Call, Gradients, Needs, Problem, Projection
 from ...cost import Schedule, rates_of
+from ..programs import KeptPrograms, Layouts, Program, Run, flat_inputs, layouts_of, signature_of
 from .extension import extension
 from .kernels import Pass
 from .plan import MAX_ONEPASS_RANK, MAX_RANK, NAMES
-from .program import Adapted, Layouts, program, schedules
-from .run import Run, Tensors, ready
-from .steps import Program, view_of
+from .program import program, schedules
+from .run import ready
 
-KEPT = 2048  # entries, two for a program
 BUILD_FILE = Path(__file__).resolve().parents[2] / "_cuda_build.json"
 
 
@@ -89,7 +88,7 @@ def _machine(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, arch
 
 
-class CudaBackend:
+class CudaBackend(KeptPrograms):
     """`make_ready` and `machine` are for tests, which execute programs without a GPU.
 
     Programs are kept by all that they are a function of: the strategy, options and needs of the
@@ -104,9 +103,9 @@ class CudaBackend:
         make_ready: Callable[[Program], Run] = ready,
         machine: tuple[int, int] | None = None,
     ) -> None:
+        super().__init__()
         self._make_ready = make_ready
         self._fixed_machine = machine
-        self._programs: dict[Hashable, Run] = {}
 
     def why_not_here(self) -> str | None:
         return None if self._make_ready is not ready else _why_not_here()
@@ -147,23 +146,19 @@ class CudaBackend:
         self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection],
         base_outs: Sequence[Tensor] | None, save: bool,
     ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
-        inputs: list[Tensor | None] = [x]
-        for p in projections:
-            inputs += p
-        if base_outs is not None:
-            inputs += base_outs
+        inputs = flat_inputs(x, projections, *(base_outs or ()))
         if call.memory is not None and base_outs is None:
             key: Hashable = (call.memory, strategy, save)
         else:
-            key = (_options(call), strategy, save, base_outs is None, _layouts(inputs))
+            key = (_options(call), strategy, save, base_outs is None, signature_of(inputs))
         found = self._again(key, inputs, call)
         if found is None:
             asked = Pass(
                 strategy, call.scalings, call.activation.max_active, *self._machine(x),
                 dropout_p=call.options.dropout_p, save=save,
             )  # fmt: skip
-            layouts = _named(x, projections, base_outs=base_outs)
-            found = self._anew(key, inputs, call, asked, layouts)
+            layouts = layouts_of(x, projections, base_outs=base_outs)
+            found = self._anew(key, inputs, call, lambda: self._planned(asked, layouts))
         xa = found.pop()
         return found, xa  # type: ignore[return-value]
 
@@ -172,93 +167,27 @@ class CudaBackend:
         xa: Tensor | None, dys: Sequence[Tensor], needs: Needs,
     ) -> Gradients:  # fmt: skip
         count = len(projections)
-        inputs: list[Tensor | None] = [x]
-        for p in projections:
-            inputs += p
-        inputs += (xa, *dys)
+        inputs = flat_inputs(x, projections, xa, *dys)
         # (Hooks of autograd may have laid out saved tensors anew: `known` is of forward's.)
-        key = (_options(call), strategy, needs, _layouts(inputs))
+        key = (_options(call), strategy, needs, signature_of(inputs))
         found = self._again(key, inputs, call)
         if found is None:
             asked = Pass(
                 strategy, call.scalings, call.activation.max_active, *self._machine(x),
                 dropout_p=call.options.dropout_p, prefix_grad=call.options.prefix_grad, needs=needs,
             )  # fmt: skip
-            layouts = _named(x, projections, xa=xa, dys=dys)
-            found = self._anew(key, inputs, call, asked, layouts)
+            layouts = layouts_of(x, projections, xa=xa, dys=dys)
+            found = self._anew(key, inputs, call, lambda: self._planned(asked, layouts))
         dx, *rest = found
         return Gradients(dx, rest[:count], rest[count : 2 * count], rest[2 * count :])
 
+    def _planned(self, asked: Pass, layouts: Layouts) -> Run:
+        return self._make_ready(program(asked, layouts))
+
     def _machine(self, x: Tensor) -> tuple[int, int]:
         return self._fixed_machine or _machine(x.device)
-
-    def _again(self, key: Hashable, inputs: list[Tensor | None], call: Call) -> Tensors | None:
-        """The results of the program that ran last for `key`; None where it must be planned."""
-        run = self._programs.get(key)
-        if run is None:
-            return None
-        activation = call.activation
-        return run([
-            *inputs, activation.row_adapter, activation.active_rows, activation.active_count,
-            call.seed,
-        ])  # fmt: skip
-
-    def _anew(
-        self, key: Hashable, inputs: list[Tensor | None], call: Call, asked: Pass, layouts: Layouts
-    ) -> Tensors:  # fmt: skip
-        """Run the program of `asked` and `layouts`, and keep it for `key`.
-
-        A program is planned for addresses that are aligned in one way, and refuses others: the
-        program for those then takes its place.
-        """
-        aligned = key, tuple([0 if t is None else t.data_ptr() % 16 for t in inputs])
-        run = self._programs.get(aligned)
-        if run is None:
-            if len(self._programs) >= KEPT:
-                self._programs.clear()
-            run = self._make_ready(program(asked, layouts))
-        self._programs[aligned] = self._programs[key] = run
-        results = run([*inputs, *_plain(call)])
-        if results is None:
-            raise RuntimeError(
-                "alora_kernels: PyTorch gave memory whose address is not a multiple of 16"
-            )
-        return results
-
-
-def _plain(call: Call) -> tuple[Tensor | None, ...]:
-    """The tensors of a call that have one layout."""
-    activation = call.activation
-    return (
-        activation.row_adapter, activation.active_rows, activation.active_count, call.seed
-    )  # fmt: skip
 
 
 def _options(call: Call) -> tuple[Any, ...]:
     """All of a call and its activation that is no tensor and that programs depend on."""
     return (call.scalings, call.options, call.activation.max_active)
-
-
-def _layouts(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    """All that programs ask of tensors but the alignment of their addresses."""
-    return tuple([None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors])
-
-
-def _named(
-    x: Tensor, projections: Sequence[Projection], *, base_outs: Sequence[Tensor] | None = None,
-    xa: Tensor | None = None, dys: Sequence[Tensor] = (),
-) -> Layouts:  # fmt: skip
-    """The layouts of a pass's tensors."""
-    named: Any = view_of  # whose views are None where a tensor is: the types say where that may be
-
-    def each(name: str, tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
-        return tuple([named(f"{name}{i}", t) for i, t in enumerate(tensors)])
-
-    columns = [each(name, column) for name, column in zip(Adapted._fields, zip(*projections))]
-    return Layouts(
-        named("x", x),
-        tuple([Adapted(*fields) for fields in zip(*columns)]),
-        None if base_outs is None else each("base_out", base_outs),
-        named("xa", xa),
-        each("dy", dys),
-    )

@@ -9,11 +9,12 @@ import torch
 
 from ...contract import Needs
 from ...reference import dropout_threshold
+from ..programs import Make, Torch, View, fresh
 from . import plan as planning
 from . import plan_grads
 from .params import MAX_COLUMN_BLOCKS
 from .plan import Operand, Plan
-from .steps import Counters, Launch, Make, Step, Torch, View, fresh
+from .steps import Counters, Launch, Step, operand_of
 
 ROW_ADAPTER = fresh("row_adapter", (0,), torch.int32)
 ACTIVE_ROWS = fresh("active_rows", (0,), torch.int32)
@@ -103,12 +104,12 @@ class Kernels:
             return
         on, drop = self._drop(dropout)
         right = columns[0].right
-        layout = right.operand._replace(aligned=all(c.right.aligned for c in columns))
+        layout = operand_of(right)._replace(aligned=all(c.right.aligned for c in columns))
         even = all(c.right.shape[0] % 2 == 0 for c in columns)
         for begin in range(0, len(columns), MAX_COLUMN_BLOCKS):
             some = columns[begin : begin + MAX_COLUMN_BLOCKS]
             plan = planning.shrink(
-                left.dtype, active, k, left.operand, layout, len(some), even,
+                left.dtype, active, k, operand_of(left), layout, len(some), even,
                 right.dtype != left.dtype, on, self.asked.multiprocessors,
             )  # fmt: skip
             table = [
@@ -152,14 +153,14 @@ class Kernels:
         wide = None
         if self.asked.arch == 90 and up is not None and down is not None and not on:
             wide = planning.onepass_sm90(
-                left.dtype, m, n, k, rank, left.operand, right.operand, up.operand, down.operand,
-                out.operand, adapter_float, add, active_only, machine,
+                left.dtype, m, n, k, rank, operand_of(left), operand_of(right), operand_of(up),
+                operand_of(down), operand_of(out), adapter_float, add, active_only, machine,
             )  # fmt: skip
         elif self.asked.arch == 90 and down is None:
             wide = planning.gemm_sm90(
-                left.dtype, m, n, k, rank, left.operand, right.operand,
-                None if low is None else low.operand, None if up is None else up.operand,
-                out.operand, adapter_float, on, add, active_only, machine,
+                left.dtype, m, n, k, rank, operand_of(left), operand_of(right),
+                None if low is None else operand_of(low), None if up is None else operand_of(up),
+                operand_of(out), adapter_float, on, add, active_only, machine,
             )  # fmt: skip
         if wide is not None and down is not None:
             self._launch_inside(
@@ -169,9 +170,10 @@ class Kernels:
             self.launch(wide, **_mapped(left, right, low, up, out), **common)
         else:
             plan = planning.gemm(
-                left.dtype, m, n, k, left.operand, right.operand, out.operand,
-                None if up is None else up.operand, None if down is None else down.operand, rank,
-                adapter_float, on, add, active_only, machine,
+                left.dtype, m, n, k, operand_of(left), operand_of(right), operand_of(out),
+                None if up is None else operand_of(up),
+                None if down is None else operand_of(down), rank, adapter_float, on, add,
+                active_only, machine,
             )  # fmt: skip
             low_in, low_out = (low, None) if down is None else (None, low)
             self.launch(
@@ -206,9 +208,9 @@ class Kernels:
         if 0 in (m, n, self.asked.max_active):
             return None
         return planning.fused_sm90(
-            left.dtype, m, n, k, rank, left.operand, right.operand, Operand(columns, 1, True),
-            up.operand, down.operand, Operand(n, 1, True), up.dtype != left.dtype, add,
-            active_only, self.asked.multiprocessors,
+            left.dtype, m, n, k, rank, operand_of(left), operand_of(right),
+            Operand(columns, 1, True), operand_of(up), operand_of(down), Operand(n, 1, True),
+            up.dtype != left.dtype, add, active_only, self.asked.multiprocessors,
         )  # fmt: skip
 
     def fused(
@@ -243,7 +245,7 @@ class Kernels:
         """
         (m, k), n, rank = x.shape, weight.shape[0], down.shape[0]
         plan = planning.decode(
-            x.dtype, m, n, k, rank, x.operand, weight.operand, down.operand,
+            x.dtype, m, n, k, rank, operand_of(x), operand_of(weight), operand_of(down),
             down.dtype != x.dtype, self.asked.multiprocessors,
         )  # fmt: skip
         if plan is None:
@@ -274,7 +276,7 @@ class Kernels:
             return
         on, drop = self._drop(dropout)
         plan = planning.expand_add(
-            low.dtype, active, n, rank, up.operand, out.operand, up.dtype != low.dtype, on
+            low.dtype, active, n, rank, operand_of(up), operand_of(out), up.dtype != low.dtype, on
         )
         self.launch(
             plan, low=low, up=up, lora_bias=self._dense(lora_bias), out=out, **ACTIVE,
@@ -289,7 +291,7 @@ class Kernels:
             return
         on, drop = self._drop(dropout)
         parts, total = plan_grads.grad(
-            wide.dtype, active, p, rank, wide.operand, on, out.dtype == torch.float32,
+            wide.dtype, active, p, rank, operand_of(wide), on, out.dtype == torch.float32,
             self.asked.multiprocessors,
         )  # fmt: skip
         part = self._scratch("part", parts.workspace)
@@ -309,7 +311,7 @@ class Kernels:
         """
         active, (n, rank) = self.asked.max_active, lora_b.shape
         plans = plan_grads.grad_b(
-            dy.dtype, active, n, rank, dy.operand, lora_b.dtype != dy.dtype,
+            dy.dtype, active, n, rank, operand_of(dy), lora_b.dtype != dy.dtype,
             self.asked.multiprocessors,
         )  # fmt: skip
         if plans is None:

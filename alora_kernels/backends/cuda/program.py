@@ -8,47 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ...contract import Needs, Problem, saved_columns
 from ...cost import OLD_INSTRUCTIONS, Schedule
+from ..programs import Adapted, Layouts, Program, View, fresh
 from .kernels import Column, Kernels, Pass
 from .plan import Plan
-from .steps import Program, View, fresh
-
-PLAIN = ("row_adapter", "active_rows", "active_count", "seed")  # inputs that have one layout
-
-
-class Adapted(NamedTuple):
-    """A projection's layouts."""
-
-    weight: View | None
-    bias: View | None
-    lora_a: View
-    lora_b: View
-    lora_bias: View | None
-
-
-class Layouts(NamedTuple):
-    """How the tensors of a pass lie in memory."""
-
-    x: View
-    projections: tuple[Adapted, ...]
-    base_outs: tuple[View, ...] | None = None  # forward: what the adapter's part is added to
-    xa: View | None = None  # backward: what forward saved
-    dys: tuple[View, ...] = ()  # backward
-
-
-def input_names(count: int, base_given: bool, backward: bool) -> tuple[str, ...]:
-    """The inputs of a pass with `count` projections, in order; some may be absent."""
-    names = ["x"]
-    for i in range(count):
-        names += [f"{name}{i}" for name in Adapted._fields]
-    if base_given:
-        names += [f"base_out{i}" for i in range(count)]
-    if backward:
-        names += ["xa", *[f"dy{i}" for i in range(count)]]
-    return (*names, *PLAIN)
 
 
 def program(asked: Pass, layouts: Layouts) -> Program:
@@ -56,13 +21,9 @@ def program(asked: Pass, layouts: Layouts) -> Program:
     backward = asked.needs is not None
     kernels = Kernels(asked)
     results = (_Backward if backward else _Forward)(kernels, layouts).results()
-    views: list[View | None] = [layouts.x, *(layouts.base_outs or ()), layouts.xa, *layouts.dys]
-    for projection in layouts.projections:
-        views += projection
-    residues = {view.tensor: view.residue for view in views if view is not None}
-    names = input_names(len(layouts.projections), layouts.base_outs is not None, backward)
-    known = [None if name in PLAIN else residues.get(name, 0) for name in names]
-    return Program(names, layouts.x.dtype, tuple(known), tuple(kernels.steps), tuple(results))
+    return Program(
+        layouts.inputs, layouts.x.dtype, layouts.residues, tuple(kernels.steps), tuple(results)
+    )
 
 
 class _Pass:
@@ -321,10 +282,11 @@ def schedules(problem: Problem, strategy: str, machine: tuple[int, int]) -> tupl
     """
     found = []
     for plan in [launch.plan for launch in program_of(problem, strategy, machine).launches]:
-        if plan.tile == (0, 0):
+        rows, columns = plan.tile
+        if rows == 0:
             continue
         full = "sm90" in plan.kernel or problem.arch not in OLD_INSTRUCTIONS
         kinds: Sequence[str] = [kind for kind in ("decode", "fused") if kind in plan.kernel]
         splits = plan.grid[1] if "decode" in kinds else 1
-        found.append(Schedule(kinds[0] if kinds else "gemm", *plan.tile, full, splits))
+        found.append(Schedule(kinds[0] if kinds else "gemm", rows, columns, full, splits))
     return tuple(found)

@@ -13,34 +13,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..programs import FUNCTIONS, Make, Program, Run, Tensors, Torch
 from .extension import extension
-from .steps import Launch, Make, Program, Torch, packed
+from .steps import Launch, packed
 
 SCRATCH_ALIGNMENT = 256  # bytes, as PyTorch's own allocations
 
-Tensors = list[Tensor | None]  # the inputs, then what has been made so far
-Run = Callable[[Tensors], Tensors | None]
 # Does something with the tensors, whose addresses are known so far, on a device. False: it refuses.
 Action = Callable[[Tensors, list[int], int], bool]
-
-
-def bias_gradient(row_adapter: Tensor, dy: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """scaling · Σ_active dy, summed in float32."""
-    active = (row_adapter >= 0).unsqueeze(1)
-    sums = torch.where(active, dy, 0).sum(0, dtype=torch.float32)
-    return (sums * scaling).to(dtype)
-
-
-FUNCTIONS: dict[str, Callable[..., Tensor]] = {
-    "linear": F.linear,
-    "mm": torch.mm,
-    "addmm_": Tensor.addmm_,
-    "contiguous": Tensor.contiguous,
-    "bias_gradient": bias_gradient,
-}
 
 
 def ready(program: Program) -> Run:

@@ -1,89 +1,27 @@
-"""What a program is made of: views of tensors that have names but no addresses, and steps.
-
-A step makes a tensor, launches a kernel, or lets PyTorch compute something (mostly a product by the
-vendor's library). Names stand for tensors throughout. All of this is plain data.
-"""
+"""The steps of this backend's programs: `Launch`, beside those that all backends share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
+from ..programs import Make, Torch, View
 from .params import MAP, STRUCTS
 from .plan import Operand, Plan
 
 
-class View(NamedTuple):
-    """A tensor, or a part of one that begins `offset` bytes behind its first element."""
-
-    tensor: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    residue: int = 0  # of the tensor's address, divided by 16
-    offset: int = 0
-
-    @property
-    def turned(self) -> View:
-        """The transposed matrix."""
-        return self._replace(shape=self.shape[::-1], strides=self.strides[::-1])
-
-    def rows_from(self, row: int) -> View:
-        """The matrix without its first rows."""
-        shape = (self.shape[0] - row, *self.shape[1:])
-        return self._replace(shape=shape, offset=self._behind(row, 0))
-
-    def columns_from(self, column: int) -> View:
-        """The matrix without its first columns."""
-        shape = (self.shape[0], self.shape[1] - column)
-        return self._replace(shape=shape, offset=self._behind(column, 1))
-
-    def _behind(self, count: int, dimension: int) -> int:
-        return self.offset + count * self.strides[dimension] * self.dtype.itemsize
-
-    @property
-    def aligned(self) -> bool:
-        """Whether the address is a multiple of 16."""
-        return (self.residue + self.offset) % 16 == 0
-
-    @property
-    def operand(self) -> Operand:
-        """What plans ask of a matrix."""
-        stride0, stride1 = self.strides
-        return Operand(stride0, stride1, self.aligned)
-
-
-def view_of(name: str, tensor: Tensor | None) -> View | None:
-    """`tensor` by a name, without its contents and without its address."""
-    if tensor is None:
-        return None
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    return View(name, shape, strides, tensor.dtype, tensor.data_ptr() % 16)
-
-
-def fresh(name: str, shape: Sequence[int], dtype: torch.dtype) -> View:
-    """A contiguous tensor that the program makes: PyTorch aligns its address."""
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return View(name, tuple(shape), tuple(reversed(strides)), dtype)
+def operand_of(view: View) -> Operand:
+    """What plans ask of a matrix."""
+    stride0, stride1 = view.strides
+    return Operand(stride0, stride1, view.aligned)
 
 
 class Counters(NamedTuple):
     """The address of so many 32-bit zeros, which the kernel sets back to zero."""
 
     words: int
-
-
-class Make(NamedTuple):
-    """A new contiguous tensor of the device."""
-
-    view: View
-    zero: bool = False
 
 
 class Launch(NamedTuple):
@@ -98,32 +36,7 @@ class Launch(NamedTuple):
         return {n: v for n, v in self.fields.items() if isinstance(v, View)}
 
 
-class Torch(NamedTuple):
-    """`run.FUNCTIONS[function](*operands, *constants)`; without a `result` the first operand is
-    changed in place, else the result is a new contiguous tensor."""
-
-    function: str
-    operands: tuple[View | None, ...]  # whole tensors
-    result: View | None
-    constants: tuple[Any, ...] = ()
-
-
 Step = Make | Launch | Torch
-
-
-class Program(NamedTuple):
-    """One pass: what is done, in order, with tensors that are called `inputs`."""
-
-    inputs: tuple[str, ...]
-    dtype: torch.dtype  # of the first input
-    residues: tuple[int | None, ...]  # of the inputs' addresses, divided by 16; None: any
-    steps: tuple[Step, ...]
-    results: tuple[str | None, ...]
-
-    @property
-    def launches(self) -> list[Launch]:
-        """The kernels in order."""
-        return [step for step in self.steps if isinstance(step, Launch)]
 
 
 class Address(NamedTuple):

@@ -6,14 +6,16 @@ The figures are planned from tile sizes, registers and shared memory, not tuned 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Shared memory that one block may ask for, in bytes; GENERIC_LIMIT where the GPU is unknown.
+# An arch is 80, 90, ... for sm_80, sm_90, ..., and 942, ... for gfx942, ...
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 GENERIC_LIMIT = 101376
+AMD = 900  # archs from here on are of AMD
 MAX_RANK = 256
 MAX_ONEPASS_RANK = 64  # padded: a second accumulator of this many columns still fits registers
 
@@ -70,9 +72,7 @@ GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 # Rows that are no multiple of 16 bytes: every element has its own pointer, so tiles are small.
 GEMM_UNALIGNED = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 
-FEW_ACTIVE = 16
 SHRINK = Config(32, 64, 64, 4, 4)
-SHRINK_FEW = Config(16, 64, 64, 4, 5)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
 EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
@@ -80,7 +80,21 @@ GRAD = Config(32, 64, 64, 4, 3)
 GRAD_120 = Config(64, 64, 64, 4, 2)  # ptxas spills a register of the other on sm_120
 GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
+REDUCE = Config(16, 16, 16, 4, 1)  # four warps; its tile is of REDUCE_ELEMENTS
 REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
+REDUCE_UNROLL = 8  # parts whose loads are in flight together
+
+
+def nearest(arch: int, known: Iterable[int]) -> int | None:
+    """`arch`, or the nearest older one of its family (sm_103: sm_100; sm_121: sm_120), if known."""
+    family = [k for k in known if k <= arch and k // 10 == arch // 10]
+    return max(family, default=None)
+
+
+def shared_limit(arch: int) -> int:
+    """Shared memory that one block may ask for, in bytes."""
+    found = nearest(arch, SHARED_LIMIT)
+    return GENERIC_LIMIT if found is None else SHARED_LIMIT[found]
 
 
 def rank_block(rank: int, limit: int = 64) -> int:
@@ -94,7 +108,10 @@ def gemm_table(
     """The configs of `gemm` for one arch, by rows."""
     if dtype == torch.float32:
         return GEMM_IEEE if precision == "ieee" else GEMM_TF32
-    return GEMM.get(arch, GENERIC) if aligned else GEMM_UNALIGNED
+    if not aligned:
+        return GEMM_UNALIGNED
+    found = nearest(arch, GEMM)
+    return GENERIC if found is None else GEMM[found]
 
 
 def gemm_config(
@@ -145,7 +162,7 @@ def is_aligned(strides: Sequence[int], address: int, itemsize: int) -> bool:
 
 def gemm_candidates(default: Config, arch: int, dtype: torch.dtype) -> list[Config]:
     """What opt-in tuning tries beside `default`: neighbours that fit the shared memory."""
-    limit = SHARED_LIMIT.get(arch, GENERIC_LIMIT)
+    limit = shared_limit(arch)
     found = [default]
     for m, n in ((16, 64), (16, 128), (64, 64), (64, 128), (128, 64), (128, 128), (128, 256)):
         for k, stages in ((32, 4), (64, 3), (64, 4), (128, 3)):
@@ -167,14 +184,13 @@ def grad_config(arch: int, dtype: torch.dtype, rank: int) -> tuple[Config, int]:
     """Config of `grad` and its columns of the rank; `dtype` of its products."""
     if dtype == torch.float32:
         return GRAD_FLOAT32, rank_block(rank, 32)
-    return GRAD_120 if arch == 120 else GRAD, rank_block(rank)
+    return GRAD_120 if arch // 10 == 12 else GRAD, rank_block(rank)
 
 
-def shrink_config(active: int, dtype: torch.dtype) -> Config:
-    """Config of `shrink` for a planned number of active rows; `dtype` of its products."""
-    if dtype == torch.float32:
-        return SHRINK_FLOAT32
-    return SHRINK_FEW if active <= FEW_ACTIVE else SHRINK
+def shrink_config(dtype: torch.dtype) -> Config:
+    """Config of `shrink`; `dtype` of its products. One for all lengths: few rows wait for memory,
+    whatever the tile."""
+    return SHRINK_FLOAT32 if dtype == torch.float32 else SHRINK
 
 
 def split_count(tiles: int, steps: int, processors: int, least_steps: int) -> int:
@@ -215,7 +231,7 @@ def can_describe(
 ) -> bool:
     """Whether a tensor descriptor (TMA) can stand for a matrix: sm_90+, 16-byte base and rows."""
     return (
-        arch >= 90
+        90 <= arch < AMD
         and strides[1] == 1
         and strides[0] >= shape[1]
         and strides[0] * itemsize % 16 == 0

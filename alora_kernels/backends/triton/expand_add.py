@@ -3,7 +3,7 @@
 The second half of `delta`: y from xa and lora_bᵀ, or dx (with dropout's keep mask) from dya and
 lora_a. Added in float32 and rounded once.
 
-| low | [M, R], or [active, R] with COMPACT |
+| low | [M, R16], or [active, R16] with COMPACT | zeros past R |
 | right | [R, N], any strides, converted on load |
 | out | [M, N], any strides |
 
@@ -18,13 +18,19 @@ from .dot import dot
 from .philox import keep_tile
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(
+    do_not_specialize=["threshold"],
+    do_not_specialize_on_alignment=["active_rows", "active_count", "seed"],
+)
 def masked_lora_expand_add_kernel(
-    low, right, bias, out, active_rows, active_count, seed, scaling, threshold, N, R,
+    low, right, bias, out, active_rows, active_count, seed, scaling, threshold, N,
     stride_lm, stride_rr, stride_rn, stride_om, stride_on,
-    COMPACT: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, DTYPE: tl.constexpr,
+    RANK: tl.constexpr, RIGHT_ROWS: tl.constexpr, COMPACT: tl.constexpr, DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    PADDED: tl.constexpr = (RANK + 15) // 16 * 16
+    if RIGHT_ROWS:  # right lies along R: how far its rows are apart is known when compiled
+        stride_rr, stride_rn = 1, RIGHT_ROWS
     count = tl.load(active_count)
     # One axis for rows and columns: only the first of a grid holds millions of rows.
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -39,19 +45,20 @@ def masked_lora_expand_add_kernel(
         low_row = slot.to(tl.int64)
     first_n = tl.program_id(0) % tiles_n * BLOCK_N
     n = first_n.to(tl.int64) + tl.arange(0, BLOCK_N)
+    # out is asked for first: it arrives while the product is formed.
+    to = out + row[:, None] * stride_om + n[None, :] * stride_on
+    inside = here[:, None] & (n[None, :] < N)
+    before = tl.load(to, mask=inside, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, R, BLOCK_R):
+    for start in range(0, PADDED, BLOCK_R):
         r = (start + tl.arange(0, BLOCK_R)).to(tl.int64)
         at = low + low_row[:, None] * stride_lm + r[None, :]
-        a = tl.load(at, mask=here[:, None] & (r[None, :] < R), other=0.0)
+        a = tl.load(at, mask=here[:, None] & (r[None, :] < PADDED), other=0.0)
         at = right + r[:, None] * stride_rr + n[None, :] * stride_rn
-        b = tl.load(at, mask=(r[:, None] < R) & (n[None, :] < N), other=0.0)
+        b = tl.load(at, mask=(r[:, None] < RANK) & (n[None, :] < N), other=0.0)
         acc = dot(a.to(DTYPE), b.to(DTYPE), acc, PRECISION)
-    if DROPOUT:
+    if seed is not None:
         acc = tl.where(keep_tile(seed, threshold, row, first_n, BLOCK_N), acc, 0.0)
-    if HAS_BIAS:
+    if bias is not None:
         acc += scaling * tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    at = out + row[:, None] * stride_om + n[None, :] * stride_on
-    inside = here[:, None] & (n[None, :] < N)
-    acc += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+    tl.store(to, (acc + before.to(tl.float32)).to(out.dtype.element_ty), mask=inside)

@@ -26,27 +26,64 @@ def interpreting() -> bool:
 
 
 @functools.cache
+def has_descriptors() -> bool:
+    """Whether Triton makes tensor descriptors on the host (from 3.4 on)."""
+    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+
+
+@functools.cache
+def _drivers() -> Any:
+    from triton.runtime import driver
+
+    return driver
+
+
+def active_driver() -> Any:
+    """Triton's driver, which is started if there is none yet; None in the interpreter."""
+    return None if interpreting() else _drivers().active
+
+
+def takes_cpu_tensors() -> bool:
+    """Whether kernels run on CPU tensors: in the interpreter, or by a driver that was put in place
+    for it. A GPU's driver is not started to find out.
+    """
+    if interpreting():
+        return True
+    drivers = _drivers()
+    if hasattr(drivers, "_active"):
+        active = drivers._active
+    else:  # Triton 3.2 and 3.3
+        active = None if drivers.active is drivers.default else drivers.active
+    ask = getattr(active, "get_active_torch_device", None)
+    return ask is not None and ask().type == "cpu"
+
+
+@functools.cache
 def _target_of(driver: Any, device: int) -> Any:
     return driver.get_current_target()
 
 
 def target() -> Any:
     """Triton's target (`.backend`, `.arch`) for the current device, or None without a driver."""
-    from triton.runtime import driver
-
     try:
-        active = driver.active
+        active = active_driver()
         return _target_of(active, active.get_current_device())
     except Exception:  # no driver at all: triton raises what its plugins happen to raise
         return None
 
 
 def arch() -> int:
-    """Compute capability as 80, 90, ...; 0 in the interpreter."""
+    """80, 90, ... for sm_80, sm_90, ...; 942, ... for gfx942, ...; 0 in the interpreter."""
     if interpreting():
         return 0
     found = target()
-    return 0 if found is None else int(found.arch)
+    return 0 if found is None else arch_number(found.arch)
+
+
+def arch_number(arch: int | str) -> int:
+    """The number of Triton's name for an arch: 90, "gfx942"; 0 for one that has letters in it."""
+    digits = str(arch).removeprefix("gfx").split(":")[0]
+    return int(digits) if digits.isdigit() else 0
 
 
 @functools.cache

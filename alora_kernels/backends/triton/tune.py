@@ -34,6 +34,11 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, so that nothing can be timed."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def cache_path() -> Path:
     given = os.environ.get("ALORA_TRITON_CACHE")
     return Path(given) if given else Path.home() / ".cache" / "alora_kernels" / "triton.json"
@@ -71,7 +76,7 @@ def _write(path: Path, entries: dict[str, Config]) -> None:
 
 
 def best(
-    kernel: str, problem: tuple[Any, ...], candidates: Sequence[Config], default: Config,
+    problem: tuple[Any, ...], candidates: Sequence[Config], default: Config,
     run: Callable[[Config], None], measure: Callable[[Callable[[], None]], float] = _milliseconds,
 ) -> Config:  # fmt: skip
     """The remembered or newly found fastest of `candidates`; `default` during graph capture.
@@ -79,19 +84,19 @@ def best(
     A candidate that does not compile or fit is passed over.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    key = "|".join(map(str, (kernel, *_host_key(device), *problem)))
+    key = "|".join(map(str, (*_host_key(device), *problem)))
     path = cache_path()
     known = _remembered(path)
     if key in known:
         return known[key]
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         return default
     times: dict[Config, float] = {}
     for config in candidates:
         try:
             times[config] = measure(functools.partial(run, config))
         except Exception as error:  # out of resources, or what the compiler happens to raise
-            logger.info("tuning %s: %s cannot run: %s", kernel, config, error)
+            logger.info("tuning %s: %s cannot run: %s", problem[0], config, error)
     winner = min(times, key=times.__getitem__) if times else default
     known[key] = winner
     # Another process may have written since: keep what it found.
