@@ -258,8 +258,13 @@ def test_pipelined_tiles_fit_shared_memory(arch: int) -> None:
         (torch.float32, "ieee"),
         (torch.float32, "tf32"),
     ):
-        for _, config in configs.gemm_table(arch, dtype, precision):
-            assert config.shared_bytes(dtype.itemsize, configs.MAX_ONEPASS_RANK) <= limit
+        for bound, config in configs.gemm_table(arch, dtype, precision):
+            assert config.shared_bytes(dtype.itemsize) <= limit
+            for rank in (16, 32, configs.MAX_ONEPASS_RANK):
+                narrowed = configs.gemm_config(
+                    arch, bound or 4096, dtype, precision, lora="onepass", rank=rank
+                )
+                assert narrowed.shared_bytes(dtype.itemsize, rank) <= limit
             for found in configs.gemm_candidates(config, arch, dtype)[1:]:
                 assert found.shared_bytes(dtype.itemsize, configs.MAX_ONEPASS_RANK) <= limit
 

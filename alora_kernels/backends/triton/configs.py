@@ -49,8 +49,10 @@ class Config:
 # For each arch the configs by rows: the first whose bound is at least M serves.
 Row = tuple[int | None, Config]
 _SMALL = (Config(16, 64, 64, 4, 4), Config(64, 128, 32, 4, 4), Config(128, 128, 32, 8, 3))
-_LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 3))
-_HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
+_ADA = (*_SMALL[:2], Config(128, 128, 32, 8, 5))
+_LARGE = (Config(16, 64, 128, 4, 4), Config(64, 128, 64, 4, 3), Config(128, 128, 64, 8, 4))
+_HOPPER = (*_LARGE[:2], Config(128, 256, 64, 8, 4))
+_BLACKWELL = (*_LARGE[:2], Config(128, 256, 64, 8, 3))
 
 
 def _rows(configs: Sequence[Config]) -> tuple[Row, ...]:
@@ -61,9 +63,9 @@ GENERIC = _rows(_SMALL)
 GEMM: dict[int, tuple[Row, ...]] = {
     80: _rows(_LARGE),
     86: _rows(_SMALL),
-    89: _rows(_SMALL),
+    89: _rows(_ADA),
     90: _rows(_HOPPER),
-    100: _rows(_HOPPER),
+    100: _rows(_BLACKWELL),
     120: _rows(_SMALL),
 }
 # FMA holds a whole K step of both operands in registers; tf32 fragments are twice as large.
@@ -129,26 +131,33 @@ def gemm_config(
 
     Dropout's words live beside the accumulator, and in the dx of `onepass` so does a second tile
     of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
-    Four warps hold low of at most 32 columns beside 128 of the output; a K step of lora_a in
-    float32 is 64 deep at most.
+    Four warps hold low of at most 32 columns beside 128 of the output. For wider ranks `onepass`
+    leaves one of more than three stages' shared memory to lora_a, and its steps of K are 64 deep at
+    most; those of sm_80's widest tile 32.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
-    widest = config.block_n
+    widest, deepest, stages = config.block_n, config.block_k, config.stages
+    wide_low = lora == "onepass" and rank > 32
     if dtype == torch.float32 and precision == "ieee" and (dropout or lora == "onepass"):
         widest = 32
     elif dropout:
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
-    elif lora == "onepass" and config.warps == 4 and rank > 32:
+    elif wide_low and config.warps == 4:
         widest = 64
-    elif lora != "none" and (arch == 100 or rank % 16):  # a ragged rank is loaded piece by piece
+    elif lora != "none" and arch // 10 == 10:
         widest = 128
-    deepest = 64 if lora == "onepass" and rank > 32 else config.block_k
-    if config.block_n > widest or config.block_k > deepest:
-        return dataclasses.replace(
-            config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest)
-        )
-    return config
+    if wide_low:
+        deepest = 64
+        stages = min(stages, max(3, stages - 1))
+        if config.warps == 8 and arch // 10 == 8:
+            deepest = 32
+    if (widest, deepest, stages) == (config.block_n, config.block_k, config.stages):
+        return config
+    return dataclasses.replace(
+        config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest),
+        stages=stages,
+    )  # fmt: skip
 
 
 def is_aligned(strides: Sequence[int], address: int, itemsize: int) -> bool:
