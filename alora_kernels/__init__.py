@@ -7,6 +7,7 @@ from .autograd import AloraFunction
 from .functional import alora_add, alora_linear, alora_linear_group
 from .nn import AloraLinear
 from .reference import alora_linear_reference
+from .warming import warmup
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "current_activation",
     "find_invocation_starts",
     "restore",
+    "warmup",
 ]
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("functional",),
     ("nn", "gguf"),
     ("peft", "vllm"),
-    ("inference", "training"),
+    ("inference", "training", "warming"),
     ("__init__", "__main__"),
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -10,14 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...contract import Call, Gradients, Needs, Problem, Projection, saved_dtype
+from ...contract import Call, Gradients, Needs, Problem, Projection, saved_columns, saved_dtype
 from ...cost import Schedule
-from ..programs import KeptPrograms, Layouts, Run, flat_inputs, layouts_of, signature_of
+from ..programs import (
+    KeptPrograms,
+    Layouts,
+    Run,
+    View,
+    flat_inputs,
+    fresh,
+    layouts_of,
+    signature_of,
+)
 from . import target, tune
 from .configs import MAX_ONEPASS_RANK, MAX_RANK
 from .kernels import Machine, Pass
 from .program import program
 from .schedule import schedules
+from .steps import launches
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -125,6 +135,39 @@ class TritonBackend(KeptPrograms):
         dx, *rest = found
         return Gradients(dx, rest[:count], rest[count : 2 * count], rest[2 * count :])
 
+    def compile(
+        self, call: Call, strategy: str, x: Tensor, projections: Sequence[Projection], *,
+        save: bool, needs: Needs | None,
+    ) -> set[Any]:  # fmt: skip
+        """The compiled kernels of a call, or of its backward where `needs` says what for.
+
+        Nothing is launched. Only the shape of `x` counts: what is not a parameter is taken to be
+        contiguous and aligned.
+        """
+        from .run import compiled
+
+        rows = x.shape[0]
+        given = projections[0].weight is None
+
+        def wide(name: str) -> tuple[View, ...]:
+            return tuple([
+                fresh(f"{name}{i}", (rows, p.lora_b.shape[0]), x.dtype)
+                for i, p in enumerate(projections)
+            ])  # fmt: skip
+
+        layouts = layouts_of(x, projections)._replace(
+            x=fresh("x", x.shape, x.dtype), base_outs=wide("base_out") if given else None
+        )
+        with _on_device(x):
+            if needs is None:
+                asked = _pass(call, strategy, x, _precision(call, x), save=save)
+            else:
+                asked = _pass(call, strategy, x, _precision(call, x), needs=needs)
+                ranks = [p.lora_a.shape[0] for p in projections]
+                xa = fresh("xa", (rows, saved_columns(ranks)[1]), asked.low_dtype)
+                layouts = layouts._replace(base_outs=None, xa=xa, dys=wide("dy"))
+            return {compiled(launch) for launch in launches(program(asked, layouts))}
+
 
 def _planned(asked: Pass, layouts: Layouts) -> Run:
     from .run import ready  # needs triton
@@ -134,8 +177,9 @@ def _planned(asked: Pass, layouts: Layouts) -> Run:
 
 def _pass(call: Call, strategy: str, x: Tensor, precision: str, **rest: Any) -> Pass:
     """What a call asks for, on the machine where x is."""
+    arch = target.arch()
     machine = Machine(
-        target.processors(x.device), target.arch(), precision, target.has_descriptors(),
+        target.processors(x.device), arch, precision, target.uses_descriptors(arch),
         tune.enabled() and not target.interpreting(),
     )  # fmt: skip
     activation, options = call.activation, call.options

@@ -126,6 +126,7 @@ def gemm_config(
     lora: str = "none",
     rank: int = 0,
     dropout: bool = False,
+    descriptors: bool = True,
 ) -> Config:
     """Config of `gemm` with M = `rows`, narrowed where registers would spill.
 
@@ -133,7 +134,8 @@ def gemm_config(
     of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
     Four warps hold low of at most 32 columns beside 128 of the output. For wider ranks `onepass`
     leaves one of more than three stages' shared memory to lora_a, and its steps of K are 64 deep at
-    most; those of sm_80's widest tile 32.
+    most; those of sm_80's widest tile 32. So are they 64 deep for few rows on a Hopper without
+    `descriptors` (Triton 3.2 and 3.3), whose pointers take the registers.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
@@ -152,6 +154,8 @@ def gemm_config(
         stages = min(stages, max(3, stages - 1))
         if config.warps == 8 and arch // 10 == 8:
             deepest = 32
+    if lora == "onepass" and config.block_m == 16 and arch >= 90 and not descriptors:
+        deepest = 64
     if (widest, deepest, stages) == (config.block_n, config.block_k, config.stages):
         return config
     return dataclasses.replace(

@@ -258,7 +258,7 @@ class Kernels:
         chosen: dict[str, Any] = {
             "arch": machine.arch, "rows": left.shape[0], "dtype": left.dtype,
             "precision": machine.precision, "lora": product.lora, "rank": product.rank,
-            "dropout": self._drops(product),
+            "dropout": self._drops(product), "descriptors": machine.descriptors,
         }  # fmt: skip
         default = configs.gemm_config(**chosen, aligned=aligned)
         measure = machine.tune and not product.add  # which gives another result each time

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
@@ -42,7 +41,7 @@ KERNELS: dict[str, Any] = {
 }
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 # Before 3.3 Triton's launchers took no value for a constexpr parameter.
-_LAUNCHED_WITH_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+_LAUNCHED_WITH_CONSTANTS = target.triton_version() >= (3, 3)
 
 # Does something with the tensors on a stream; whether a profiler has hooks around launches.
 Action = Callable[[Tensors, Any, bool], None]

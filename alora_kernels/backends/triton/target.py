@@ -26,9 +26,22 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def has_descriptors() -> bool:
-    """Whether Triton makes tensor descriptors on the host (from 3.4 on)."""
-    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+def uses_descriptors(arch: int) -> bool:
+    """Whether Triton makes tensor descriptors on the host (from 3.4 on), and well for `arch`.
+
+    Triton 3.6's kernels with descriptors have 8 to 40 bytes of stack on sm_120, 3.9's none.
+    """
+    if importlib.util.find_spec("triton.tools.tensor_descriptor") is None:
+        return False
+    return arch // 10 != 12 or triton_version() >= (3, 9)
+
+
+@functools.cache
+def triton_version() -> tuple[int, int]:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache
