@@ -7,20 +7,23 @@ Triton compiles for the target as it would for a GPU; only loading and launching
 public call keeps its real path: the same wrapper, config, grid and kernel. `on_cpu` yields the
 driver; after a launch `driver.machine` is the device that ran it (its counters are in `.count`),
 and `driver.launches` are all of them.
+
+`TargetDriver` and `active` serve every driver without a GPU, with every Triton from 3.2 on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase, decompose_descriptor
+from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from .machine import Machine
@@ -32,12 +35,102 @@ SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120
 
 Mutation = Callable[[str], str]
 _mutants = itertools.count(1000)
+# What load_binary returns: module, function, registers, spills, and threads since Triton 3.4.
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+def loaded(module: Any, function: Any) -> tuple[Any, ...]:
+    """What `utils.load_binary` of a driver returns to this Triton."""
+    return (module, function, 0, 0, 1024)[: 5 if _VERSION >= (3, 4) else 4]
+
+
+def decompose_descriptor(arg: Any) -> list[Any]:
+    """The fields by which Triton passes a descriptor to a GPU without tensor maps."""
+    try:
+        from triton.backends.driver import decompose_descriptor as own
+    except ImportError:  # before Triton 3.9
+        from triton.backends.nvidia.driver import make_tensordesc_arg
+
+        return list(make_tensordesc_arg(arg, None))
+    return list(own(arg))
+
+
+class TargetDriver(DriverBase):
+    """A driver without a GPU, whose target is an arch (90, "gfx942"); a subclass launches."""
+
+    def __init__(self, arch: int | str, device: int, utils: Any) -> None:
+        self.device, self.utils = device, utils
+        self.target = GPUTarget("cuda", arch, 32)
+        if isinstance(arch, str):
+            self.target = GPUTarget("hip", arch, 64)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        return torch.cpu
+
+    def get_benchmarker(self) -> Any:
+        return triton.testing.do_bench
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@contextlib.contextmanager
+def active(mine: DriverBase, on_load: Callable[[Any], None]) -> Iterator[None]:
+    """Launches in this context go to `mine`; `on_load` gets each compiled kernel before loading."""
+    before, load = dict(vars(driver)), CompiledKernel._init_handles
+
+    def noting(kernel: Any) -> None:
+        if kernel.module is None:
+            on_load(kernel)
+        load(kernel)
+
+    driver.set_active(mine)
+    CompiledKernel._init_handles = noting
+    try:
+        yield
+    finally:
+        CompiledKernel._init_handles = load
+        vars(driver).update(before)
+
+
+# Two habits of Triton before 3.9. A reduction across warps loads partial results in some lanes and
+# shuffles all; what the others send, nobody reads: here a NaN that is a large integer too.
+_PARTIAL_LOAD = re.compile(r"^\s*@%p\d+ ld\.shared\.b32 (%r\d+),", re.M)
+# And wgmma reads what cp.async brought without the proxy fence that PTX asks for.
+_WAIT = re.compile(r"cp\.async\.wait_group\s+\d+;")
+
+
+def readable(ptx: str) -> str:
+    """The PTX without what Triton itself does against the rules that the interpreter holds."""
+    if _VERSION >= (3, 9):
+        return ptx
+    ptx = _PARTIAL_LOAD.sub(r"mov.b32 \1, 0x7fbadbad; \g<0>", ptx)
+    return _WAIT.sub(r"\g<0> fence.proxy.async.shared::cta;", ptx) if "wgmma" in ptx else ptx
 
 
 class _Utils:
     def __init__(self, arch: int, mutate: Mutation | None, processors: int) -> None:
         self.arch, self.mutate, self.processors = arch, mutate, processors
-        self.ptx_path = ""
+        self.ptx = ""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {
@@ -47,10 +140,9 @@ class _Utils:
         }
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        with open(self.ptx_path) as f:
-            text = f.read()
+        text = readable(self.ptx)
         module = Module(self.mutate(text) if self.mutate else text)
-        return module, (module, name), 0, 0, 1024
+        return loaded(module, (module, name))
 
 
 class _Launcher:
@@ -68,7 +160,7 @@ class _Launcher:
         machine = Machine()
         storages: dict[int, tuple[int, torch.Tensor]] = {}
         values: list[Any] = []
-        descriptors = iter(self.metadata.tensordesc_meta or [])
+        descriptors = iter(getattr(self.metadata, "tensordesc_meta", None) or [])
         for ty, arg in zip(self.types, args):
             if ty == "constexpr":
                 continue
@@ -110,50 +202,22 @@ def _upload(machine: Machine, storages: dict[int, tuple[int, torch.Tensor]], t: 
     return storages[storage.data_ptr()][0] + t.storage_offset() * t.element_size()
 
 
-class CpuPtxDriver(DriverBase):
+class CpuPtxDriver(TargetDriver):
     """An active driver whose target is `cuda:<arch>` and whose device is this interpreter."""
 
     def __init__(
         self, arch: int, mutate: Mutation | None = None, order: str = "lockstep", seed: int = 0,
         resident: int | None = None, processors: int = 132,
     ) -> None:  # fmt: skip
-        self.arch, self.order, self.seed, self.resident = arch, order, seed, resident
-        self.utils = _Utils(arch, mutate, processors)
         # Triton keys its loaded kernels by device: one a target, and one for each mutation.
-        self.device = next(_mutants) if mutate else arch
+        device = next(_mutants) if mutate else arch
+        super().__init__(arch, device, _Utils(arch, mutate, processors))
+        self.order, self.seed, self.resident = order, seed, resident
         self.machine: Machine | None = None
         self.launches: list[Machine] = []
 
     def launcher_cls(self, src: Any, metadata: Any) -> _Launcher:
         return _Launcher(src, metadata)
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-    def get_benchmarker(self) -> Any:
-        return triton.testing.do_bench
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
 
 
 @contextlib.contextmanager
@@ -169,14 +233,8 @@ def on_cpu(
     number = int(str(arch).removeprefix("ptx:").removeprefix("sm_"))
     mine = CpuPtxDriver(number, mutate, order, seed, resident, processors)
 
-    def remember(module: Any, function: Any, name: str, files: Any, digest: str) -> None:
-        mine.utils.ptx_path = next(p for f, p in files.items() if f.endswith(".ptx"))
+    def remember(kernel: Any) -> None:
+        mine.utils.ptx = kernel.asm["ptx"]
 
-    active, hook = driver._active, knobs.runtime.kernel_load_start_hook
-    driver.set_active(mine)
-    knobs.runtime.kernel_load_start_hook = remember
-    try:
+    with active(mine, remember):
         yield mine
-    finally:
-        driver._active = active
-        knobs.runtime.kernel_load_start_hook = hook

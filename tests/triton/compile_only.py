@@ -12,21 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
-from triton import knobs
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver
+
+from ..ptx.triton_driver import TargetDriver, active, loaded
 
 _devices = itertools.count(100_000)  # Triton keys its compiled kernels by device
 
@@ -38,17 +35,19 @@ class Compiled:
     name: str
     arch: int
     ptx: str
-    cubin: Path
+    cubin: bytes
     shared: int  # bytes a block asks for
 
     def usage(self) -> dict[str, int]:
         """What cuobjdump says: REG, STACK, SHARED, LOCAL, in registers and bytes."""
-        text = subprocess.run(
-            [cuobjdump(), "--dump-resource-usage", str(self.cubin)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(self.cubin)
+            text = subprocess.run(
+                [cuobjdump(), "--dump-resource-usage", file.name],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
         line = text[text.index(self.name) :].splitlines()[1]
         return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
 
@@ -70,45 +69,12 @@ class _Utils:
 
     @staticmethod
     def load_binary(*args: Any) -> tuple[Any, ...]:
-        return object(), None, 0, 0, 1024  # a module, so that it is loaded once
+        return loaded(object(), None)  # a module, so that it is loaded once
 
 
-class _CompileOnlyDriver(DriverBase):
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-        self.utils = _Utils()
-        self.device = next(_devices)
-
+class _CompileOnlyDriver(TargetDriver):
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         return lambda *args: None
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def set_current_device(self, device: int) -> None:
-        pass
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_device_interface(self) -> Any:
-        return torch.cpu
-
-    def get_benchmarker(self) -> Any:
-        return triton.testing.do_bench
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
 
 
 @contextlib.contextmanager
@@ -117,22 +83,16 @@ def compile_only(arch: int | str) -> Iterator[list[Compiled]]:
 
     Kernels for AMD ("gfx942") are compiled but not loaded: read them from `run.compiled`.
     """
-    amd = str(arch).startswith("gfx")
-    number = 0 if amd else int(str(arch).removeprefix("sm_"))
-    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", number, 32)
+    name = str(arch).removeprefix("sm_")
+    target: int | str = name if name.startswith("gfx") else int(name)
     compiled: list[Compiled] = []
 
-    def remember(module: Any, function: Any, name: str, files: Any, digest: str) -> None:
-        paths = {Path(p).suffix: Path(p) for p in files.values()}
-        shared = json.loads(paths[".json"].read_text())["shared"]
-        ptx = paths[".ptx"].read_text()
-        compiled.append(Compiled(name, number, ptx, paths[".cubin"], shared))
+    def remember(kernel: Any) -> None:
+        assert isinstance(target, int)
+        shared = kernel.metadata.shared
+        compiled.append(
+            Compiled(kernel.name, target, kernel.asm["ptx"], kernel.asm["cubin"], shared)
+        )
 
-    active, hook = driver._active, knobs.runtime.kernel_load_start_hook
-    driver.set_active(_CompileOnlyDriver(target))
-    knobs.runtime.kernel_load_start_hook = remember
-    try:
+    with active(_CompileOnlyDriver(target, next(_devices), _Utils()), remember):
         yield compiled
-    finally:
-        driver._active = active
-        knobs.runtime.kernel_load_start_hook = hook

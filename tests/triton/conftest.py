@@ -20,7 +20,21 @@ PTX_MODES = ("ptx:sm_80", "ptx:sm_90", "ptx:sm_100", "ptx:sm_120")
 CHOSEN = os.environ.get("ALORA_TRITON_MODE")
 if CHOSEN == "interpret":
     os.environ["TRITON_INTERPRET"] = "1"
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2])
+
+
+def why_no_interpreter() -> str | None:
+    """Why Triton's interpreter cannot run here, or None."""
+    if _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4):
+        return (
+            f"the interpreter of Triton {triton.__version__} turns arrays into Python numbers, "
+            f"which numpy {np.__version__} refuses"
+        )
+    return None
 
 
 def modes() -> tuple[str, ...]:

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import CHOSEN
+from .conftest import CHOSEN, why_no_interpreter
+
+pytestmark = [
+    pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run"),
+    pytest.mark.skipif(why_no_interpreter() is not None, reason=str(why_no_interpreter())),
+]
 
 HERE = Path(__file__).parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", ""]
@@ -27,13 +32,11 @@ def in_the_interpreter(*args: str) -> None:
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
 
 
-@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
 def test_covering_cases_in_the_interpreter() -> None:
     in_the_interpreter(str(HERE / "test_linear.py"), "-k", "covering or without_gradients")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHOSEN is not None, reason="ALORA_TRITON_MODE chooses another way to run")
 @pytest.mark.parametrize("name", ["test_linear.py", "test_numerics.py"])
 def test_every_case_in_the_interpreter(name: str) -> None:
     in_the_interpreter(str(HERE / name))

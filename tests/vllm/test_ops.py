@@ -220,6 +220,10 @@ def test_the_device_op_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     if MODE is not None:
         pytest.skip("this is that process")
+    from ..triton.conftest import why_no_interpreter
+
+    if (reason := why_no_interpreter()) is not None:
+        pytest.skip(reason)
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", str(HERE),
          "-k", "the_device_op and not compiler and not interpreter"],
