@@ -18,7 +18,7 @@ from alora_kernels.backends.triton import TritonBackend, configs, run, target
 from alora_kernels.backends.triton.kernels import Kernels, Machine, Pass, Product, padded
 from alora_kernels.backends.triton.steps import Launch, launches
 
-from .compile_only import Compiled, compile_only
+from .compile_only import Compiled, compile_only, spills
 from .conftest import CHOSEN
 
 pytestmark = pytest.mark.skipif(CHOSEN == "interpret", reason="the interpreter compiles nothing")
@@ -116,7 +116,8 @@ def compiled(arch: int, what: str, uses: list[Launch]) -> list[Compiled]:
     assert kernels, f"{what}: nothing was compiled"
     for kernel in kernels:
         usage = kernel.usage()
-        assert usage["STACK"] == usage["LOCAL"] == 0, f"{what}: {kernel.name} spills: {usage}"
+        stack = usage["STACK"] + usage["LOCAL"]
+        assert not spills(usage["REG"], stack), f"{what}: {kernel.name} spills: {usage}"
         limit = configs.shared_limit(arch)
         assert kernel.shared <= limit, f"{what}: {kernel.name} asks for {kernel.shared} bytes"
     return kernels
@@ -284,7 +285,9 @@ def test_loops_copy_16_bytes_at_a_time(arch: int, rows: int, rank: int) -> None:
         what = f"sm_{arch} M={rows} R={rank} {name}"
         kernel = compiled(arch, what, use[:1])[0]
         if "expand_add" in name:  # one step, no loop: all of it is checked
-            assert not NARROW.search(kernel.ptx), f"{what}: narrow loads"
+            # BLOCK_N elements of the bias, one for each thread, are the only narrow load.
+            bias = use[0].fields["bias"] is not None
+            assert len(NARROW.findall(kernel.ptx)) <= bias, f"{what}: narrow loads"
         elif name == "shrink of dy" and rank % 8:
             assert not loops(kernel.ptx) or "cp.async" in kernel.ptx, what
         else:

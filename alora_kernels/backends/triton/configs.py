@@ -92,7 +92,7 @@ SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
 EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
 GRAD = Config(32, 64, 64, 4, 3)
-GRAD_FLOAT32 = Config(32, 64, 32, 4, 2)
+GRAD_FLOAT32 = Config(32, 64, 32, 8, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
 REDUCE = Config(16, 16, 16, 4, 1)  # four warps; its tile is of REDUCE_ELEMENTS
 REDUCE_ELEMENTS = 1024  # that one program of `reduce` writes
@@ -152,9 +152,12 @@ def gemm_config(
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
     widest, deepest, stages = config.block_n, config.block_k, config.stages
+    warps = config.warps
     wide_low = lora == "onepass" and rank > 32
     if dtype == torch.float32 and precision == "ieee" and (dropout or lora == "onepass"):
         widest = 32
+        if lora == "onepass" and config.block_m > 16:  # two accumulators of FMA
+            warps = 8
     elif dropout:
         widest = 128 if lora == "tail" else max(64, config.block_n // 2)
     elif wide_low and config.warps == 4:
@@ -168,11 +171,9 @@ def gemm_config(
             deepest = 32
     if lora == "onepass" and config.block_m == 16 and 90 <= arch < AMD and not descriptors:
         deepest = 64
-    if (widest, deepest, stages) == (config.block_n, config.block_k, config.stages):
-        return config
     return dataclasses.replace(
         config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest),
-        stages=stages,
+        warps=warps, stages=stages,
     )  # fmt: skip
 
 
@@ -243,9 +244,12 @@ def both_in_one_pass(width: int, rank: int, dtype: torch.dtype) -> bool:
 
     For each active row two passes read dy twice: 2·N·size bytes. One pass reads it once and writes
     and reads H = N/BLOCK_N float32 parts of dya: N·size + 8·R·H. In float32 arithmetic, not
-    bytes, is the time, and two passes have the better tiles.
+    bytes, is the time, and two passes have the better tiles. A rank above 16 that leaves columns
+    of its block empty takes too many registers.
     """
     if dtype == torch.float32 or rank > GRAD_BOTH.block_n:
+        return False
+    if rank > 16 and rank_block(rank, MAX_RANK) != rank:
         return False
     parts = -(-width // GRAD_BOTH.block_n)
     return 8 * rank_block(rank, MAX_RANK) * parts < width * dtype.itemsize
