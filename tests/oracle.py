@@ -84,7 +84,7 @@ def make_case(
     )
 
 
-DRAWS = 5  # of one problem, to measure PyTorch's error
+DRAWS = 12  # of one problem, to measure PyTorch's error
 ELEMENTS = 32  # of a result in all its draws together, at least
 
 Change = Callable[[Tensor], Tensor]
