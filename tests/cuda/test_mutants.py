@@ -59,7 +59,7 @@ MUTANTS = [
            "      fence_async_proxy();\n      sync_some<128>(2 + group);",
            "      sync_some<128>(2 + group);", HOPPER, "proxy"),
     Mutant("overwrites the last piece of the tile before", "gemm_sm90.cuh",
-           "wait_tiles_read<0>();  // it was", "wait_tiles_read<1>();  // it was", ONEPASS, "race"),
+           "wait_tiles_read<0>();  // that", "wait_tiles_read<1>();  // that", ONEPASS, "race"),
     Mutant("takes a stage for whole when its copies landed", "onepass_sm90.cuh",
            "        barrier_wait(whole(second.stage), second.round);",
            "        barrier_wait(full(ring.stage), ring.round);", ONEPASS, ""),
