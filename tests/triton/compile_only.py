@@ -52,16 +52,6 @@ class Compiled:
         return {k: int(v) for k, v in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
 
 
-def spills(registers: int, stack: int) -> bool:
-    """Whether a kernel spills. `stack`: bytes a thread.
-
-    ptxas also gives up one or two registers, 8 bytes, where one more block then fits a
-    multiprocessor. That is its choice, and another one for each version; a spill is more, or comes
-    with all registers in use.
-    """
-    return stack > 8 or (stack > 0 and registers >= 255)
-
-
 def cuobjdump() -> str:
     """The disassembler that comes with Triton, or the one on PATH."""
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -35,7 +35,7 @@ from alora_kernels.backends.triton.backend import TritonBackend
 from alora_kernels.backends.triton.configs import MAX_ONEPASS_RANK
 from alora_kernels.contract import DEFAULTS, Call, Needs, Projection, saved_columns
 
-from .compile_only import Compiled, compile_only, spills
+from .compile_only import Compiled, compile_only
 
 ARCHS = (80, 86, 89, 90, 100, 120)
 ROWS = (1, 16, 256, 4096)
@@ -131,7 +131,7 @@ class Row:
     def faults(self) -> list[str]:
         """The gates that this binary fails."""
         found = []
-        if spills(self.registers, self.stack):
+        if self.stack:
             found.append(f"{self.stack} bytes of stack")
         for loop in self.loops:
             if loop["narrow"]:

@@ -55,9 +55,7 @@ def test_a_loop_that_multiplies_may_be_fed_by_another() -> None:
     ("change", "fault"),
     [
         ({}, None),
-        ({"stack": 8}, None),
-        ({"stack": 8, "registers": 255}, "8 bytes of stack"),
-        ({"stack": 16}, "16 bytes of stack"),
+        ({"stack": 8}, "8 bytes of stack"),
         ({"loops": [{"narrow": 2, "loads": 2, "copies": 1}]}, "2 loads of 8 or 16 bits"),
         ({"loops": [{"narrow": 0, "loads": 2, "copies": 0}]}, "without cp.async or TMA"),
     ],

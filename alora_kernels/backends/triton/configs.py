@@ -83,14 +83,14 @@ GEMM: dict[int, tuple[Row, ...]] = {
 }
 # FMA holds a whole K step of both operands in registers; tf32 fragments are twice as large.
 GEMM_IEEE = ((16, Config(16, 64, 16, 4, 2)), (None, Config(64, 64, 16, 4, 2)))
-GEMM_TF32 = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
+GEMM_TF32 = ((16, Config(16, 32, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 # Rows that are no multiple of 16 bytes: every element has its own pointer, so tiles are small.
 GEMM_UNALIGNED = ((16, Config(16, 64, 32, 4, 4)), (None, Config(64, 64, 32, 4, 3)))
 
 SHRINK = Config(32, 64, 64, 4, 4)
 SHRINK_FLOAT32 = Config(32, 64, 32, 4, 2)
 EXPAND = Config(32, 128, 64, 4, 2)
-EXPAND_FLOAT32 = Config(32, 32, 16, 4, 2)
+EXPAND_FLOAT32 = Config(32, 32, 16, 8, 2)
 GRAD = Config(32, 64, 64, 4, 3)
 GRAD_FLOAT32 = Config(32, 64, 32, 8, 2)
 GRAD_BOTH = Config(32, 256, 64, 8, 3)
@@ -146,8 +146,9 @@ def gemm_config(
     of sums. On Blackwell the sums pass through registers on their way to and from tensor memory.
     Four warps hold low of at most 32 columns beside 128 of the output. For wider ranks `onepass`
     leaves one of more than three stages' shared memory to lora_a, and its steps of K are 64 deep at
-    most; those of the widest tile of sm_80 and AMD 32. Steps are 64 deep as well for few rows on a
-    Hopper without `descriptors` (Triton 3.2 and 3.3), where pointers take the registers.
+    most; those of the widest tile of sm_80 and AMD 32. From Hopper on, steps for few rows are 64
+    deep as well with dropout, and without `descriptors` (Triton 3.2 and 3.3): there drop words or
+    pointers take the registers.
     """
     table = gemm_table(arch, dtype, precision, aligned)
     config = next(c for bound, c in table if bound is None or rows <= bound)
@@ -169,7 +170,8 @@ def gemm_config(
         stages = min(stages, max(3, stages - 1))
         if config.warps == 8 and arch // 10 in (8, 94, 95):
             deepest = 32
-    if lora == "onepass" and config.block_m == 16 and 90 <= arch < AMD and not descriptors:
+    few = lora == "onepass" and config.block_m == 16 and 90 <= arch < AMD
+    if few and (dropout or not descriptors):
         deepest = 64
     return dataclasses.replace(
         config, block_n=min(config.block_n, widest), block_k=min(config.block_k, deepest),
